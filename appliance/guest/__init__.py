@@ -1,0 +1,1 @@
+"""Bytes to processes and sockets. Every walk is bounded."""

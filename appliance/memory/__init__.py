@@ -1,0 +1,1 @@
+"""The memory eye: guest-physical bytes and nothing more."""

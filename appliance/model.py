@@ -1,0 +1,457 @@
+"""The nouns: frozen values that every room shares. Standard library only, no I/O, no clock.
+
+Addresses of guest memory end in ``_va`` (virtual) or ``_gpa`` (physical); times end in ``_ns`` (nanoseconds since the
+Unix epoch unless said otherwise) or ``_s``; ports are host integers. Text that comes from a guest is attacker input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from ipaddress import IPv4Address, IPv6Address
+
+IpAddress = IPv4Address | IPv6Address
+
+
+class Missing(Enum):
+    """Why a value is absent although the thing itself exists. ``None`` only ever means "there is none"."""
+
+    UNREADABLE = "unreadable"  # its memory could not be read (paged out, torn)
+    IMPLAUSIBLE = "implausible"  # it was read and cannot be true
+    NOT_APPLICABLE = "not applicable"  # this kind of thing has none (a kernel thread has no path)
+    UNKNOWN = "unknown"  # this guest's kernel offers no way to tell
+
+
+# -- where --
+
+
+@dataclass(frozen=True, slots=True)
+class GuestId:
+    """Which guest: its identity, never its name, interface or IP address.
+
+    ``target`` is the notation by which a person names it on the command line: ``qemu:1234``, a libvirt UUID,
+    ``file:PATH``, ``port:IFNAME``. ``instance`` tells two lives of one guest apart (QEMU pid and start time, inode).
+    """
+
+    target: str
+    uuid: str | None = None
+    name: str | None = None
+    instance: str = ""
+
+    def __str__(self) -> str:
+        return self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of guest-physical RAM: ``[gpa, gpa + size)``."""
+
+    gpa: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuState:
+    """Registers of one virtual CPU, as the hypervisor reports them."""
+
+    cr0: int
+    cr3: int
+    cr4: int
+    rip: int = 0
+    idt_base: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Something a walk could not see, and why. Absence that is named is not a silent loss."""
+
+    what: str
+    address: int
+    why: str
+
+
+# -- the wire --
+
+
+class Transport(StrEnum):
+    """The protocol field of a connection."""
+
+    TCP = "tcp"
+    UDP = "udp"
+    ICMP = "icmp"
+    RAW = "raw"  # a raw socket, or an IP protocol that is none of the above
+    PACKET = "packet"  # an AF_PACKET socket
+
+
+class Direction(StrEnum):
+    """Who started it, seen from the guest."""
+
+    OUT = "out"
+    IN = "in"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Endpoint:
+    """An address and a port. ``ip`` of an AF_INET6 socket that speaks IPv4 is the v4-mapped address."""
+
+    ip: IpAddress
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{ip_text(self.ip)}]:{self.port}" if self.ip.version == 6 else f"{self.ip}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class FiveTuple:
+    """One connection of a guest; ``local`` is always the guest's end."""
+
+    protocol: Transport
+    local: Endpoint
+    remote: Endpoint
+
+    def __str__(self) -> str:
+        return f"{self.protocol} {self.local} -- {self.remote}"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowId:
+    """Names one flow of one run: the guest and a number that counts up, so a reused tuple is a new flow."""
+
+    vm: GuestId
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.vm.target}/{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One connection or conversation seen on the guest's port."""
+
+    id: FlowId
+    tuple: FiveTuple
+    direction: Direction
+    started_ns: int
+    vlan: int | None = None
+    ip_protocol: int = 0  # IANA number; tells the RAW ones apart
+    icmp_type: int | None = None
+    midstream: bool = False  # its beginning was not seen; the direction is then a guess
+    community_id: str = ""
+
+
+class FlowEnd(StrEnum):
+    """Why a flow ended."""
+
+    FIN = "fin"
+    RST = "rst"
+    IDLE = "idle"
+    EVICTED = "evicted"
+    GUEST_GONE = "guest-gone"
+    WATCH_ENDED = "watch-ended"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowCounts:
+    """What a flow carried, in each direction. ``bytes`` are IP bytes; ``packets`` are wire packets (GSO undone)."""
+
+    packets_out: int = 0
+    packets_in: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+
+
+# -- flow events: all that a tap tells --
+
+
+@dataclass(frozen=True, slots=True)
+class FlowStarted:
+    """The first packet of a flow."""
+
+    flow: Flow
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowPayload:
+    """One of the first payloads of a flow. ``index`` counts from 0 in each direction; ``data`` may be cut short."""
+
+    flow: FlowId
+    direction: Direction  # OUT: sent by the guest
+    index: int
+    data: bytes
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEnded:
+    """The flow is over; its counters are final."""
+
+    flow: FlowId
+    reason: FlowEnd
+    counts: FlowCounts
+    at_ns: int
+
+
+FlowEvent = FlowStarted | FlowPayload | FlowEnded
+
+
+@dataclass(frozen=True, slots=True)
+class TapStats:
+    """What a tap has seen.
+
+    ``lost`` counts packets the kernel dropped before us, ``ignored`` those that are no flow of this guest (ARP, frames
+    flooded to another MAC), by reason.
+    """
+
+    packets: int = 0
+    bytes: int = 0
+    flows: int = 0
+    events: int = 0
+    lost: int = 0
+    ignored: tuple[tuple[str, int], ...] = ()
+
+
+# -- the guest's own view --
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessKey:
+    """The identity of a process: pids are reused, so its start time is part of it.
+
+    ``pid`` is the thread-group id in the guest's initial pid namespace; ``started_ns`` counts since the guest's boot
+    (CLOCK_BOOTTIME, ``task_struct.start_boottime``).
+    """
+
+    pid: int
+    started_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuestProcess:
+    """One process of a guest, as its kernel describes it."""
+
+    key: ProcessKey
+    name: str  # comm: at most 15 bytes, chosen by the process itself
+    path: str | Missing  # the executable file; " (deleted)" is not appended, see ``deleted``
+    command: str | Missing  # argv joined by blanks
+    parent_pid: int
+    uid: int  # real uid, initial user namespace
+    user: str | None = None  # name of the uid in the guest's own passwd, where that could be read
+    deleted: bool = False  # the executable file has no name any more
+    started_wall_ns: int | None = None  # start time since the Unix epoch by the guest's own clock
+    container: str | None = None  # container id or name taken from the cgroup path
+    cgroup: str | Missing = Missing.UNKNOWN
+    netns: int | Missing = Missing.UNKNOWN  # inode number of its network namespace
+    pid_in_namespace: int = 0
+    task_va: int = 0
+
+    @property
+    def pid(self) -> int:
+        """Thread-group id in the guest's initial pid namespace."""
+        return self.key.pid
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process that holds a socket, and by which descriptors."""
+
+    process: GuestProcess
+    fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSocket:
+    """One socket of a guest. Owners are plural (fork) and may be none (TIME_WAIT, not yet accepted)."""
+
+    protocol: Transport
+    state: str  # the kernel's TCP names: ESTABLISHED, SYN_SENT, ..., CLOSE for an unconnected UDP socket
+    local: Endpoint
+    remote: Endpoint | None  # None: there is none (listener, unconnected UDP)
+    owners: tuple[Owner, ...]
+    netns: int  # inode number of the network namespace
+    address: int  # ``struct sock`` (or the mini socket), guest VA
+    uid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One look at a guest. ``began_ns`` is when the walk began; what it missed is named in ``gaps``."""
+
+    began_ns: int
+    processes: tuple[GuestProcess, ...]
+    sockets: tuple[GuestSocket, ...]
+    gaps: tuple[Gap, ...] = ()
+    torn: int = 0  # entries dropped because they did not re-validate
+    took_ns: int = 0
+
+
+# -- the knot --
+
+
+class Match(StrEnum):
+    """How a flow found its process."""
+
+    EXACT = "exact"  # a socket with this very tuple
+    LISTENER = "listener"  # a listening socket that this incoming connection goes to
+    UNCONNECTED = "unconnected"  # an unconnected UDP socket bound to the local port
+    KERNEL = "kernel"  # the guest's kernel itself speaks (ICMP echo, in-kernel sockets)
+    NONE = "none"  # nobody: ``reason`` says why
+
+
+class Reason(StrEnum):
+    """Why a flow has no process, or which doubt is left."""
+
+    LATE = "late"  # the socket was gone before we looked
+    TORN = "torn"  # three tries, each one contradicted itself
+    ORPHAN = "orphan"  # a socket without a file: its process has closed it
+    TIME_WAIT = "time-wait"  # only the mini socket is left, and no earlier owner is remembered
+    FORWARDED = "forwarded"  # the local address is none of the guest's own sockets: the guest routes or NATs it
+    RAW = "raw"  # no socket of this tuple, but a process holds a raw or packet socket that can send it
+    HIDDEN = "hidden"  # the connection lives on and no socket or no listed process owns it
+    CLOSED = "closed"  # incoming, and nobody listens there: the guest's kernel refuses or ignores it
+    NO_MEMORY = "no-memory"  # this guest is watched by its packets only
+    AMBIGUOUS = "ambiguous"  # several unrelated processes hold the socket; all are listed
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The guest eye's answer to "who owns this tuple?" at one instant. Already re-validated (design law 3)."""
+
+    match: Match
+    owners: tuple[Owner, ...] = ()
+    socket: GuestSocket | None = None
+    reason: Reason | None = None
+    evidence: tuple[Evidence, ...] = ()
+    torn: int = 0  # tries that contradicted themselves
+    final: bool = False  # asking again cannot change the answer
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One claim about guest memory: what, where, and the bytes that show it."""
+
+    claim: str  # one sentence
+    kind: str = ""  # a stable word for machines: anon-exec, odd-path, deleted-file, modified-text, ptrace, ...
+    address: int = 0  # guest VA
+    size: int = 0
+    sha256: str | None = None
+    detail: str | None = None  # a path, protection bits, a thread id, first bytes in hex
+    weight: int = 0  # 0 context, 1 unusual, 2 suspicious on its own
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A flow tied to its process, or an honest "unknown" with the reason."""
+
+    match: Match
+    reason: Reason | None
+    owners: tuple[Owner, ...]
+    latency_ns: int  # from the flow's first packet to this answer
+    attempts: int = 1
+    socket: GuestSocket | None = None
+
+    @property
+    def process(self) -> GuestProcess | None:
+        """The process to judge: the first owner. All owners share the socket; ``owners`` lists them."""
+        return self.owners[0].process if self.owners else None
+
+
+# -- the judge --
+
+
+class Decision(StrEnum):
+    """What the rules say of one flow."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+class Severity(StrEnum):
+    """How loud a verdict is."""
+
+    INFO = "info"
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    CRITICAL = "critical"
+
+
+@dataclass(frozen=True, slots=True)
+class RuleRef:
+    """Where a verdict comes from: the entry's file and line, its profile, and the version of the rule set."""
+
+    file: str
+    line: int
+    profile: str
+    ruleset: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The rules' answer: decision, the entry behind it, and what it asks for."""
+
+    decision: Decision
+    rule: RuleRef
+    alert: bool = False  # a person should see it
+    severity: Severity = Severity.INFO
+    tags: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
+    because: str = ""
+    enforce: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One judged flow: the record queue's row."""
+
+    flow: Flow
+    binding: Binding
+    judgement: Judgement
+    at_ns: int
+    evidence: tuple[Evidence, ...] = ()
+    names: tuple[str, ...] = ()  # DNS names by which the guest knows the remote address
+    rules_version: str = ""
+    new_process: bool = False  # this flow added its process to the process queue
+
+
+# -- hosts --
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPort:
+    """One network port of a guest, on the host. ``netns`` is a path to open, None for our own namespace."""
+
+    ifname: str
+    mac: str | None = None
+    netns: str | None = None
+    ifindex: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuestInfo:
+    """A guest that runs here: what the inventory knows of it."""
+
+    id: GuestId
+    pid: int | None = None
+    memory_bytes: int | None = None
+    ports: tuple[GuestPort, ...] = ()
+    routes: tuple[str, ...] = ()  # memory routes that can reach it, best first
+    notes: tuple[str, ...] = field(default=())  # why an eye cannot see it
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether something optional is here; where it is not, why, and the exact command that mends it."""
+
+    name: str
+    ok: bool
+    reason: str
+    remedy: str | None = None
+
+
+def ip_text(ip: IpAddress) -> str:
+    """Print an address as ``ss`` does: a v4-mapped address keeps its dotted form on every Python version."""
+    if ip.version == 6 and (mapped := ip.ipv4_mapped) is not None:
+        return f"::ffff:{mapped}"
+    return str(ip)

@@ -1,0 +1,140 @@
+"""The small protocols between rooms. A port says what is promised, who may raise what, and nothing of how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from appliance.model import (
+    Evidence,
+    Finding,
+    Flow,
+    FlowEvent,
+    GuestId,
+    GuestProcess,
+    ProcessKey,
+    Region,
+    Snapshot,
+    TapStats,
+    VcpuState,
+)
+
+
+@runtime_checkable
+class GuestMemory(Protocol):
+    """Guest-physical bytes, read-only by construction. One instance belongs to one thread."""
+
+    name: str  # "qemu", "file", ...: shown to people
+    live: bool  # the guest runs while we read
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """RAM only, sorted by ``gpa``, disjoint."""
+        ...
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
+        ...
+
+    def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Read many ``(gpa, size)`` spans in as few system calls as can be; None where one is unreadable.
+
+        Raises GuestGone when the guest is gone, never UnreadableMemory.
+        """
+        ...
+
+    def vcpus(self) -> tuple[VcpuState, ...]:
+        """Registers of the virtual CPUs; empty where this route has none."""
+        ...
+
+    def check_alive(self) -> None:
+        """Raise GuestGone unless the same guest instance is still there."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; may be called twice; never changes the guest."""
+        ...
+
+
+class GuestEye(Protocol):
+    """Processes and sockets of one running guest. All methods may raise GuestError, and nothing else."""
+
+    describe: str  # "Linux 6.1.0-56-cloud-amd64, build id ..., attached in 0.21 s"
+
+    def read_snapshot(self) -> Snapshot:
+        """Walk everything: a full look."""
+        ...
+
+    def find_owner(self, flow: Flow) -> Finding:
+        """Say who owns it now, by following the tuple's hash into the guest's own tables."""
+        ...
+
+    def read_process(self, key: ProcessKey) -> GuestProcess | None:
+        """Describe one process afresh; None when it is gone or its pid was reused."""
+        ...
+
+    def find_foreign(self, process: GuestProcess) -> tuple[Evidence, ...]:
+        """What in this process is foreign: injected regions, modules, threads, changed text."""
+        ...
+
+    def close(self) -> None:
+        """Release the memory behind it."""
+        ...
+
+
+class PacketTap(Protocol):
+    """The packet eye on one or more ports of one guest. Tells flow events, never packets."""
+
+    vm: GuestId
+
+    def poll(self, timeout_s: float) -> Iterable[FlowEvent]:
+        """Wait at most ``timeout_s`` for packets, then return the events they make (bounded in number)."""
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when ``poll`` has work; -1 for a source that is always ready."""
+        ...
+
+    def stats(self) -> TapStats:
+        """Counters since the start."""
+        ...
+
+    def close(self) -> Iterable[FlowEvent]:
+        """Stop; the events that end the flows still open."""
+        ...
+
+
+class Frame(Protocol):
+    """One link-layer frame on a guest's port."""
+
+    at_ns: int  # when the host saw it, Unix epoch
+    from_guest: bool  # sent by the guest; False: sent to it
+    data: bytes  # Ethernet frame, maybe cut short
+    wire_len: int  # its length on the wire, of the whole super-packet under GSO
+    segments: int  # wire packets in it: 1 unless GSO
+    vlan: int | None  # 802.1Q tag that the host keeps out of band
+
+
+class FrameSource(Protocol):
+    """Where frames come from: a port or a capture file."""
+
+    def frames(self, timeout_s: float) -> Iterator[Frame]:
+        """Yield the frames at hand, at most a batch; an empty batch after the timeout."""
+        ...
+
+    @property
+    def exhausted(self) -> bool:
+        """No further frame will ever come (the end of a file)."""
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor to wait on; -1 for a file."""
+        ...
+
+    def lost(self) -> int:
+        """Frames dropped before us, so far."""
+        ...
+
+    def close(self) -> None:
+        """Release it; may be called twice."""
+        ...

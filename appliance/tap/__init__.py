@@ -1,0 +1,1 @@
+"""The packet eye: frames from a guest's port or from a capture file."""
