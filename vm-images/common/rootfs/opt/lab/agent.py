@@ -1,0 +1,124 @@
+"""The guest's end of the lab: runs commands and moves files for the host, over one virtio-serial port.
+
+One JSON object per line each way. Every request carries `job`, and so does every answer to it. What is written before the
+host listens is lost, so the agent never speaks first.
+"""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+PORT = "lab.agent"
+CHUNK = 48 * 1024
+
+
+def port_path():
+    while True:
+        for name in os.listdir("/sys/class/virtio-ports"):
+            with open(f"/sys/class/virtio-ports/{name}/name") as text:
+                if text.read().strip() == PORT:
+                    return f"/dev/{name}"
+        time.sleep(0.1)
+
+
+class Agent:
+    def __init__(self, fd):
+        self.fd = fd
+        self.lock = threading.Lock()
+        self.jobs = {}
+
+    def send(self, **answer):
+        line = json.dumps(answer).encode() + b"\n"
+        with self.lock:
+            while line:
+                line = line[os.write(self.fd, line) :]
+
+    def serve(self):
+        rest = b""
+        while True:
+            data = os.read(self.fd, 65536)
+            if not data:  # the host's end is closed
+                time.sleep(0.1)
+                continue
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self.handle(json.loads(line))
+
+    def handle(self, request):
+        do, job = request["do"], request["job"]
+        try:
+            if do == "hello":
+                self.send(job=job, ok=True)
+            elif do == "spawn":
+                threading.Thread(target=self.spawn, args=(job, request["command"]), daemon=True).start()
+            elif do == "kill":
+                os.killpg(self.jobs[request["target"]], request["signal"])
+                self.send(job=job, ok=True)
+            elif do == "put":
+                self.put(request)
+                self.send(job=job, ok=True)
+            elif do == "get":
+                threading.Thread(target=self.get, args=(job, request["path"]), daemon=True).start()
+        except (OSError, KeyError, ValueError) as error:
+            self.send(job=job, error=f"{type(error).__name__}: {error}")
+
+    def put(self, request):
+        path, mode = request["path"], "ab" if request["append"] else "wb"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, mode) as file:
+            file.write(base64.b64decode(request["data"]))
+        os.chmod(path, request["mode"])
+
+    def get(self, job, path):
+        try:
+            with open(path, "rb") as file:
+                while data := file.read(CHUNK):
+                    self.send(job=job, data=base64.b64encode(data).decode())
+            self.send(job=job, ok=True)
+        except OSError as error:
+            self.send(job=job, error=f"{type(error).__name__}: {error}")
+
+    def spawn(self, job, command):
+        try:
+            process = subprocess.Popen(
+                command,
+                shell=isinstance(command, str),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self.send(job=job, error=f"{type(error).__name__}: {error}")
+            return
+        self.jobs[job] = process.pid
+        self.send(job=job, pid=process.pid)
+        pumps = [
+            threading.Thread(target=self.pump, args=(job, name, pipe), daemon=True)
+            for name, pipe in (("stdout", process.stdout), ("stderr", process.stderr))
+        ]
+        for pump in pumps:
+            pump.start()
+        code = process.wait()
+        for pump in pumps:  # a background child may hold the pipe open for ever
+            pump.join(0.5)
+        del self.jobs[job]
+        self.send(job=job, exit=code)
+
+    def pump(self, job, stream, pipe):
+        while data := os.read(pipe.fileno(), CHUNK):
+            self.send(job=job, stream=stream, data=base64.b64encode(data).decode())
+
+
+def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    os.environ.update(PATH="/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", LANG="C.UTF-8", PYTHONDONTWRITEBYTECODE="1")
+    Agent(os.open(port_path(), os.O_RDWR)).serve()
+
+
+if __name__ == "__main__":
+    main()

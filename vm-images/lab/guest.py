@@ -1,0 +1,200 @@
+"""A running guest: QEMU started in the lab's network, and an agent inside that does what it is told.
+
+The agent's and the lab's own monitor channels are socket pairs handed to QEMU, so the guest looks to the appliance
+like any other: one tap, and where asked for one QMP socket that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid as uuids
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from lab.accel import QEMU, accelerator
+from lab.agent import Agent, CompletedRun, Job
+from lab.image import Image
+from lab.network import Network, Port
+from lab.packages import LabError
+from lab.qmp import Qmp
+from lab.truth import Truth
+
+BOOT_S = 120.0
+
+Shared = Literal["memfd", "file"]
+
+
+class Guest:
+    """A booted guest. Ended, and its files and its tap removed, by `close` or at the end of a `with`."""
+
+    def __init__(
+        self, name: str, image: Image, network: Network, port: Port, process: subprocess.Popen[bytes], folder: Path, uuid: str
+    ) -> None:
+        self.name, self.image, self.network, self.uuid = name, image, network, uuid
+        self.pid = process.pid
+        self.port, self.mac, self.ip4, self.ip6 = port.ifname, port.mac, port.ip4, port.ip6
+        self.netns = network.netns
+        self.qmp_path: Path | None = None
+        self.booted_s = 0.0
+        self._process, self._port, self._folder = process, port, folder
+        self._agent: Agent | None = None
+        self._monitor: Qmp | None = None
+        atexit.register(self.close)
+
+    def run(self, command: Sequence[str] | str, timeout_s: float = 60.0) -> CompletedRun:
+        """Run a command in the guest to its end; a string goes to the guest's shell. TimeoutError kills it."""
+        job = self.spawn(command)
+        try:
+            return job.wait(timeout_s)
+        except TimeoutError:
+            job.kill()
+            raise
+
+    def spawn(self, command: Sequence[str] | str) -> Job:
+        """Start a command in the guest and let it run."""
+        return self.agent.spawn(command if isinstance(command, str) else list(command))
+
+    def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Write a file in the guest."""
+        self.agent.put(path, content, mode)
+
+    def get(self, path: str) -> bytes:
+        """Read a file of the guest."""
+        return self.agent.get(path)
+
+    def truth(self, *symbols: str) -> Truth:
+        """What the guest itself says about its sockets and processes, and where these kernel symbols are."""
+        done = self.run(["/usr/bin/python3", "-S", "-E", "/opt/lab/truth.py", *symbols], timeout_s=120)
+        if done.returncode != 0:
+            raise LabError(f"truth script failed: {done.stderr[-800:]}")
+        return Truth.parse(json.loads(done.stdout))
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Execute a command on the lab's own monitor."""
+        return self.monitor.command(command, **arguments)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All events QEMU has reported since it started."""
+        return self.monitor.events
+
+    @property
+    def agent(self) -> Agent:
+        if self._agent is None:
+            raise LabError(f"guest {self.name} has not booted")
+        return self._agent
+
+    @property
+    def monitor(self) -> Qmp:
+        if self._monitor is None:
+            raise LabError(f"guest {self.name} has not booted")
+        return self._monitor
+
+    def console(self, lines: int = 30) -> str:
+        """The last lines of the serial console."""
+        log = self._folder / "console.log"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def close(self) -> None:
+        """End QEMU; may be called twice."""
+        atexit.unregister(self.close)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self.network.remove_port(self._port)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def connect(self, agent: socket.socket, monitor: socket.socket) -> None:
+        """Wait for the agent. What it said before we listened would be lost, so it answers and never speaks first."""
+        start = time.monotonic()
+        try:
+            self._monitor = Qmp(monitor)
+            self._agent = Agent(agent)
+            while not self._agent.hello(0.5):
+                if self._process.poll() is not None or time.monotonic() - start > BOOT_S:
+                    raise LabError(f"no agent after {BOOT_S:.0f} s")
+        except LabError as error:
+            raise LabError(f"guest {self.name} did not boot: {error}\n{self._last_words()}") from None
+        self.booted_s = time.monotonic() - start
+
+    def _last_words(self) -> str:
+        return (self._folder / "qemu.log").read_text(errors="replace")[-800:] + "\nconsole:\n" + self.console()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def boot(
+    image: Image,
+    network: Network,
+    *,
+    name: str = "guest",
+    memory_mb: int = 1024,
+    machine: Literal["pc", "q35"] = "pc",
+    cpus: int = 1,
+    cpu: str = "max",
+    shared: Shared | None = None,
+    qmp: bool = True,
+    extra: Sequence[str] = (),
+    uuid: str | None = None,
+    append: str = "",
+) -> Guest:
+    """Boot the image and return when its agent answers. LabError with the console's last lines when it does not.
+
+    `cpu` 'max' has 5-level paging under TCG, 'max,la57=off' has not. `append` goes to the kernel's command line.
+    """
+    identity = uuid or str(uuids.uuid4())
+    folder = Path(tempfile.mkdtemp(prefix="parasight-guest-"))
+    port = network.add_port()
+    agent, agent_far = socket.socketpair()
+    monitor, monitor_far = socket.socketpair()
+    kernel_line = f"console=ttyS0 quiet lab.ip4={port.ip4}/24 lab.ip6={port.ip6}/64 lab.name={name} {append}".strip()
+    command = [QEMU, "-name", f"guest={name}", "-uuid", identity, "-accel", accelerator(), "-cpu", cpu, "-smp", str(cpus)]
+    command += ["-m", str(memory_mb), *_machine(machine, memory_mb, shared, folder)]
+    command += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", kernel_line]
+    command += ["-netdev", f"tap,id=net0,ifname={port.ifname},script=no,downscript=no"]
+    command += ["-device", f"virtio-net-pci,netdev=net0,mac={port.mac}"]
+    command += ["-display", "none", "-no-reboot", "-nodefaults", "-serial", f"file:{folder / 'console.log'}"]
+    command += ["-qmp", f"unix:{folder / 'qmp.sock'},server=on,wait=off"] if qmp else []
+    command += ["-chardev", f"socket,id=monitor,fd={monitor_far.fileno()}", "-mon", "chardev=monitor,mode=control"]
+    command += ["-chardev", f"socket,id=agent,fd={agent_far.fileno()}", "-device", "virtio-serial-pci"]
+    command += ["-device", "virtserialport,chardev=agent,name=lab.agent", *extra]
+    with open(folder / "qemu.log", "wb") as log, agent_far, monitor_far:
+        process = subprocess.Popen(
+            network.enter(*command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(agent_far.fileno(), monitor_far.fileno()),
+        )
+    guest = Guest(name, image, network, port, process, folder, identity)
+    guest.qmp_path = folder / "qmp.sock" if qmp else None
+    try:
+        guest.connect(agent, monitor)
+    except BaseException:
+        guest.close()
+        raise
+    return guest
+
+
+def _machine(machine: str, memory_mb: int, shared: Shared | None, folder: Path) -> list[str]:
+    match shared:
+        case None:
+            return ["-machine", machine]
+        case "memfd":
+            backend = f"memory-backend-memfd,id=ram0,size={memory_mb}M,share=on"
+        case "file":
+            backend = f"memory-backend-file,id=ram0,size={memory_mb}M,share=on,mem-path={folder / 'ram'}"
+    return ["-object", backend, "-machine", f"{machine},memory-backend=ram0"]
