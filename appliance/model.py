@@ -315,7 +315,11 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The guest eye's answer to "who owns this tuple?" at one instant. Already re-validated (design law 3)."""
+    """The guest eye's answer to "who owns this tuple?" at one instant, already re-validated.
+
+    ``reason`` is None while there simply is no socket of this tuple: whether that means "late" or "hidden" only the
+    flow's further life can tell, and bind decides it.
+    """
 
     match: Match
     owners: tuple[Owner, ...] = ()
@@ -413,6 +417,7 @@ class Verdict:
     names: tuple[str, ...] = ()  # DNS names by which the guest knows the remote address
     rules_version: str = ""
     new_process: bool = False  # this flow added its process to the process queue
+    parasitic: bool = False  # denied, and foreign code was found in the process (P15)
 
 
 # -- hosts --
@@ -448,6 +453,7 @@ class Availability:
     ok: bool
     reason: str
     remedy: str | None = None
+    required: bool = True  # False: Parasight works without it, only less well
 
 
 def ip_text(ip: IpAddress) -> str:

@@ -1,0 +1,84 @@
+"""Verbs that check: ``doctor`` and ``rules check|test|schema``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from appliance.cli.progress import tell
+from appliance.cli.render import Output, console, print_objects, safe
+from appliance.hosts.probe import probe_host
+from appliance.rules import load, schema
+
+rules = typer.Typer(help="Check, test and describe rule files.", no_args_is_help=True, rich_markup_mode=None)
+
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
+PathsArgument = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Rule files or folders of them.")]
+
+_WORDS = {
+    (True, True): "[green]PASS[/]",
+    (False, True): "[bold red]FAIL[/]",
+    (True, False): "[green]PASS[/]",
+    (False, False): "[yellow]WARN[/]",
+}
+
+
+def doctor(output: OutputOption = Output.TABLE) -> None:
+    """Check this host: what works, what is missing, and the command that mends it."""
+    found = probe_host()
+    bodies = [
+        {"name": one.name, "ok": one.ok, "required": one.required, "reason": one.reason, "remedy": one.remedy}
+        for one in found
+    ]
+    rows = [(_WORDS[one.ok, one.required], one.name, safe(one.reason, 200), safe(one.remedy or "")) for one in found]
+    print_objects(output, bodies, ("", "CHECK", "FOUND", "REMEDY"), rows)
+    raise typer.Exit(0 if all(one.ok or not one.required for one in found) else 1)
+
+
+@rules.command("check")
+def rules_check(paths: PathsArgument, output: OutputOption = Output.TABLE) -> None:
+    """Load rule files and report every mistake at once, each as path:line:column."""
+    book = load(paths)
+    for warning in book.warnings:
+        tell(f"{warning} (warning)")
+    body = {
+        "ok": True,
+        "version": book.version,
+        "profiles": book.profile_count,
+        "warnings": [str(w) for w in book.warnings],
+    }
+    if output is Output.TABLE:
+        console().print(f"[green]ok[/]  {body['profiles']} profiles, version {safe(book.version)}")
+    else:
+        print_objects(output, [body], (), ())
+
+
+@rules.command("test")
+def rules_test(paths: PathsArgument, output: OutputOption = Output.TABLE) -> None:
+    """Run the tests inside rule files."""
+    results = load(paths).test()
+    bodies = [
+        {"ok": one.ok, "name": one.name, "file": one.file, "line": one.line, "message": one.message} for one in results
+    ]
+    rows = [
+        (
+            "[green]ok[/]" if one.ok else "[bold red]FAILED[/]",
+            f"{safe(one.file)}:{one.line}",
+            safe(one.name),
+            safe(one.message, 300),
+        )
+        for one in results
+    ]
+    print_objects(output, bodies, ("", "WHERE", "TEST", "WHY"), rows)
+    failed = sum(not one.ok for one in results)
+    tell(f"{len(results) - failed} passed, {failed} failed")
+    raise typer.Exit(1 if failed else 0)
+
+
+@rules.command("schema")
+def rules_schema() -> None:
+    """Print the JSON Schema of rule files, for editors."""
+    typer.echo(json.dumps(schema(), indent=2))

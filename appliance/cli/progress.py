@@ -1,0 +1,27 @@
+"""What goes to stderr: lines for a person, and a sign of life for anything longer than a second."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+
+QUIET_S = 1.0  # nothing is said about work that takes less
+
+
+def tell(line: str) -> None:
+    """Print one line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say what is going on if it takes longer than a second."""
+    timer = threading.Timer(QUIET_S, lambda: tell(f"{what} ..."))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

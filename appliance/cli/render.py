@@ -1,0 +1,90 @@
+"""Tables for eyes, JSON for machines. Guest text is attacker input: bounded, and its control characters escaped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+MAX_CELL = 96  # characters of guest text shown in one cell
+
+
+class Output(StrEnum):
+    """How results are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    JSONL = "jsonl"
+
+
+def safe(text: object, limit: int = MAX_CELL) -> str:
+    """Make text from a guest harmless for a terminal: escapes control and bidi characters, bounds the length."""
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return escape(clean if len(clean) <= limit else clean[: limit - 1] + "…")
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """A console that never wraps a row apart when its output is read by a program."""
+    out = stream or sys.stdout
+    return Console(file=out, highlight=False, soft_wrap=not out.isatty(), width=None if out.isatty() else 240)
+
+
+class Printer:
+    """Prints objects one by one: a line each (``jsonl``) or as one array (``json``)."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._first = True
+
+    def start(self) -> None:
+        """Open the array."""
+        if self._output is Output.JSON:
+            sys.stdout.write("[")
+
+    def add(self, body: dict[str, Any]) -> None:
+        """Print one object now."""
+        if self._output is Output.JSONL:
+            sys.stdout.write(json.dumps(body) + "\n")
+        else:
+            sys.stdout.write(("\n" if self._first else ",\n") + json.dumps(body, indent=2))
+        self._first = False
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Close the array."""
+        if self._output is Output.JSON:
+            sys.stdout.write("]\n" if self._first else "\n]\n")
+            sys.stdout.flush()
+
+
+def print_objects(
+    output: Output, bodies: Iterable[dict[str, Any]], columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Print a whole result. ``rows`` are already ``safe``."""
+    if output is Output.TABLE:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console().print(table)
+        return
+    printer = Printer(output)
+    printer.start()
+    for body in bodies:
+        printer.add(body)
+    printer.end()
+
+
+def endpoint_text(end: dict[str, Any] | None) -> str:
+    """``ip:port`` as ``ss`` prints it; ``*`` where there is none."""
+    if end is None:
+        return "*"
+    ip, port = end["ip"], end["port"]
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"

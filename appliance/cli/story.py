@@ -1,0 +1,99 @@
+"""Verdicts told to a person: one row each, the alert's evidence under it, the summary, and the whole story."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from appliance.cli.render import console, endpoint_text, safe
+
+Json = dict[str, Any]
+_ARROW = {"out": "->", "in": "<-"}
+
+
+def print_row(body: Json) -> None:
+    """One verdict in one row; what was found in a denied process stands below it."""
+    flow, binding = body["flow"], body["binding"]
+    flagged = body["verdict"] == "deny" or body["alert"]
+    word = "PARASITE" if body["parasitic"] else "DENY" if body["verdict"] == "deny" else "ALERT" if flagged else "allow"
+    colour = "bold red" if body["verdict"] == "deny" else "yellow" if flagged else "green"
+    connection = _connection(flow)
+    rule = body["rule"]
+    out = console()
+    out.print(
+        f"{body['time'][11:23]} [{colour}]{word:8}[/] {safe(body['vm'])}  {_process(body)}  {connection}  "
+        f"[dim]{_match(binding)}  {safe(rule['profile'])} {safe(rule['file'])}:{rule['line']}  {body['id']}[/]"
+    )
+    if flagged:
+        out.print(f"             [{colour}]{safe(body['because'], 300)}[/]")
+        for item in body["evidence"]:
+            out.print(f"             [{colour}]*[/] {_evidence(item)}")
+
+
+def print_summary(body: Json) -> None:
+    """What was seen, how it was bound, what was lost and what it cost."""
+    out = console()
+    out.print(
+        f"\n[bold]summary[/]  {body['packets']} packets, {body['bytes']} bytes, {body['flows']} flows, "
+        f"{body['events']} events, {body['lost']} lost; {body['cpu_seconds']} s CPU"
+    )
+    for title in ("verdicts", "bound", "unbound", "ignored", "guest_errors"):
+        if body[title]:
+            out.print(f"  {title.replace('_', ' '):12} " + ", ".join(f"{safe(k)} {n}" for k, n in body[title].items()))
+    for guest in body["guests"]:
+        if guest["ended"]:
+            out.print(f"  [red]{safe(guest['vm'])}: {safe(guest['ended'], 300)}[/]")
+
+
+def print_story(body: Json) -> None:
+    """Everything about one verdict, for ``explain``."""
+    flow, rule = body["flow"], body["rule"]
+    console().print(f"[bold]{body['verdict'].upper()}[/]  {safe(body['because'], 400)}")
+    _line(
+        "verdict",
+        f"{body['id']} at {body['time']}, severity {body['severity']}, {', '.join(body['tags']) or 'no tags'}",
+    )
+    _line("guest", safe(body["vm"]))
+    _line("connection", f"{_connection(flow)}, begun {flow['started']}, {safe(flow['community_id'])}")
+    _line("names", safe(", ".join(flow["names"]) or "none seen in DNS"))
+    _line("binding", f"{_match(body['binding'])} after the first packet")
+    _line("rule", f"{safe(rule['file'])}:{rule['line']}, profile {safe(rule['profile'])} of {safe(rule['ruleset'])}")
+    _line("rules", safe(body["rules_version"]))
+    for owner in body["owners"]:
+        who = f"{safe(owner['name'], 16)}\\[{owner['pid']}] {safe(owner['path'] or '?')}"
+        user = safe(owner["user"] or owner["uid"])
+        _line("owner", f"{who}, user {user}, parent {owner['parent_pid']}, started {owner['started'] or '?'}")
+        _line("", safe(owner["command"] or "", 400))
+    if not body["owners"]:
+        _line("owner", "none: see binding")
+    for item in body["evidence"]:
+        _line("evidence", _evidence(item))
+
+
+def _line(title: str, text: str) -> None:
+    console().print(f"  {title:11} {text}")
+
+
+def _connection(flow: Json) -> str:
+    ends = f"{endpoint_text(flow['local'])} {_ARROW[flow['direction']]} {endpoint_text(flow['remote'])}"
+    return safe(f"{flow['protocol']} {ends}", 160)
+
+
+def _process(body: Json) -> str:
+    one = body["process"]
+    if one is None:
+        return "(kernel)" if body["binding"]["match"] == "kernel" else "(nobody)"
+    others = len(body["owners"]) - 1
+    more = f" +{others}" if others > 0 else ""
+    return f"[bold]{safe(one['name'], 16)}[/]\\[{one['pid']}]{more} {safe(one['path'] or '?', 48)}"
+
+
+def _match(binding: Json) -> str:
+    why = f" ({binding['reason']})" if binding["reason"] else ""
+    return f"{binding['match']}{why} {binding['latency_us'] / 1000:.2f} ms"
+
+
+def _evidence(item: Json) -> str:
+    where = f" at {item['address']}, {item['size']} bytes" if item["size"] else ""
+    digest = f", sha256 {item['sha256'][:16]}…" if item["sha256"] else ""
+    detail = f": {safe(item['detail'], 160)}" if item["detail"] else ""
+    return f"{safe(item['claim'], 200)}{where}{digest}{detail}"

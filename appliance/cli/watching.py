@@ -1,0 +1,159 @@
+"""Verbs that judge: ``watch``, ``replay``, ``explain``."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Self
+
+import typer
+
+from appliance import daemon
+from appliance.cli import contract, story
+from appliance.cli.progress import tell, working
+from appliance.cli.render import Output, Printer
+from appliance.errors import ConfigError, UsageError
+from appliance.model import Verdict
+from appliance.rules import RuleBook, load
+from appliance.store.book import Book, default_path
+
+SHIPPED_RULES = Path(__file__).resolve().parents[2] / "rules"
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_UNIT_S = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
+
+RulesOption = Annotated[
+    list[Path] | None,
+    typer.Option("--rules", metavar="PATH", help="Rule files or folders; the shipped sets if left out."),
+]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the verdicts.")]
+AllOption = Annotated[bool, typer.Option("--all/--alerts", help="Show every verdict, or only those worth an alert.")]
+
+
+def watch(
+    targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help="Guests to watch; also port:IFNAME.")],
+    rules: RulesOption = None,
+    duration: Annotated[str | None, typer.Option("--for", metavar="30s", help="Stop after this long.")] = None,
+    output: OutputOption = Output.TABLE,
+    everything: AllOption = True,
+) -> None:
+    """Watch running guests: bind each new connection to its process, judge it, say what is wrong with it."""
+    seconds = _parse_duration(duration)
+    book = _rules(rules)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with _Showing(output, everything=everything) as showing:
+        until = None if seconds is None else time.monotonic() + seconds
+        cpu_start_s = time.process_time()
+        summaries = daemon.watch(
+            targets, book, showing.verdict, stop=stop, ready=lambda: tell("ready"), tell=tell, until=until
+        )
+        showing.summary(summaries, time.process_time() - cpu_start_s)
+    raise typer.Exit(showing.exit_code)
+
+
+def replay(
+    pcap: Annotated[Path, typer.Option("--pcap", metavar="FILE", help="A pcap or pcapng capture of the guest's port.")],
+    memory: Annotated[
+        Path | None, typer.Option("--memory", metavar="FILE", help="Memory image of the guest: raw, LiME or ELF core.")
+    ] = None,
+    rules: RulesOption = None,
+    local: Annotated[
+        list[str] | None, typer.Option("--local", metavar="IP", help="An address of the guest; guessed if left out.")
+    ] = None,
+    output: OutputOption = Output.TABLE,
+    everything: AllOption = True,
+) -> None:
+    """Judge a recorded capture against a memory image, exactly as a live watch would."""
+    book = _rules(rules)
+    with _Showing(output, everything=everything) as showing, working(f"replaying {pcap}"):
+        cpu_start_s = time.process_time()
+        summary = daemon.replay(pcap, memory, book, showing.verdict, tell=tell, local=frozenset(local or ()))
+        showing.summary([summary], time.process_time() - cpu_start_s)
+    if summary.ended:
+        raise ConfigError(summary.ended)
+    raise typer.Exit(showing.exit_code)
+
+
+def explain(
+    verdict_id: Annotated[str, typer.Argument(metavar="ID", help="The id of a verdict, or its first digits.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Tell everything about one verdict: the flow, how its process was found, the rule and the evidence."""
+    book = Book(default_path())
+    found = book.find(verdict_id.lower())
+    book.close()
+    if not found:
+        raise UsageError(
+            f"no verdict {verdict_id!r} is in the book {default_path()}; ids are printed by watch and replay"
+        )
+    if len(found) > 1:
+        raise UsageError(f"{verdict_id!r} begins several ids: give more of its digits")
+    if output is Output.TABLE:
+        story.print_story(found[0])
+        return
+    printer = Printer(output)
+    printer.start()
+    printer.add(found[0])
+    printer.end()
+
+
+class _Showing:
+    """Prints verdicts as they come, writes them into the book, remembers whether anything was flagged."""
+
+    def __init__(self, output: Output, *, everything: bool) -> None:
+        self._output, self._everything = output, everything
+        self._printer = Printer(output)
+        self._book: Book | None = None
+        self.exit_code = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._book = Book(default_path())
+        except ConfigError as error:
+            tell(f"{error}; explain will not know these verdicts")
+        self._printer.start()
+        return self
+
+    def verdict(self, one: Verdict) -> None:
+        """Write down and show one verdict."""
+        body = contract.verdict(one)
+        flagged = body["verdict"] == "deny" or body["alert"]
+        self.exit_code |= int(flagged)
+        if self._book is not None:
+            self._book.write(body["id"], one.at_ns, body)
+        if not (flagged or self._everything):
+            return
+        if self._output is Output.TABLE:
+            story.print_row(body)
+        else:
+            self._printer.add(body)
+
+    def summary(self, summaries: list[daemon.Summary], cpu_s: float) -> None:
+        """Show what was seen and what it cost."""
+        body = contract.summary(summaries, cpu_s)
+        if self._output is Output.TABLE:
+            story.print_summary(body)
+        else:
+            self._printer.add(body)
+
+    def __exit__(self, *_: object) -> None:
+        self._printer.end()
+        if self._book is not None:
+            self._book.close()
+
+
+def _rules(paths: list[Path] | None) -> RuleBook:
+    return load(paths or [SHIPPED_RULES])
+
+
+def _parse_duration(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"--for {text!r} is no duration: say 30s, 5m, 1h")
+    return float(match[1]) * _UNIT_S[match[2]]

@@ -1,0 +1,1 @@
+"""The book: every verdict of this host, in one SQLite file with one writer."""
