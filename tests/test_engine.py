@@ -1,0 +1,199 @@
+"""The engine as a script: events in, commands out."""
+
+from appliance.engine import Engine, EvidenceFound, GatherEvidence, LookedUp, LookUp, Report, SnapshotTaken, Tick
+from appliance.model import (
+    Decision,
+    Direction,
+    Evidence,
+    Finding,
+    FlowCounts,
+    FlowEnd,
+    FlowEnded,
+    FlowPayload,
+    FlowStarted,
+    GuestSocket,
+    Match,
+    Reason,
+    Snapshot,
+    Transport,
+)
+from tests.worlds.nouns import NoNames, Verbatim, flow, owner
+
+MS = 1_000_000
+
+
+def engine(decision=Decision.ALLOW):
+    return Engine(Verbatim(decision), NoNames())
+
+
+def say(one, event):
+    return list(one.feed(event))
+
+
+def started(flow_):
+    return FlowStarted(flow_, flow_.started_ns)
+
+
+def ended(flow_, at_ns):
+    return FlowEnded(flow_.id, FlowEnd.FIN, FlowCounts(), at_ns)
+
+
+def test_a_new_flow_is_looked_up_judged_and_reported_in_that_order():
+    one, first = engine(), flow()
+    assert say(one, started(first)) == [LookUp(first, fresh=True)]
+    (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),)), first.started_ns + 300_000))
+    assert isinstance(report, Report)
+    assert report.verdict.binding.process.pid == 100
+    assert report.verdict.binding.latency_ns == 300_000
+
+
+def test_the_first_connection_of_a_brand_new_process_is_judged_too():
+    one, first = engine(Decision.DENY), flow()
+    say(one, started(first))
+    (gather,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),)), first.started_ns))
+    (report,) = say(one, EvidenceFound(first.id, (), first.started_ns))
+    assert isinstance(gather, GatherEvidence)
+    assert report.verdict.new_process
+    assert report.verdict.judgement.decision is Decision.DENY
+    assert [process.pid for process in one.processes.values()] == [100]
+
+
+def test_a_known_process_is_not_new_a_second_time():
+    one, first, second = engine(), flow(1), flow(2, local_port=40001)
+    for each in (first, second):
+        say(one, started(each))
+        (report,) = say(one, LookedUp(each.id, Finding(Match.EXACT, (owner(),)), each.started_ns))
+    assert not report.verdict.new_process
+
+
+def test_a_pid_that_is_used_again_is_another_process():
+    one, first, second = engine(), flow(1), flow(2, local_port=40001)
+    for each, began in ((first, 5), (second, 9)):
+        say(one, started(each))
+        (report,) = say(one, LookedUp(each.id, Finding(Match.EXACT, (owner(started_ns=began),)), each.started_ns))
+    assert report.verdict.new_process
+
+
+def test_foreign_code_in_a_denied_process_makes_it_parasitic():
+    one, first = engine(Decision.DENY), flow()
+    say(one, started(first))
+    say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),)), first.started_ns))
+    found = (Evidence("executable memory that belongs to no file", "anon-exec", 0x7F0000000000, 4096, weight=2),)
+    (report,) = say(one, EvidenceFound(first.id, found, first.started_ns))
+    assert report.verdict.parasitic
+    assert report.verdict.evidence == found
+
+
+def test_many_denied_flows_of_one_process_cost_one_search_for_foreign_code():
+    one = engine(Decision.DENY)
+    commands = []
+    for number in range(50):
+        each = flow(number, local_port=40000 + number)
+        say(one, started(each))
+        commands += say(one, LookedUp(each.id, Finding(Match.EXACT, (owner(),)), each.started_ns))
+        if isinstance(commands[-1], GatherEvidence):
+            commands += say(one, EvidenceFound(each.id, (), each.started_ns))
+    assert sum(isinstance(command, GatherEvidence) for command in commands) == 1
+    assert sum(isinstance(command, Report) for command in commands) == 50
+
+
+def test_a_young_miss_is_asked_again_and_bound_when_the_socket_shows():
+    one, first = engine(), flow()
+    say(one, started(first))
+    assert say(one, LookedUp(first.id, Finding(Match.NONE), first.started_ns)) == []
+    due_ns = one.next_due_ns
+    assert say(one, Tick(due_ns - 1)) == []
+    assert say(one, Tick(due_ns)) == [LookUp(first, fresh=False)]
+    (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),)), due_ns + 1))
+    assert report.verdict.binding.match is Match.EXACT
+    assert report.verdict.binding.attempts == 2
+
+
+def test_a_flow_that_ends_unbound_is_late_and_still_judged():
+    one, first = engine(), flow()
+    say(one, started(first))
+    say(one, LookedUp(first.id, Finding(Match.NONE), first.started_ns))
+    (report,) = say(one, ended(first, first.started_ns + 20 * MS))
+    assert report.verdict.binding.reason is Reason.LATE
+
+
+def run_to_the_end(one, first, finding):
+    """Answer every look with one finding; the guest sends a payload now and then; return the reports."""
+    reports, at_ns = [], first.started_ns
+    waiting = say(one, started(first))
+    for index in range(40):
+        while waiting:
+            command = waiting.pop(0)
+            if isinstance(command, LookUp):
+                waiting += say(one, LookedUp(first.id, finding, at_ns, command.fresh))
+            elif isinstance(command, Report):
+                reports.append(command.verdict)
+        at_ns += 100 * MS
+        if index in (1, 3, 5):
+            for direction in Direction:
+                waiting += say(one, FlowPayload(first.id, direction, index // 2, b"x", at_ns))
+        waiting += say(one, Tick(at_ns))
+    return reports
+
+
+def test_a_connection_that_lives_on_without_any_socket_is_hidden():
+    (verdict,) = run_to_the_end(engine(), flow(), Finding(Match.NONE))
+    assert verdict.binding.reason is Reason.HIDDEN
+
+
+def test_every_flow_is_reported_exactly_once_whatever_the_eye_says():
+    for match in Match:
+        for reason in (None, *Reason):
+            owners = (owner(),) if match in (Match.EXACT, Match.LISTENER) else ()
+            finding = Finding(match, owners, reason=reason)
+            for direction in Direction:
+                reports = run_to_the_end(engine(), flow(direction=direction), finding)
+                assert len(reports) == 1, (match, reason, direction)
+
+
+def test_an_incoming_connection_is_refined_from_its_listener_to_the_process_that_accepts_it():
+    one, first = engine(), flow(direction=Direction.IN, local_port=80)
+    say(one, started(first))
+    assert say(one, LookedUp(first.id, Finding(Match.LISTENER, (owner(1),)), first.started_ns)) == []
+    (look,) = say(one, Tick(one.next_due_ns))
+    (report,) = say(one, LookedUp(look.flow.id, Finding(Match.EXACT, (owner(7),)), first.started_ns + 3 * MS))
+    assert report.verdict.binding.match is Match.EXACT
+    assert report.verdict.binding.process.pid == 7
+
+
+def test_an_incoming_connection_that_ends_early_keeps_its_listener():
+    one, first = engine(), flow(direction=Direction.IN, local_port=80)
+    say(one, started(first))
+    say(one, LookedUp(first.id, Finding(Match.LISTENER, (owner(1),)), first.started_ns))
+    (report,) = say(one, ended(first, first.started_ns + MS))
+    assert report.verdict.binding.match is Match.LISTENER
+    assert report.verdict.binding.process.pid == 1
+
+
+def test_owners_with_different_programs_are_called_ambiguous_and_all_listed():
+    one, first = engine(), flow()
+    say(one, started(first))
+    both = (owner(1, path="/usr/bin/a"), owner(2, path="/usr/bin/b"))
+    (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, both), first.started_ns))
+    assert report.verdict.binding.reason is Reason.AMBIGUOUS
+    assert len(report.verdict.binding.owners) == 2
+
+
+def test_a_connection_older_than_the_watch_keeps_the_owner_of_the_first_look():
+    one, first = engine(), flow(midstream=True)
+    socket = GuestSocket(Transport.TCP, "ESTABLISHED", first.tuple.local, first.tuple.remote, (owner(3),), 1, 0xFFFF)
+    say(one, SnapshotTaken(Snapshot(0, (owner(3).process,), (socket,))))
+    say(one, started(first))
+    (report,) = say(one, LookedUp(first.id, Finding(Match.NONE, reason=Reason.TIME_WAIT, final=True), first.started_ns))
+    assert report.verdict.binding.process.pid == 3
+
+
+def test_the_queues_are_empty_when_all_flows_have_ended():
+    one = engine()
+    for number in range(100):
+        each = flow(number)
+        say(one, started(each))
+        say(one, LookedUp(each.id, Finding(Match.EXACT, (owner(),)), each.started_ns))
+        say(one, ended(each, each.started_ns + MS))
+    assert not one.records
+    assert one.next_due_ns is None
