@@ -1,4 +1,6 @@
-"""Prints, as one JSON document, what this guest knows about itself: sockets as `ss` shows them, processes as /proc does.
+# ruff: noqa: PTH116, PTH123, PTH208, PTH115
+# (no pathlib: it takes long to import in an emulated guest)
+"""Prints as one JSON document what this guest knows about itself: sockets as `ss` shows them, processes as /proc does.
 
 Usage: truth.py [SYMBOL...]   (kernel symbols whose addresses are wanted)
 """
@@ -8,11 +10,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 USERS = re.compile(r'"(.*?)",pid=(\d+),fd=(\d+)')
 
 
-def main():
+def main() -> None:
     spaces = net_namespaces()
     raw = {netns: ss(pid, "-tuanpOH") for netns, pid in spaces.items()}
     document = {
@@ -31,22 +34,22 @@ def main():
     json.dump(document, sys.stdout)
 
 
-def read(path):
+def read(path: str) -> str:
     with open(path, "rb") as file:
         return file.read().decode(errors="surrogateescape")
 
 
-def inode(path):
+def inode(path: str) -> int:
     return os.stat(path).st_ino
 
 
-def pids():
+def pids() -> list[int]:
     return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
 
 
-def net_namespaces():
+def net_namespaces() -> dict[int, int]:
     """Inode number of each network namespace that has a process, with one such process."""
-    found = {}
+    found: dict[int, int] = {}
     for pid in pids():
         try:
             found.setdefault(inode(f"/proc/{pid}/ns/net"), pid)
@@ -55,12 +58,12 @@ def net_namespaces():
     return found
 
 
-def ss(pid, options):
-    command = ["nsenter", f"--net=/proc/{pid}/ns/net", "/usr/bin/ss", options]
-    return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape").stdout
+def ss(pid: int, options: str) -> str:
+    command = ["/usr/bin/nsenter", f"--net=/proc/{pid}/ns/net", "/usr/bin/ss", options]
+    return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=True).stdout
 
 
-def parse(text, netns):
+def parse(text: str, netns: int) -> Iterator[dict[str, object]]:
     for line in text.splitlines():
         protocol, state, _, _, local, remote, *rest = line.split(None, 6)
         address, lport, device = endpoint(local)
@@ -79,7 +82,7 @@ def parse(text, netns):
         }
 
 
-def endpoint(text):
+def endpoint(text: str) -> tuple[str, int, str]:
     """'[::1]%lo:80' and the like; '*' is a wildcard address (both families) or port."""
     address, _, port = text.rpartition(":")
     address, _, device = address.partition("%")
@@ -87,7 +90,7 @@ def endpoint(text):
     return "::" if address == "*" else address, 0 if port == "*" else int(port), device.strip("]")
 
 
-def processes():
+def processes() -> Iterator[dict[str, object]]:
     for pid in pids():
         try:
             yield process(pid)
@@ -95,11 +98,11 @@ def processes():
             continue
 
 
-def process(pid):
+def process(pid: int) -> dict[str, object]:
     status = dict(line.split(":\t", 1) for line in read(f"/proc/{pid}/status").splitlines() if ":\t" in line)
     stat = read(f"/proc/{pid}/stat")
     try:
-        exe = os.readlink(f"/proc/{pid}/exe")
+        exe: str | None = os.readlink(f"/proc/{pid}/exe")
     except OSError:  # a kernel thread
         exe = None
     return {
@@ -117,8 +120,8 @@ def process(pid):
     }
 
 
-def symbols(wanted):
-    found = {}
+def symbols(wanted: set[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
     if wanted:
         with open("/proc/kallsyms") as table:
             for line in table:
@@ -128,7 +131,7 @@ def symbols(wanted):
     return found
 
 
-def ram():
+def ram() -> list[list[int]]:
     """First and last address of each System RAM range."""
     lines = [line for line in read("/proc/iomem").splitlines() if line.endswith(" : System RAM")]
     return [[int(number, 16) for number in line.split(" : ")[0].strip().split("-")] for line in lines]

@@ -94,7 +94,7 @@ class Agent:
     """Speaks to the agent of one guest. Safe for several threads."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+        self._connection, self._lines = connection, connection.makefile("rb")
         self._send_lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._jobs: dict[int, Job] = {}
@@ -152,12 +152,13 @@ class Agent:
 
     def _listen(self) -> None:
         try:
-            for line in self._connection.makefile("rb"):
-                answer = json.loads(line)
-                if (job := self._jobs.get(answer["job"])) is not None:
-                    job.handle(answer)
-                elif (answers := self._answers.get(answer["job"])) is not None:
-                    answers.put(answer)
+            with self._lines as lines:
+                for line in lines:
+                    answer = json.loads(line)
+                    if (job := self._jobs.get(answer["job"])) is not None:
+                        job.handle(answer)
+                    elif (answers := self._answers.get(answer["job"])) is not None:
+                        answers.put(answer)
         except (OSError, ValueError):
             pass  # the guest has ended; whoever waits is told below
         for job in list(self._jobs.values()):

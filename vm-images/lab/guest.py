@@ -16,7 +16,6 @@ import time
 import uuid as uuids
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from lab.accel import QEMU, accelerator
@@ -36,9 +35,10 @@ class Guest:
     """A booted guest. Ended, and its files and its tap removed, by `close` or at the end of a `with`."""
 
     def __init__(
-        self, name: str, image: Image, network: Network, port: Port, process: subprocess.Popen[bytes], folder: Path, uuid: str
+        self, image: Image, network: Network, port: Port, *, process: subprocess.Popen[bytes], folder: Path
     ) -> None:
-        self.name, self.image, self.network, self.uuid = name, image, network, uuid
+        self.name = self.uuid = ""
+        self.image, self.network = image, network
         self.pid = process.pid
         self.port, self.mac, self.ip4, self.ip6 = port.ifname, port.mac, port.ip4, port.ip6
         self.netns = network.netns
@@ -47,6 +47,7 @@ class Guest:
         self._process, self._port, self._folder = process, port, folder
         self._agent: Agent | None = None
         self._monitor: Qmp | None = None
+        self._connections: list[socket.socket] = []
         atexit.register(self.close)
 
     def run(self, command: Sequence[str] | str, timeout_s: float = 60.0) -> CompletedRun:
@@ -110,12 +111,15 @@ class Guest:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        for connection in self._connections:
+            connection.close()
         self.network.remove_port(self._port)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def connect(self, agent: socket.socket, monitor: socket.socket) -> None:
         """Wait for the agent. What it said before we listened would be lost, so it answers and never speaks first."""
         start = time.monotonic()
+        self._connections = [agent, monitor]
         try:
             self._monitor = Qmp(monitor)
             self._agent = Agent(agent)
@@ -132,7 +136,7 @@ class Guest:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -161,8 +165,8 @@ def boot(
     agent, agent_far = socket.socketpair()
     monitor, monitor_far = socket.socketpair()
     kernel_line = f"console=ttyS0 quiet lab.ip4={port.ip4}/24 lab.ip6={port.ip6}/64 lab.name={name} {append}".strip()
-    command = [QEMU, "-name", f"guest={name}", "-uuid", identity, "-accel", accelerator(), "-cpu", cpu, "-smp", str(cpus)]
-    command += ["-m", str(memory_mb), *_machine(machine, memory_mb, shared, folder)]
+    command = [QEMU, "-name", f"guest={name}", "-uuid", identity, "-accel", accelerator(), "-cpu", cpu]
+    command += ["-smp", str(cpus), "-m", str(memory_mb), *_machine(machine, memory_mb, shared, folder)]
     command += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", kernel_line]
     command += ["-netdev", f"tap,id=net0,ifname={port.ifname},script=no,downscript=no"]
     command += ["-device", f"virtio-net-pci,netdev=net0,mac={port.mac}"]
@@ -171,7 +175,7 @@ def boot(
     command += ["-chardev", f"socket,id=monitor,fd={monitor_far.fileno()}", "-mon", "chardev=monitor,mode=control"]
     command += ["-chardev", f"socket,id=agent,fd={agent_far.fileno()}", "-device", "virtio-serial-pci"]
     command += ["-device", "virtserialport,chardev=agent,name=lab.agent", *extra]
-    with open(folder / "qemu.log", "wb") as log, agent_far, monitor_far:
+    with (folder / "qemu.log").open("wb") as log, agent_far, monitor_far:
         process = subprocess.Popen(
             network.enter(*command),
             stdin=subprocess.DEVNULL,
@@ -179,7 +183,8 @@ def boot(
             stderr=log,
             pass_fds=(agent_far.fileno(), monitor_far.fileno()),
         )
-    guest = Guest(name, image, network, port, process, folder, identity)
+    guest = Guest(image, network, port, process=process, folder=folder)
+    guest.name, guest.uuid = name, identity
     guest.qmp_path = folder / "qmp.sock" if qmp else None
     try:
         guest.connect(agent, monitor)

@@ -1,7 +1,8 @@
 """A bootable guest from a recipe: kernel, and a root file system that lives in the initramfs.
 
-The initramfs is two archives in a row, which the kernel unpacks one after the other (Documentation/driver-api/early-userspace/
-buffer-format.rst): a small plain one with this kernel's modules, and the lz4 one with the root, shared by all guests.
+The initramfs is two archives in a row, which the kernel unpacks one after the other (the kernel's documentation:
+driver-api/early-userspace/buffer-format.rst): a small plain one with this kernel's modules, and the lz4 one with the
+root, shared by all guests.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.packages import LabError, Package, cache_dir, fetch, locked, resolve
+from lab.packages import LabError, cache_dir, fetch, locked, resolve
 
 IMAGES = Path(__file__).resolve().parent.parent
 COMMON = IMAGES / "common"
+LIBRARY = ["-shared", "-fPIC", "-pthread"]
 MODULE_FOLDERS = r"(?:drivers/(?:virtio|char|net)/|net/(?:[^/]+/)*)"  # the rest of a kernel package is hardware
 
 Progress = Callable[[str], None]
@@ -57,7 +59,11 @@ def build(name: str, progress: Progress = lambda message: None) -> Image:
     if not home.exists():
         with locked(f"image-{name}"):
             if not home.exists():
-                _build(home, kernel, packages, recipe, root_key, progress)
+                progress(f"fetching packages for {name}")
+                kernel_deb, *debs = fetch([kernel, *packages])
+                root = _root_archive(root_key, debs, recipe["prune"], progress)
+                progress(f"unpacking {kernel.name}")
+                _assemble(home, kernel_deb, root, recipe["modules"])
     release = (home / "release").read_text().strip()
     return Image(name, home / "vmlinuz", home / "initramfs", release)
 
@@ -87,23 +93,14 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _build(
-    home: Path, kernel: Package, packages: list[Package], recipe: dict[str, Any], root_key: str, progress: Progress
-) -> None:
-    progress(f"fetching packages for {home.name}")
-    kernel_deb, *debs = fetch([kernel, *packages])
-    root = _root_archive(root_key, debs, recipe["prune"], progress)
-    progress(f"unpacking {kernel.name}")
+def _assemble(home: Path, kernel: Path, root: Path, modules: list[str]) -> None:
     home.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f"{home.name}.") as work:
         image, tree = Path(work, "image"), Path(work, "tree")
         image.mkdir()
-        release = _unpack_kernel(kernel_deb, image / "vmlinuz", tree, recipe["modules"])
+        release = _unpack_kernel(kernel, image / "vmlinuz", tree, modules)
         (image / "release").write_text(release + "\n")
-        with open(image / "initramfs", "wb") as initramfs:
-            initramfs.write(_cpio(tree))
-            with open(root, "rb") as archive:
-                shutil.copyfileobj(archive, initramfs)
+        (image / "initramfs").write_bytes(_cpio(tree) + root.read_bytes())
         image.rename(home)
 
 
@@ -137,12 +134,14 @@ def _furnish(tree: Path, prune: list[str]) -> None:
         (tree / name).symlink_to(f"usr/{name}")
     for path in prune:
         shutil.rmtree(tree / path, ignore_errors=True)
-    for name in ("proc", "sys", "dev", "run", "tmp", "root", "var/lib/nginx", "var/log/nginx", "opt"):
+    for name in ("proc", "sys", "dev", "run", "tmp", "root", "var/lib/nginx", "var/log/nginx", "opt", "usr/local/bin"):
         (tree / name).mkdir(parents=True, exist_ok=True)
     (tree / "tmp").chmod(0o1777)
     _tool("cp", "-a", "--no-preserve=ownership", f"{COMMON / 'rootfs'}/.", str(tree))
     shutil.copytree(COMMON / "workloads", tree / "opt/workloads", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(COMMON / "truth.py", tree / "opt/lab/truth.py")
+    shutil.copytree(COMMON / "parasite", tree / "opt/parasite")
+    _compile(tree)
     (tree / "usr/bin/python3").unlink(missing_ok=True)
     (tree / "usr/bin/python3").symlink_to("python3.11")
     for applet in subprocess.check_output(["chroot", str(tree), "/bin/busybox", "--list"], text=True).split():
@@ -154,19 +153,29 @@ def _furnish(tree: Path, prune: list[str]) -> None:
     _tool("chroot", str(tree), "/usr/bin/python3.11", "-c", compiler + mode)
 
 
+def _compile(tree: Path) -> None:
+    """The guest's C programs, made with the host's compiler: the host is the same Debian, so libc fits."""
+    _tool("gcc", "-O2", "-o", str(tree / "usr/local/bin/updater"), str(COMMON / "programs/updater.c"))
+    for source, target, options in (("inject.c", "inject", []), ("parasite.c", "libparasite.so", LIBRARY)):
+        place = tree / "opt/parasite"
+        _tool("gcc", "-O2", *options, "-o", str(place / target), str(place / source))
+
+
 def _unpack_kernel(deb: Path, vmlinuz: Path, tree: Path, wanted: list[str]) -> str:
     """Write the kernel and the wanted modules; return its release."""
     modules: dict[str, bytes] = {}
     release = ""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
-        with tarfile.open(fileobj=process.stdout, mode="r|") as members:
-            for member in members:
-                if found := re.fullmatch(r"\./boot/vmlinuz-(.+)", member.name):
-                    release = found[1]
-                    vmlinuz.write_bytes(_content(members, member))
-                elif found := re.fullmatch(r".*/kernel/" + MODULE_FOLDERS + r"([^/]+)\.ko(\.xz)?", member.name):
-                    content = _content(members, member)
-                    modules[found[1].replace("-", "_")] = lzma.decompress(content) if found[2] else content
+    with (
+        subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process,
+        tarfile.open(fileobj=process.stdout, mode="r|") as members,
+    ):
+        for member in members:
+            if found := re.fullmatch(r"\./boot/vmlinuz-(.+)", member.name):
+                release = found[1]
+                vmlinuz.write_bytes(_content(members, member))
+            elif found := re.fullmatch(r".*/kernel/" + MODULE_FOLDERS + r"([^/]+)\.ko(\.xz)?", member.name):
+                content = _content(members, member)
+                modules[found[1].replace("-", "_")] = lzma.decompress(content) if found[2] else content
     if not release:
         raise LabError(f"{deb.name} holds no kernel; is it a package of the form linux-image-*?")
     place = tree / "lib-modules"

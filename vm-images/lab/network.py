@@ -3,7 +3,7 @@
     host namespace                      world namespace
     tap1, tap2 ... ── br0 ── world0 ════ eth0   10.77.0.1, fd77::1
 
-QEMU runs in the host namespace, servers and clients in the world. A guest's n-th address is 10.77.0.(10+n), fd77::(10+n).
+QEMU runs in the host namespace, servers and clients in the world. The n-th guest has 10.77.0.(10+n) and fd77::(10+n).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from lab.packages import LabError
@@ -58,7 +58,7 @@ class Network:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ def cache_dir() -> Path:
 @contextmanager
 def locked(name: str) -> Iterator[None]:
     """Only one process at a time inside; the kernel frees the lock when its holder dies (flock(2))."""
-    with open(cache_dir() / f"{name}.lock", "w") as lock:
+    with Path(cache_dir(), f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -77,7 +77,7 @@ def fetch(packages: Iterable[Package]) -> list[Path]:
     missing = [p for p in wanted if _deb(debs, p) is None]
     if missing:
         with tempfile.TemporaryDirectory(dir=debs, prefix="partial-") as partial:
-            os.chmod(partial, 0o755)
+            Path(partial).chmod(0o755)
             _apt("apt-get", "-qq", "download", *(f"{p.name}={p.version}" for p in missing), cwd=partial)
             for deb in Path(partial).glob("*.deb"):
                 deb.rename(debs / deb.name)
@@ -99,8 +99,11 @@ def _choose_kernel(pattern: str, choose: str) -> Package:
     names = _apt("apt-cache", "pkgnames", "linux-image-").split()
     matching = [name for name in names if re.fullmatch(pattern, name)]
     if not matching:
-        raise LabError(f"no package matches {pattern}; run `apt-get update`, and see that apt's sources are Debian 12's")
-    ordered = sorted(_versions(matching), key=functools.cmp_to_key(lambda a, b: version_order(a.version, b.version)))
+        raise LabError(
+            f"no package matches {pattern}; run `apt-get update`, and see that apt's sources are of Debian 12"
+        )
+    in_order = functools.cmp_to_key(version_order)
+    ordered = sorted(_versions(matching), key=lambda package: in_order(package.version))
     return ordered[-1 if choose == "newest" else 0]
 
 
@@ -152,8 +155,9 @@ def _lists_state() -> list[tuple[str, int]]:
 
 
 def _apt(*command: str, cwd: str | None = None) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+        done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True, env=environment)
     except FileNotFoundError:
         raise LabError(f"{command[0]} is not here; guests are built on a Debian 12 host") from None
     if done.returncode != 0:

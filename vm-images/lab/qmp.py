@@ -16,7 +16,7 @@ class Qmp:
 
     def __init__(self, connection: socket.socket, timeout_s: float = 30.0) -> None:
         self.events: list[dict[str, Any]] = []
-        self._connection, self._timeout_s = connection, timeout_s
+        self._connection, self._lines, self._timeout_s = connection, connection.makefile("rb"), timeout_s
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="qmp", daemon=True).start()
@@ -37,12 +37,13 @@ class Qmp:
 
     def _listen(self) -> None:
         try:
-            for line in self._connection.makefile("rb"):
-                message = json.loads(line)
-                if "event" in message:
-                    self.events.append(message)
-                elif "QMP" not in message:
-                    self._answers.put(message)
+            with self._lines as lines:
+                for line in lines:
+                    message = json.loads(line)
+                    if "event" in message:
+                        self.events.append(message)
+                    elif "QMP" not in message:
+                        self._answers.put(message)
         except (OSError, ValueError):
             pass  # QEMU has ended
         self._answers.put({"error": {"desc": "QEMU has ended"}})

@@ -69,15 +69,9 @@ class Truth:
     @classmethod
     def parse(cls, document: dict[str, Any]) -> Self:
         """From the script's JSON."""
-        sockets = [
-            Socket(**{**entry, "owners": tuple(Owner(**owner) for owner in entry["owners"])}) for entry in document["sockets"]
-        ]
         return cls(
-            sockets=tuple(sockets),
-            processes=tuple(
-                Process(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
-                for entry in document["processes"]
-            ),
+            sockets=tuple(_socket(entry) for entry in document["sockets"]),
+            processes=tuple(_process(entry) for entry in document["processes"]),
             raw_ss={int(netns): text for netns, text in document["raw_ss"].items()},
             packet_ss={int(netns): text for netns, text in document["packet_ss"].items()},
             symbols=document["symbols"],
@@ -92,3 +86,13 @@ class Truth:
     def process(self, pid: int) -> Process | None:
         """The process with this pid."""
         return next((process for process in self.processes if process.pid == pid), None)
+
+
+def _socket(entry: dict[str, Any]) -> Socket:
+    owners = tuple(Owner(**owner) for owner in entry.pop("owners"))
+    return Socket(owners=owners, **entry)
+
+
+def _process(entry: dict[str, Any]) -> Process:
+    lists: dict[str, Any] = {key: tuple(entry.pop(key)) for key in ("cmdline", "nspid", "threads")}
+    return Process(**lists, **entry)

@@ -1,7 +1,9 @@
+# ruff: noqa: PTH101, PTH103, PTH120, PTH123, PTH208
+# (no pathlib: it takes long to import in an emulated guest)
 """The guest's end of the lab: runs commands and moves files for the host, over one virtio-serial port.
 
-One JSON object per line each way. Every request carries `job`, and so does every answer to it. What is written before the
-host listens is lost, so the agent never speaks first.
+One JSON object per line each way. Every request carries `job`, and so does every answer to it. What is written before
+the host listens is lost, so the agent never speaks first.
 """
 
 import base64
@@ -11,12 +13,13 @@ import signal
 import subprocess
 import threading
 import time
+from typing import IO, Any
 
 PORT = "lab.agent"
 CHUNK = 48 * 1024
 
 
-def port_path():
+def port_path() -> str:
     while True:
         for name in os.listdir("/sys/class/virtio-ports"):
             with open(f"/sys/class/virtio-ports/{name}/name") as text:
@@ -26,18 +29,18 @@ def port_path():
 
 
 class Agent:
-    def __init__(self, fd):
+    def __init__(self, fd: int) -> None:
         self.fd = fd
         self.lock = threading.Lock()
-        self.jobs = {}
+        self.jobs: dict[int, int] = {}
 
-    def send(self, **answer):
+    def send(self, **answer: object) -> None:
         line = json.dumps(answer).encode() + b"\n"
         with self.lock:
             while line:
                 line = line[os.write(self.fd, line) :]
 
-    def serve(self):
+    def serve(self) -> None:
         rest = b""
         while True:
             data = os.read(self.fd, 65536)
@@ -48,7 +51,7 @@ class Agent:
             for line in lines:
                 self.handle(json.loads(line))
 
-    def handle(self, request):
+    def handle(self, request: dict[str, Any]) -> None:
         do, job = request["do"], request["job"]
         try:
             if do == "hello":
@@ -66,14 +69,14 @@ class Agent:
         except (OSError, KeyError, ValueError) as error:
             self.send(job=job, error=f"{type(error).__name__}: {error}")
 
-    def put(self, request):
+    def put(self, request: dict[str, Any]) -> None:
         path, mode = request["path"], "ab" if request["append"] else "wb"
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, mode) as file:
             file.write(base64.b64decode(request["data"]))
         os.chmod(path, request["mode"])
 
-    def get(self, job, path):
+    def get(self, job: int, path: str) -> None:
         try:
             with open(path, "rb") as file:
                 while data := file.read(CHUNK):
@@ -82,7 +85,7 @@ class Agent:
         except OSError as error:
             self.send(job=job, error=f"{type(error).__name__}: {error}")
 
-    def spawn(self, job, command):
+    def spawn(self, job: int, command: str | list[str]) -> None:
         try:
             process = subprocess.Popen(
                 command,
@@ -100,6 +103,7 @@ class Agent:
         pumps = [
             threading.Thread(target=self.pump, args=(job, name, pipe), daemon=True)
             for name, pipe in (("stdout", process.stdout), ("stderr", process.stderr))
+            if pipe
         ]
         for pump in pumps:
             pump.start()
@@ -109,12 +113,12 @@ class Agent:
         del self.jobs[job]
         self.send(job=job, exit=code)
 
-    def pump(self, job, stream, pipe):
+    def pump(self, job: int, stream: str, pipe: IO[bytes]) -> None:
         while data := os.read(pipe.fileno(), CHUNK):
             self.send(job=job, stream=stream, data=base64.b64encode(data).decode())
 
 
-def main():
+def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     os.environ.update(PATH="/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", LANG="C.UTF-8", PYTHONDONTWRITEBYTECODE="1")
     Agent(os.open(port_path(), os.O_RDWR)).serve()
