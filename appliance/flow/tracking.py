@@ -1,0 +1,60 @@
+"""A frame source and a flow table make a ``PacketTap``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from appliance.flow.table import FlowTable
+from appliance.model import FlowEnd, FlowEvent, GuestId, TapStats
+from appliance.ports import FrameSource
+
+
+class TrackedTap:
+    """The packet eye of one guest. ``clock`` ages flows while the port is silent; a capture file needs none.
+
+    Several ports are one source: see ``appliance.tap.merged``.
+    """
+
+    def __init__(
+        self, vm: GuestId, source: FrameSource, table: FlowTable | None = None, clock: Callable[[], int] | None = None
+    ) -> None:
+        self.vm = vm
+        self.table = FlowTable(vm) if table is None else table
+        self._source = source
+        self._clock = clock
+        self._live = source.fileno() >= 0
+        self._closed = False
+
+    def poll(self, timeout_s: float) -> list[FlowEvent]:
+        """Wait at most ``timeout_s`` for packets, then return the events they make (one batch of frames)."""
+        events: list[FlowEvent] = []
+        feed = self.table.feed
+        for frame in self._source.frames(timeout_s):
+            events += feed(frame)
+        if self._clock is not None:
+            events += self.table.sweep(self._clock())
+        return events
+
+    @property
+    def exhausted(self) -> bool:
+        """No further event will come: the end of a file, or the port is gone."""
+        return self._source.exhausted
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when ``poll`` has work; -1 for a source that is always ready."""
+        return self._source.fileno()
+
+    def stats(self) -> TapStats:
+        """Counters since the start."""
+        return replace(self.table.stats, lost=self._source.lost())
+
+    def close(self) -> list[FlowEvent]:
+        """Stop; the events that end the flows still open."""
+        if self._closed:
+            return []
+        self._closed = True
+        gone = self._live and self._source.exhausted
+        self._source.close()
+        now_ns = self.table.now_ns if self._clock is None else self._clock()
+        return self.table.close(now_ns, FlowEnd.GUEST_GONE if gone else FlowEnd.WATCH_ENDED)
