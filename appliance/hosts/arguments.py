@@ -1,0 +1,175 @@
+"""What a QEMU command line says of a guest's identity and network cards. Parses text only, touches nothing.
+
+Sources: qemu-options.hx (-name, -uuid, -m, -netdev, -nic, -net, -device), qapi/net.json (netdev types and the JSON
+syntax), util/qemu-option.c (``a=b,c,,d``: a doubled comma stands for one), net/net.c (default MAC addresses).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+_NO_VALUE: Final = frozenset({"S", "nodefaults", "no-user-config", "snapshot", "daemonize", "enable-kvm", "nographic"})
+_UNITS: Final = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
+_DEFAULT_MEMORY: Final = 128 << 20  # hw/core/machine.c
+_DEFAULT_MAC: Final = "52:54:00:12:34:{:02x}"  # net/net.c: 0x56 + index
+
+
+@dataclass(frozen=True, slots=True)
+class NetDevice:
+    """One network back end: its type, how its port is named (interface, descriptors), and the MAC the guest has."""
+
+    id: str
+    kind: str
+    ifname: str | None = None
+    fds: tuple[int, ...] = ()
+    mac: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What the inventory wants to know of one QEMU."""
+
+    name: str | None
+    uuid: str | None
+    machine: str
+    memory_bytes: int
+    nets: tuple[NetDevice, ...]
+    passthrough: tuple[str, ...]  # devices handed to the guest as they are
+    default_net: bool  # nothing was said of networks: QEMU adds a user-mode one
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read the arguments of a QEMU process (``argv[0]`` included)."""
+    options = list(_pairs(argv))
+    keys = {key for key, _ in options}
+    machine = _merge(options, ("machine", "M"), "type")
+    return Arguments(
+        name=_text(_merge(options, ("name",), "guest").get("guest")),
+        uuid=next((value.lower() for key, value in options if key == "uuid"), None),
+        machine=_text(machine.get("type")) or "pc",
+        memory_bytes=_size(_text(_merge(options, ("m",), "size").get("size"))),
+        nets=tuple(_with_default_macs(_net_devices(options))),
+        passthrough=tuple(_passthrough(options)),
+        default_net=not keys & {"netdev", "nic", "net", "nodefaults"},
+    )
+
+
+def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Options and their values; ``--option`` is ``-option``."""
+    at = 1
+    while at < len(argv):
+        word = argv[at]
+        at += 1
+        if not word.startswith("-") or word == "-":
+            continue
+        key, value = word.lstrip("-"), ""
+        if key not in _NO_VALUE and at < len(argv) and (not argv[at].startswith("-") or argv[at] == "-"):
+            value = argv[at]
+            at += 1
+        yield key, value
+
+
+def _properties(text: str, implied: str) -> dict[str, Any]:
+    """``a,b=c`` or a JSON object to a dict; the first word without ``=`` is the value of ``implied``."""
+    if text.lstrip().startswith("{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+    properties: dict[str, Any] = {}
+    for index, word in enumerate(re.split(r"(?<!,),(?!,)", text)):
+        key, equals, value = word.replace(",,", ",").partition("=")
+        if not equals and index == 0:
+            key, value = implied, key
+        properties[key] = value if equals or index == 0 else "on"
+    return properties
+
+
+def _merge(options: list[tuple[str, str]], keys: tuple[str, ...], implied: str) -> dict[str, Any]:
+    """All uses of an option together: the last word wins."""
+    merged: dict[str, Any] = {}
+    for key, text in options:
+        if key in keys:
+            merged |= _properties(text, implied)
+    return merged
+
+
+def _net_devices(options: list[tuple[str, str]]) -> Iterator[NetDevice]:
+    macs, plugged = _front_ends(options)
+    hub_nics = [_properties(text, "type") for key, text in options if key == "net" and text.startswith("nic")]
+    hub_mac = _text(hub_nics[0].get("macaddr")) if len(hub_nics) == 1 else None
+    for key, text in options:
+        if key not in {"netdev", "nic", "net"}:
+            continue
+        found = _properties(text, "type")
+        kind = _text(found.get("type")) or ""
+        if kind in {"", "nic", "none", "hubport"}:
+            continue
+        ident = _text(found.get("id")) or kind
+        mac: str | None = macs.get(ident) if key == "netdev" else hub_mac
+        if key == "netdev" and ident not in plugged:
+            continue  # no card: the guest has no such port
+        if key == "nic":
+            mac = _text(found.get("mac") or found.get("macaddr"))
+        yield NetDevice(ident, kind, _text(found.get("ifname")), _descriptors(found), _mac(mac))
+
+
+def _front_ends(options: list[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
+    """The cards (-device): MAC by netdev id, and which netdevs have a card at all."""
+    macs: dict[str, str] = {}
+    plugged: set[str] = set()
+    for key, text in options:
+        found = _properties(text, "driver" if key == "device" else "type")
+        ident = _text(found.get("netdev"))
+        if ident and (key == "device" or (key == "net" and found.get("type") == "nic")):
+            plugged.add(ident)
+            if mac := _text(found.get("mac") or found.get("macaddr")):
+                macs[ident] = mac
+    return macs, plugged
+
+
+def _with_default_macs(devices: Iterator[NetDevice]) -> Iterator[NetDevice]:
+    """Cards for which no MAC was given get QEMU's own, in order."""
+    known = list(devices)
+    taken = {device.mac for device in known}
+    free = (mac for index in range(0x56, 0x100) if (mac := _DEFAULT_MAC.format(index)) not in taken)
+    for device in known:
+        mac = device.mac or next(free, None)
+        yield NetDevice(device.id, device.kind, device.ifname, device.fds, mac)
+
+
+def _passthrough(options: list[tuple[str, str]]) -> Iterator[str]:
+    for key, text in options:
+        if key == "device":
+            found = _properties(text, "driver")
+            driver = _text(found.get("driver")) or ""
+            if driver.startswith("vfio-"):
+                where = _text(found.get("host") or found.get("sysfsdev")) or "?"
+                yield f"{driver} {where}"
+
+
+def _descriptors(found: dict[str, Any]) -> tuple[int, ...]:
+    text = ":".join(str(found[key]) for key in ("fd", "fds") if key in found)
+    return tuple(int(word) for word in text.split(":") if word.isdigit())
+
+
+def _mac(text: str | None) -> str | None:
+    if text is None:
+        return None
+    plain = text.lower().replace("-", ":")
+    return plain if re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", plain) else None
+
+
+def _text(value: object) -> str | None:
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def _size(text: str | None) -> int:
+    """Memory size: a number of MiB, or one with a unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([bkmgtp]?)", (text or "").lower())
+    return int(float(found[1]) * (1 << _UNITS[found[2]])) if found else _DEFAULT_MEMORY
