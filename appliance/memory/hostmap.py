@@ -1,0 +1,214 @@
+"""Finds the host memory behind a QEMU guest's RAM: in ``/proc/PID/maps``, chosen by name and size, proven by content.
+
+The mapping of plain RAM may be merged with its neighbours or cut up by madvise, so a mapping's borders are only a first
+guess; the page tables of the kernel inside decide (anchor.py). A guest without a Linux kernel is accepted when exactly
+one mapping has the right size.
+Sources: proc(5), QEMU util/mmap-alloc.c (RAM is aligned to 2 MiB), backends/hostmem-memfd.c, hostmem-file.c.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from appliance.errors import GuestGone, HostError, PermissionRefused
+from appliance.memory.anchor import SLOT, find_tables
+from appliance.memory.commandline import Backend, CommandLine
+from appliance.memory.layout import Extent, above_start, extents
+from appliance.memory.process import ProcessMemory
+
+
+class Span(NamedTuple):
+    """A run of RAM: ``[gpa, end)`` lies at ``hva`` of the QEMU process."""
+
+    gpa: int
+    end: int
+    hva: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block of host memory; ``offset`` is its place in the machine's linear RAM."""
+
+    hva: int
+    size: int
+    offset: int
+    fd: int | None = None  # of a shared block: a read-only descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class HostMap:
+    """Where all of a guest's RAM lies, and how that is known."""
+
+    blocks: tuple[Block, ...]
+    spans: tuple[Span, ...]
+    proof: str
+
+
+class Mapping(NamedTuple):
+    """One line of ``/proc/PID/maps``."""
+
+    start: int
+    end: int
+    flags: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+
+def locate(process: ProcessMemory, line: CommandLine) -> HostMap:
+    """Find every block. Raises HostError when one cannot be found, PermissionRefused, GuestGone."""
+    maps = read_maps(process.pid)
+    layout = extents(line, above_start(line, _is_amd()))
+    blocks: list[Block] = []
+    taken: list[int] = []
+    proofs: list[str] = []
+    offset = 0
+    for backend in line.blocks:
+        size = backend.size or line.ram_size
+        hva, proof, inode = _find(process, backend, size, offset, maps, layout, taken)
+        fd = _open_shared(process.pid, inode, size) if inode and backend.shared and len(line.blocks) == 1 else None
+        blocks.append(Block(hva, size, offset, fd))
+        taken.append(hva)
+        proofs.append(proof)
+        offset += size
+    if offset < line.ram_size:
+        raise HostError(
+            f"QEMU's command line asks for {line.ram_size:#x} bytes of RAM, but its blocks have {offset:#x}"
+        )
+    return HostMap(tuple(blocks), tuple(_spans(blocks, layout)), "; ".join(dict.fromkeys(proofs)))
+
+
+def read_maps(pid: int) -> list[Mapping]:
+    """Parse ``/proc/PID/maps``. Raises PermissionRefused, GuestGone."""
+    try:
+        text = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
+    except PermissionError:
+        raise PermissionRefused(
+            f"the mappings of process {pid} may not be read: run as root or with CAP_SYS_PTRACE"
+        ) from None
+    except OSError:
+        raise GuestGone(f"process {pid} has ended") from None
+    return [_parse(entry) for entry in text.splitlines()]
+
+
+def _parse(entry: str) -> Mapping:
+    span, flags, offset, device, inode, *path = entry.split(None, 5)
+    start, end = (int(part, 16) for part in span.split("-"))
+    return Mapping(start, end, flags, int(offset, 16), device, int(inode), path[0] if path else "")
+
+
+def _find(
+    process: ProcessMemory,
+    backend: Backend,
+    size: int,
+    offset: int,
+    maps: Sequence[Mapping],
+    layout: Sequence[Extent],
+    taken: Sequence[int],
+) -> tuple[int, str, int]:
+    """Host address of a block, how it is known, and the inode behind it (0: none)."""
+    runs = list(_runs(backend, maps))
+    exact = [run for run in runs if run.end - run.start == size and run.start not in taken]
+    exact += [
+        m for m in maps if _fits(backend, m) and m.end - m.start == size and m.start not in taken and m not in exact
+    ]
+    wide = [run for run in runs if run.end - run.start > size]
+    quick = len(exact) == 1
+    for run in (*exact, *wide):
+        for hva, gpa in find_tables(process, run.start, run.end, quick=quick):
+            base = _base(hva, gpa, offset, size, layout)
+            if (
+                base is not None
+                and run.start <= base
+                and base + size <= run.end
+                and (run not in exact or base == run.start)
+            ):
+                return base, "proven by the guest's kernel page tables", run.inode
+    if len(exact) == 1:
+        return exact[0].start, "the only mapping of that size", exact[0].inode
+    if exact and all(run.inode for run in exact):  # equal blocks of a NUMA guest: QEMU creates them in order
+        return exact[0].start, "by order among equal blocks", exact[0].inode
+    if len(wide) == 1 and not exact and wide[0].start % SLOT == 0 and wide[0].inode:
+        return wide[0].start, "the start of the only mapping that is large enough", wide[0].inode
+    raise HostError(
+        f"the {size >> 20} MiB of RAM behind {backend.id!r} cannot be told apart among {len(exact) + len(wide)} "
+        f"mappings of QEMU process {process.pid}, and no Linux kernel in it settles the matter; "
+        "give its QMP socket to ask QEMU itself"
+    )
+
+
+def _base(hva: int, gpa: int, offset: int, size: int, layout: Sequence[Extent]) -> int | None:
+    """The host address of a block, given that guest-physical ``gpa`` was seen at ``hva``."""
+    for extent in layout:
+        if extent.gpa <= gpa < extent.gpa + extent.size:
+            linear = extent.offset + gpa - extent.gpa
+            return hva - (linear - offset) if offset <= linear < offset + size else None
+    return None
+
+
+def _fits(backend: Backend, mapping: Mapping) -> bool:
+    if not mapping.flags.startswith("rw"):
+        return False
+    if backend.kind == "memfd":
+        return mapping.path.startswith("/memfd:")
+    if backend.kind == "file":
+        folder = (backend.path or "").rstrip("/")
+        # A directory gets an unlinked file of QEMU's own naming (qemu_back_mem.ID.XXXXXX).
+        return mapping.path.removesuffix(" (deleted)") == folder or mapping.path.startswith(folder + "/")
+    if backend.shared:  # anonymous shared memory: the kernel's own tmpfs, or a memfd by newer QEMU
+        return mapping.flags[3] == "s" and mapping.path.startswith(("/dev/zero", "/memfd:"))
+    return mapping.inode == 0 and mapping.flags[3] == "p" and (not mapping.path or mapping.path.startswith("[anon"))
+
+
+def _runs(backend: Backend, maps: Sequence[Mapping]) -> Iterator[Mapping]:
+    """Adjacent mappings that belong together, joined."""
+    current: Mapping | None = None
+    for mapping in maps:
+        if not _fits(backend, mapping):
+            continue
+        if current and mapping.start == current.end and mapping.inode == current.inode:
+            current = current._replace(end=mapping.end)
+            continue
+        if current:
+            yield current
+        current = mapping
+    if current:
+        yield current
+
+
+def _spans(blocks: Sequence[Block], layout: Sequence[Extent]) -> Iterator[Span]:
+    for extent in layout:
+        for block in blocks:
+            start = max(extent.offset, block.offset)
+            end = min(extent.offset + extent.size, block.offset + block.size)
+            if start < end:
+                gpa = extent.gpa + start - extent.offset
+                yield Span(gpa, gpa + end - start, block.hva + start - block.offset)
+
+
+def _open_shared(pid: int, inode: int, size: int) -> int | None:
+    """A read-only descriptor of the file behind shared RAM, through QEMU's own; None: read it as plain RAM."""
+    try:
+        paths = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return None
+    for path in paths:
+        try:
+            status = path.stat()
+            if status.st_ino == inode and status.st_size >= size:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+    return None
+
+
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()[:400]
+    except OSError:
+        return False

@@ -1,0 +1,240 @@
+"""Reads the RAM of a running, unmodified QEMU from outside: no pause, no write, no monitor.
+
+The guest-physical map comes from the command line (layout.py) and ``/proc/PID/maps`` (hostmap.py). Plain RAM is read
+through ``/proc/PID/mem`` and ``process_vm_readv``; shared RAM (memfd, file) through a read-only mapping of ours.
+
+Never-touched pages: a read through ``/proc/PID/mem`` maps the shared zero page, nothing is allocated. Reading a hole of
+a *shared* block allocates that page, at most the RAM the guest was promised anyway; scans therefore ask `data_regions`,
+which skips holes (lseek SEEK_DATA), and only single reads of what the guest itself points to go through the mapping.
+A shared file that is truncated on the host kills its QEMU by SIGBUS, and every reader of the mapping with it.
+Sources: proc(5), lseek(2), QEMU util/mmap-alloc.c, backends/hostmem-*.c, softmmu/physmem.c.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from appliance.errors import GuestGone, HostError, PermissionRefused, UnreadableMemory, UsageError
+from appliance.memory import qmp
+from appliance.memory.commandline import CommandLine, parse_command_line, qemu_target
+from appliance.memory.hostmap import Block, Span, locate
+from appliance.memory.process import ProcessMemory, read_start_time
+from appliance.model import Region, VcpuState
+
+MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h: never take huge pages for us
+
+
+class QemuMemory:
+    """Guest-physical RAM of one QEMU process. ``proof`` says how the map was found."""
+
+    name = "qemu"
+    live = True
+
+    def __init__(
+        self, process: ProcessMemory, spans: Sequence[Span], *, monitor: str | None = None, proof: str = ""
+    ) -> None:
+        self.pid, self.proof = process.pid, proof
+        self.instance = f"{process.pid}.{process.started}"
+        self._process, self._monitor = process, monitor
+        self._spans = tuple(sorted(spans))
+        self._starts = [span.gpa for span in self._spans]
+        self._regions = tuple(Region(span.gpa, span.end - span.gpa) for span in self._spans)
+        main = max(self._spans, key=lambda span: span.end - span.gpa)
+        self._low, self._high, self._delta = main.gpa, main.end, main.hva - main.gpa
+        self._read = process.read
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """RAM, sorted, disjoint; without the hole between 640 KiB and 1 MiB."""
+        return self._regions
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
+        if self._low <= gpa and gpa + size <= self._high and size >= 0:
+            return self._read(gpa + self._delta, size)
+        return self._read(self._translate(gpa, size), size)
+
+    def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Read many ``(gpa, size)`` spans, 1024 by one system call; None where one is unreadable."""
+        try:
+            return self.readv_packed(array("Q", chain.from_iterable(spans)))
+        except OverflowError:  # a negative number, or one beyond 64 bits
+            return [self._read_or_none(gpa, size) for gpa, size in spans]
+
+    def readv_packed(self, spans: array[int]) -> list[bytes | None]:
+        """`readv` of one array of ``gpa, size`` pairs: the fast way."""
+        gpas, sizes = spans[0::2], spans[1::2]
+        if not gpas:
+            return []
+        if self._low <= min(gpas) and max(gpas) + largest(sizes) <= self._high:
+            return self._read_many(spans)
+        return self._readv_mixed(gpas, sizes)
+
+    def data_regions(self) -> tuple[Region, ...]:
+        """The regions worth scanning."""
+        return self._regions
+
+    def vcpus(self) -> tuple[VcpuState, ...]:
+        """Registers, where QEMU has a free QMP socket of ours to ask; else empty."""
+        if self._monitor is None:
+            return ()
+        try:
+            return qmp.read_vcpus(self._monitor)
+        except HostError:
+            return ()  # busy or gone: the port promises "empty where this route has none"
+
+    def check_alive(self) -> None:
+        """Raise GuestGone unless the same QEMU process is still there."""
+        self._process.check_alive()
+
+    def close(self) -> None:
+        """Release the descriptors; may be called twice."""
+        self._process.close()
+
+    def _translate(self, gpa: int, size: int) -> int:
+        index = bisect_right(self._starts, gpa) - 1
+        if index >= 0 and size >= 0:
+            span = self._spans[index]
+            if gpa + size <= span.end:
+                return span.hva + gpa - span.gpa
+        raise UnreadableMemory(gpa, size, "not RAM")
+
+    def _read_many(self, spans: array[int]) -> list[bytes | None]:
+        return self._process.readv(spans, self._delta)
+
+    def _readv_mixed(self, gpas: array[int], sizes: array[int]) -> list[bytes | None]:
+        """Spans in several runs of RAM, or outside."""
+        starts, table = self._starts, [(span.end, span.hva - span.gpa) for span in self._spans]
+        table.append((-1, 0))  # what bisect's -1 finds: nothing
+        inside: list[int] = []
+        places: list[int] = []
+        for place, (gpa, size) in enumerate(zip(gpas, sizes, strict=True)):
+            end, delta = table[bisect_right(starts, gpa) - 1]
+            if gpa + size <= end:
+                inside += (gpa + delta, size)
+                places.append(place)
+        pieces = self._process.readv(array("Q", inside))
+        if len(pieces) == len(gpas):
+            return pieces
+        found: list[bytes | None] = [None] * len(gpas)
+        for place, piece in zip(places, pieces, strict=True):
+            found[place] = piece
+        return found
+
+    def _read_or_none(self, gpa: int, size: int) -> bytes | None:
+        try:
+            return self.read(gpa, size)
+        except UnreadableMemory:
+            return None
+
+
+class SharedQemuMemory(QemuMemory):
+    """The same for RAM that QEMU shares through one file or memfd: read by a mapping of our own."""
+
+    name = "qemu-shared"
+
+    def __init__(
+        self, process: ProcessMemory, spans: Sequence[Span], block: Block, fd: int, *, monitor: str | None, proof: str
+    ) -> None:
+        super().__init__(process, spans, monitor=monitor, proof=proof)
+        self._fd = fd
+        self._map = mmap.mmap(fd, block.size, mmap.MAP_SHARED | MAP_NORESERVE, mmap.PROT_READ)
+        self._base = block.hva
+        self._read = self._read_mapped
+
+    def data_regions(self) -> tuple[Region, ...]:
+        """The parts of RAM that the guest or QEMU has ever touched."""
+        found = []
+        for span in self._spans:
+            position, end = span.hva - self._base, span.hva - self._base + span.end - span.gpa
+            shift = span.gpa - position
+            while position < end:
+                try:
+                    start = os.lseek(self._fd, position, os.SEEK_DATA)
+                except OSError:
+                    break  # ENXIO: only a hole follows
+                position = min(os.lseek(self._fd, start, os.SEEK_HOLE), end)
+                if start < position:
+                    found.append(Region(start + shift, position - start))
+        return tuple(found)
+
+    def close(self) -> None:
+        """Release the mapping and the descriptors; may be called twice."""
+        super().close()
+        self._map.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read_mapped(self, hva: int, size: int) -> bytes:
+        start = hva - self._base
+        return self._map[start : start + size]
+
+    def _read_many(self, spans: array[int]) -> list[bytes | None]:
+        self._process.check_alive()
+        data, delta = self._map, self._delta - self._base
+        pairs = zip(spans[0::2], spans[1::2], strict=True)
+        return [data[gpa + delta : gpa + delta + size] for gpa, size in pairs]
+
+    def _readv_mixed(self, gpas: array[int], sizes: array[int]) -> list[bytes | None]:
+        self._process.check_alive()
+        return [self._read_or_none(gpa, size) for gpa, size in zip(gpas, sizes, strict=True)]
+
+
+def largest(sizes: array[int]) -> int:
+    """The largest size; a short cut where all are equal."""
+    same = sizes.tobytes() == sizes[:1].tobytes() * len(sizes)
+    return sizes[0] if same else max(sizes)
+
+
+def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = True) -> QemuMemory:
+    """Open the RAM of a running QEMU.
+
+    ``monitor`` names a QMP socket; with ``passive=False`` one found on the command line is used too, for registers.
+    Raises UsageError (no such process, no QEMU), PermissionRefused, HostError (no x86, RAM not found), GuestGone.
+    """
+    line = read_command_line(pid)
+    socket = str(monitor) if monitor else None
+    if socket is None and not passive and line.monitors:
+        socket = f"/proc/{pid}/root{line.monitors[0]}"
+    process = ProcessMemory(pid)
+    try:
+        found = locate(process, line)
+        block = found.blocks[0]
+        if block.fd is not None:
+            return SharedQemuMemory(process, found.spans, block, block.fd, monitor=socket, proof=found.proof)
+        return QemuMemory(process, found.spans, monitor=socket, proof=found.proof)
+    except BaseException:
+        process.close()
+        raise
+
+
+def read_command_line(pid: int) -> CommandLine:
+    """The command line of a QEMU process. Raises UsageError, PermissionRefused, HostError."""
+    read_start_time(pid)
+    try:
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+    except OSError:
+        raise GuestGone(f"process {pid} has ended") from None
+    try:
+        exe = str(Path(f"/proc/{pid}/exe").readlink())
+    except PermissionError:
+        exe = argv[0] if argv else ""
+        if qemu_target(exe, exe):
+            raise PermissionRefused(
+                f"QEMU process {pid} may not be looked at: run as root or with CAP_SYS_PTRACE"
+            ) from None
+    except OSError:
+        exe = ""
+    target = qemu_target(argv[0] if argv else "", exe)
+    if target is None:
+        raise UsageError(f"process {pid} is no QEMU: {exe or (argv[0] if argv else 'a kernel thread')}")
+    if target != "x86":
+        raise HostError(f"process {pid} emulates {target}; only x86 guests are supported")
+    return parse_command_line(argv)
