@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -34,12 +34,12 @@ from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
 from appliance.guest.attach import attach
 from appliance.guest.linux.eye import LinuxEye
-from appliance.hosts.qemu import resolve
+from appliance.hosts.targets import resolve
 from appliance.memory.file import open_file
 from appliance.memory.qemu import open_qemu
-from appliance.model import Finding, FlowEnd, GuestInfo, Match, Reason, TapStats, Verdict
-from appliance.ports import FrameSource, GuestEye, PacketTap
-from appliance.tap.af_packet import AfPacketSource
+from appliance.model import Evidence, Finding, GuestInfo, Match, Reason, TapStats, Verdict
+from appliance.ports import GuestEye, PacketTap
+from appliance.tap.merged import open_ports
 from appliance.tap.pcap import PcapSource
 
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
@@ -137,7 +137,7 @@ class GuestWatch:
                 self.summary.torn += finding.torn
                 return LookedUp(flow.id, finding, self._clock(), fresh)
             case GatherEvidence(flow_id, process):
-                evidence = ()
+                evidence: tuple[Evidence, ...] = ()
                 if self._eye is not None:
                     with self._guest_errors("evidence"):
                         evidence = self._eye.find_foreign(process)
@@ -148,7 +148,7 @@ class GuestWatch:
                 return None
 
     @contextlib.contextmanager
-    def _guest_errors(self, what: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _guest_errors(self, what: str) -> Iterator[None]:
         """Count what the guest does to us; a guest that is gone takes its eye with it, nothing else."""
         try:
             yield
@@ -239,13 +239,45 @@ def replay(
     tell: Tell,
     local: frozenset[str],
 ) -> Summary:
-    """Judge a capture against a memory image; time is the capture's own."""
-    info = GuestInfo(resolve(f"file:{memory}").id if memory else resolve(f"file:{pcap}").id)
-    eye = open_eye(info) if memory else None
+    """Judge a capture against a memory image. Time is the capture's own, so the same input gives the same verdicts."""
+    info = resolve(f"file:{memory or pcap}")
     source = PcapSource(pcap, local=local or None)
-    clock = _LastFrame(source)
-    watcher = _watch_of(info, [clock], eye, judge, report, clock.now_ns, tell)
+    eye = _open_eye_or_say(info, tell) if memory else None
+    table = FlowTable(info.id)
+    tap = TrackedTap(info.id, source, table)
+    watcher = GuestWatch(info, tap, eye, _engine(judge, eye), report, lambda: table.now_ns, tell=tell)
     watcher.run(lambda: False)
     if source.truncation is not None:
-        watcher.summary.ended = source.truncation
+        watcher.summary.ended = str(source.truncation)
     return watcher.summary
+
+
+def _open_watch(info: GuestInfo, judge: Judge, offer: Callable[[Verdict], None], tell: Tell) -> GuestWatch:
+    """Open both eyes on a live guest; the packet eye alone where the memory cannot be read."""
+    if not info.ports:
+        raise HostError(f"{info.id.target} has no port to watch: {'; '.join(info.notes) or 'no network card'}")
+    for note in info.notes:
+        tell(f"{info.id.target}: {note}")
+    eye = _open_eye_or_say(info, tell) if info.pid is not None else None
+    try:
+        macs = [port.mac for port in info.ports if port.mac]
+        tap = TrackedTap(info.id, open_ports(info.ports), FlowTable(info.id, macs), time.time_ns)
+    except BaseException:
+        if eye is not None:
+            eye.close()
+        raise
+    return GuestWatch(info, tap, eye, _engine(judge, eye), offer, time.time_ns, tell=tell)
+
+
+def _open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:
+    try:
+        eye = open_eye(info)
+    except GuestError as error:
+        tell(f"{info.id.target}: {error}; watching its packets only")
+        return None
+    tell(f"{info.id.target}: {eye.describe}")
+    return eye
+
+
+def _engine(judge: Judge, eye: GuestEye | None) -> Engine:
+    return Engine(judge, DnsNames(), os="linux" if eye is not None else "")

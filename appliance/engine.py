@@ -48,7 +48,10 @@ EVIDENCE_FRESH_NS = 10_000_000_000  # foreign code is looked for at most once in
 class Judge(Protocol):
     """The rules, as the engine needs them."""
 
-    version: str
+    @property
+    def version(self) -> str:
+        """Version of everything that is loaded."""
+        ...
 
     def judge(self, subject: Subject) -> Judgement:
         """Decide on one flow. Pure."""

@@ -91,6 +91,11 @@ class PacketTap(Protocol):
         """Wait at most ``timeout_s`` for packets, then return the events they make (bounded in number)."""
         ...
 
+    @property
+    def exhausted(self) -> bool:
+        """No further event will come: the end of a file, or the port is gone."""
+        ...
+
     def fileno(self) -> int:
         """A descriptor that is readable when ``poll`` has work; -1 for a source that is always ready."""
         ...

@@ -47,7 +47,7 @@ def rules_check(paths: PathsArgument, output: OutputOption = Output.TABLE) -> No
     body = {
         "ok": True,
         "version": book.version,
-        "profiles": book.profile_count,
+        "profiles": sum(len(one.profiles) for one in book.sets),
         "warnings": [str(w) for w in book.warnings],
     }
     if output is Output.TABLE:
@@ -61,14 +61,14 @@ def rules_test(paths: PathsArgument, output: OutputOption = Output.TABLE) -> Non
     """Run the tests inside rule files."""
     results = load(paths).test()
     bodies = [
-        {"ok": one.ok, "name": one.name, "file": one.file, "line": one.line, "message": one.message} for one in results
+        {"ok": one.ok, "name": one.name, "file": one.file, "line": one.line, "message": one.why} for one in results
     ]
     rows = [
         (
             "[green]ok[/]" if one.ok else "[bold red]FAILED[/]",
             f"{safe(one.file)}:{one.line}",
             safe(one.name),
-            safe(one.message, 300),
+            safe(one.why, 300),
         )
         for one in results
     ]

@@ -10,7 +10,8 @@ from appliance.cli import contract
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, endpoint_text, print_objects, safe
 from appliance.daemon import open_eye
-from appliance.hosts.qemu import find_guests, resolve
+from appliance.hosts.qemu import find_guests
+from appliance.hosts.targets import resolve
 from appliance.model import GuestInfo, Snapshot
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A libvirt name or UUID, qemu:PID or file:PATH.")]

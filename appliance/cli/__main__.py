@@ -1,0 +1,5 @@
+"""``python -m appliance.cli`` is the command ``parasight``."""
+
+from appliance.cli import main
+
+main()
