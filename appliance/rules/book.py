@@ -1,0 +1,107 @@
+"""All rule sets together: which of them apply to a guest, and the verdicts they give. Pure like the judge itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from appliance.errors import Problem
+from appliance.model import Decision, Judgement, Reason, RuleRef
+from appliance.rules import match, suite
+from appliance.rules.match import Profile, Section, Subject, Unbound, View
+
+QUIET_REASONS = frozenset(
+    (Reason.CLOSED, Reason.LATE, Reason.TORN, Reason.TIME_WAIT, Reason.FORWARDED, Reason.NO_MEMORY)
+)
+_MAX_VIEWS = 256  # kinds of guests whose profiles are kept sorted
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSet:
+    """One compiled rule file. Sections are None where the file is silent about them."""
+
+    name: str
+    file: str
+    version: str  # its own version and the hash of its text
+    digest: str
+    ref: RuleRef  # its ``spec``
+    os: str | None = None
+    tags: frozenset[str] = frozenset()
+    profiles: tuple[Profile, ...] = ()
+    otherwise: Section | None = None
+    kernel: Section | None = None
+    unbound: Unbound | None = None
+    cases: tuple[suite.TestCase, ...] = ()
+    enforce: bool = False
+
+    def applies(self, os: str, tags: Iterable[str]) -> bool:
+        """Whether it is for such a guest; a guest whose system is not known gets every system's rules."""
+        if self.os is not None and os and os != self.os:
+            return False
+        return not self.tags or any(tag in self.tags for tag in tags)
+
+
+@dataclass(frozen=True, slots=True)
+class RuleBook:
+    """Every rule set that was loaded. Judging changes nothing that can be seen from outside."""
+
+    sets: tuple[RuleSet, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+    version: str = field(init=False)
+    _views: dict[tuple[str, tuple[str, ...]], View] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = ",".join(rules.name for rules in self.sets) or "empty"
+        content = "\n".join(f"{rules.name} {rules.digest}" for rules in self.sets)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        object.__setattr__(self, "version", f"{names}@sha256:{digest[:16]}")
+
+    def judge(self, subject: Subject) -> Judgement:
+        """Say what the rules think of one flow. Never raises, reads nothing, knows no time but the flow's."""
+        return match.judge(self._view(subject.os, subject.tags), subject)
+
+    def test(self) -> tuple[suite.TestResult, ...]:
+        """Run the tests inside the files; each file is judged by its own rules alone."""
+        results: list[suite.TestResult] = []
+        for rules in self.sets:
+            alone = RuleBook((rules,))
+            results.extend(suite.run(case, alone.judge) for case in rules.cases)
+        return tuple(results)
+
+    def _view(self, os: str, tags: tuple[str, ...]) -> View:
+        found = self._views.get((os, tags))
+        if found is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            found = self._views[os, tags] = _build_view([r for r in self.sets if r.applies(os, tags)], os)
+        return found
+
+
+def _build_view(sets: list[RuleSet], os: str) -> View:
+    fold = os == "windows"
+    profiles = sorted((p for rules in sets for p in rules.profiles), key=lambda p: p.rank, reverse=True)
+    literal: dict[str, list[Profile]] = {}
+    for profile in profiles:
+        if profile.literal_image is not None:
+            path = profile.literal_image
+            literal.setdefault(path.lower() if fold or profile.windows else path, []).append(profile)
+    others = tuple(p for p in profiles if p.literal_image is None)
+    refs = [rules.ref for rules in sets] or [RuleRef("", 0, "none")]
+    return View(
+        fold,
+        {path: tuple(sorted((*named, *others), key=lambda p: p.rank, reverse=True)) for path, named in literal.items()},
+        others,
+        tuple(profiles),
+        tuple(r.otherwise for r in sets if r.otherwise) or tuple(_silent(ref, "otherwise") for ref in refs),
+        tuple(r.kernel for r in sets if r.kernel) or tuple(_silent(ref, "kernel") for ref in refs),
+        tuple(r.unbound for r in sets if r.unbound)
+        or tuple(
+            Unbound(RuleRef(ref.file, ref.line, "unbound", ref.ruleset, ref.version), quiet=QUIET_REASONS)
+            for ref in refs
+        ),
+    )
+
+
+def _silent(ref: RuleRef, name: str) -> Section:
+    return Section(name, RuleRef(ref.file, ref.line, name, ref.ruleset, ref.version), Decision.ALLOW)

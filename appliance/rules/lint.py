@@ -1,0 +1,266 @@
+"""What is wrong across the blocks of a file, and across files: names that lead nowhere, ties, rules without effect.
+
+These checks read the plain data, not the validated models, so that a typo elsewhere hides none of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
+from appliance.errors import Problem
+from appliance.rules.compile import conditions_of, rank_of
+from appliance.rules.conditions import Condition, can_coincide
+from appliance.rules.globs import Glob
+from appliance.rules.schema import MATCHING, Matching
+from appliance.rules.text import Document, Path
+from appliance.rules.values import RESERVED, guess, parse_member
+
+_COMM = 15  # bytes of a Linux process name
+
+
+def check(document: Document) -> None:
+    """Add the mistakes of one file to its problems."""
+    _refuse_nothing(document)
+    _check_lists(document)
+    _check_entries(document)
+    _check_names(document)
+    _check_tests(document)
+
+
+def warnings(document: Document) -> list[Problem]:
+    """What is allowed, but surely not meant."""
+    return [*_unused_lists(document), *_profile_warnings(document)]
+
+
+def _refuse_nothing(document: Document) -> None:
+    for path, value in _walk(document.data, ()):
+        if value is None and path and path not in document.broken:
+            name = next(str(part) for part in reversed(path) if isinstance(part, str))
+            document.report(path, f"{name}: is empty", "leave the key out, or give a value", at_key=True)
+            document.broken.add(path)
+
+
+def _walk(value: object, path: Path) -> Iterator[tuple[Path, object]]:
+    yield path, value
+    children: Iterable[tuple[str | int, object]] = ()
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    for key, child in children:
+        yield from _walk(child, (*path, key))
+
+
+def _check_lists(document: Document) -> None:
+    known = _dict(document.data, "spec", "lists")
+    for path, name in _list_uses(document):
+        if name not in known:
+            near = guess(name, [str(key) for key in known])
+            document.report(path, f"there is no list '{name}'", near or "define it under spec.lists")
+
+    for name, members in known.items():
+        kinds = {
+            isinstance(parsed, str) for parsed in map(_parsed, members if isinstance(members, list) else ()) if parsed
+        }
+        if len(kinds) > 1:
+            document.report(
+                ("spec", "lists", name), f"{name}: a list holds either addresses or domain names", "split it in two"
+            )
+
+
+def _parsed(member: object) -> object:
+    try:
+        return parse_member(member)
+    except PydanticCustomError:
+        return None
+
+
+def _check_entries(document: Document) -> None:
+    for path, entry in _entries(document):
+        if "to" in entry and "from" in entry:
+            document.report((*path, "from"), "an entry has either to or from", "write two entries", at_key=True)
+        elif "to" in entry and entry.get("direction") == "in":
+            document.report((*path, "to"), "direction in has no 'to'", "write from", at_key=True)
+        elif "from" in entry and entry.get("direction") == "out":
+            document.report((*path, "from"), "direction out has no 'from'", "write to", at_key=True)
+        protocols = entry.get("protocol")
+        protocols = protocols if isinstance(protocols, list) else [protocols]
+        ports = [key for key in ("ports", "local_ports", "remote_ports") if key in entry]
+        if ports and all(protocol in ("icmp", "raw") for protocol in protocols):
+            document.report((*path, ports[0]), f"{protocols[0]} has no ports", "leave them out", at_key=True)
+
+
+def _list_uses(document: Document) -> Iterator[tuple[Path, str]]:
+    for path, entry in _entries(document):
+        for side in ("to", "from"):
+            for inner in ((side,), (side, "except")):
+                names = _get(entry, *inner, "list")
+                for i, name in enumerate(names if isinstance(names, list) else [names]):
+                    if isinstance(name, str | int) and not isinstance(name, bool):
+                        yield (*path, *inner, "list", i), str(name)
+
+
+def _entries(document: Document) -> Iterator[tuple[Path, dict[str, object]]]:
+    sections = [(("spec", name), _get(document.data, "spec", name)) for name in ("otherwise", "kernel")]
+    for section_path, section in (*sections, *_profiles(document)):
+        for kind in ("allow", "deny"):
+            entries = _get(section, kind)
+            for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+                if isinstance(entry, dict):
+                    yield (*section_path, kind, i), entry
+
+
+def _profiles(document: Document) -> Iterator[tuple[Path, dict[str, object]]]:
+    profiles = _get(document.data, "spec", "processes")
+    for i, profile in enumerate(profiles if isinstance(profiles, list) else ()):
+        if isinstance(profile, dict):
+            yield ("spec", "processes", i), profile
+
+
+def _check_names(document: Document) -> None:
+    seen: dict[str, int] = {}
+    for path, profile in _profiles(document):
+        name = str(profile.get("name"))
+        if name in seen:
+            document.report((*path, "name"), f"a profile '{name}' exists already", f"it is in line {seen[name]}")
+        elif "name" in profile:
+            seen[name] = document.line((*path, "name"))
+
+
+def _check_tests(document: Document) -> None:
+    known = [str(profile.get("name")) for _, profile in _profiles(document)] + list(RESERVED)
+    tests = _get(document.data, "tests")
+    for i, case in enumerate(tests if isinstance(tests, list) else ()):
+        rule = _get(case, "expect", "rule")
+        if isinstance(rule, str) and rule not in known:
+            document.report(("tests", i, "expect", "rule"), f"there is no profile '{rule}'", guess(rule, known))
+
+
+# -- ties --
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    document: Document
+    path: Path
+    name: str
+    os: str | None
+    rank: tuple[int, int, int]
+    conditions: tuple[Condition, ...]
+    image: Glob | None
+
+
+def check_ties(documents: list[Document]) -> None:
+    """Two profiles that are equally specific and can both match a process: nobody could say which one decides."""
+    groups: dict[tuple[object, ...], list[_Candidate]] = defaultdict(list)
+    for candidate in (c for document in documents for c in _candidates(document)):
+        literal = candidate.image.pattern.lower() if candidate.image and candidate.image.literal else None
+        groups[(candidate.rank, literal)].append(candidate)
+    told = set()
+    for group in groups.values():
+        for first, second in combinations(group, 2):
+            pair = (id(first.document), first.path, id(second.document), second.path)
+            if pair[:2] != pair[2:] and pair not in told and _tie(first, second):
+                told.add(pair)
+                other = first.document.problem((*first.path, "match"), "")
+                where = f"line {other.line}" if first.document is second.document else f"{other.path}:{other.line}"
+                second.document.report(
+                    (*second.path, "match"),
+                    f"'{second.name}' and '{first.name}' ({where}) are equally specific and can match the same process",
+                    "add a condition to one of them, or a priority",
+                    at_key=True,
+                )
+
+
+def _tie(first: _Candidate, second: _Candidate) -> bool:
+    if first.os and second.os and first.os != second.os:
+        return False
+    return can_coincide(first.conditions, second.conditions)
+
+
+def _candidates(document: Document) -> Iterator[_Candidate]:
+    os = _get(document.data, "spec", "applies_to", "os")
+    for path, profile in _profiles(document):
+        matching = _matching(profile)
+        if matching is None:
+            continue
+        given = profile.get("priority", 0)
+        priority = given if isinstance(given, int) else 0
+        for image, conditions in conditions_of(matching):
+            rank = rank_of(matching, image, priority)
+            name = str(profile.get("name", "a profile without a name"))
+            yield _Candidate(document, path, name, os if isinstance(os, str) else None, rank, conditions, image)
+
+
+def _matching(profile: dict[str, object]) -> Matching | None:
+    try:
+        return MATCHING.validate_python(profile.get("match"))
+    except ValidationError:
+        return None  # reported where the whole file is validated
+
+
+# -- warnings --
+
+
+def _unused_lists(document: Document) -> Iterator[Problem]:
+    used = {name for _, name in _list_uses(document)}
+    for name in _dict(document.data, "spec", "lists"):
+        if name not in used:
+            yield document.problem(("spec", "lists", name), f"the list '{name}' is not used", at_key=True)
+
+
+def _profile_warnings(document: Document) -> Iterator[Problem]:
+    os = _get(document.data, "spec", "applies_to", "os")
+    for path, profile in _profiles(document):
+        name = profile.get("name")
+        if "id" not in profile:
+            yield document.problem(path, f"'{name}' has no id", "give it a UUID, so that it can be renamed later")
+        matching = _matching(profile)
+        if matching is not None:
+            yield from _never_matches(document, path, matching, os)
+        allow = profile.get("allow")
+        if not isinstance(allow, list):
+            continue
+        if profile.get("default") == "allow" and allow:
+            yield document.problem(
+                (*path, "allow"), f"'{name}' allows by default: its allow entries have no effect", at_key=True
+            )
+        for i, entry in enumerate(allow):
+            if profile.get("default") == "deny" and not entry.keys() - {"id", "description", "references", "expires"}:
+                yield document.problem((*path, "allow", i), f"this entry allows '{name}' everything")
+
+
+def _never_matches(document: Document, path: Path, matching: Matching, os: object) -> Iterator[Problem]:
+    for i, pattern in enumerate(matching.image or ()):
+        at = (*path, "match", "image", i)
+        glob = Glob(pattern, True)
+        if not pattern.startswith(("/", "*", "?", "\\")) and pattern[1:2] != ":":
+            yield document.problem(at, f"the image '{pattern}' can never match: an image is a whole path", "use name")
+        elif os == "linux" and glob.windows:
+            yield document.problem(at, f"the image '{pattern}' can never match on Linux")
+        elif os == "windows" and pattern.startswith("/"):
+            yield document.problem(at, f"the image '{pattern}' can never match on Windows")
+    for i, pattern in enumerate(matching.name or ()):
+        if os == "linux" and Glob(pattern, False).literal and len(pattern.encode()) > _COMM:
+            yield document.problem(
+                (*path, "match", "name", i),
+                f"the name '{pattern}' can never match: Linux keeps {_COMM} bytes of it",
+                f"write {pattern.encode()[:_COMM].decode(errors='ignore')}",
+            )
+
+
+def _get(value: object, *keys: str) -> object:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _dict(value: object, *keys: str) -> dict[str, object]:
+    found = _get(value, *keys)
+    return found if isinstance(found, dict) else {}
