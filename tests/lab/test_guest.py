@@ -48,6 +48,15 @@ def test_commands_run_side_by_side_and_files_come_and_go(guest: Guest) -> None:
         guest.get("/nonexistent")
 
 
+def test_the_guest_outlives_the_death_of_its_agent(guest: Guest) -> None:
+    with pytest.raises(TimeoutError):
+        guest.run("pkill -9 -f lab/agent.py", timeout_s=1)
+    deadline = time.monotonic() + 30
+    while not guest.agent.hello(0.5):
+        assert time.monotonic() < deadline
+    assert guest.run("true").returncode == 0
+
+
 def test_the_truth_has_every_kind_of_socket_and_where_the_kernel_is(guest: Guest) -> None:
     job = guest.spawn("exec python3 -S -E /opt/workloads/sockets.py --count 200 --server 10.77.0.1 --server6 fd77::1")
     job.wait_for("READY", 90)

@@ -108,18 +108,19 @@ def _choose_kernel(pattern: str, choose: str) -> Package:
 
 
 def _closure(roots: list[str], skip: set[str]) -> set[str]:
-    """Roots and everything they need; of alternatives the first, virtual packages left out."""
+    """Roots and everything they need; of alternatives the first that is a real package."""
     omit = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
     needs: dict[str, list[str]] = {}
-    package, alternative = "", False
+    package, answered = "", False
     for line in _apt("apt-cache", "depends", "--recurse", *omit, *roots).splitlines():
         if not line.startswith((" ", "<")):
-            package, alternative = line.strip(), False
+            package, answered = line.strip(), False
             needs[package] = []
         elif (need := re.match(r"[ |]*(?:Pre)?Depends: (\S+)", line)) is not None:
-            if not alternative and not need[1].startswith("<"):
+            real = not need[1].startswith("<")
+            if real and not answered:
                 needs[package].append(need[1])
-            alternative = line.startswith(" |")
+            answered = line.startswith(" |") and (real or answered)
     found: set[str] = set()
     todo = list(roots)
     while todo:
