@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 _NO_VALUE: Final = frozenset({"S", "nodefaults", "no-user-config", "snapshot", "daemonize", "enable-kvm", "nographic"})
@@ -111,9 +111,9 @@ def _net_devices(options: list[tuple[str, str]]) -> Iterator[NetDevice]:
         if kind in {"", "nic", "none", "hubport"}:
             continue
         ident = _text(found.get("id")) or kind
-        mac: str | None = macs.get(ident) if key == "netdev" else hub_mac
         if key == "netdev" and ident not in plugged:
             continue  # no card: the guest has no such port
+        mac = macs.get(ident) if key == "netdev" else hub_mac
         if key == "nic":
             mac = _text(found.get("mac") or found.get("macaddr"))
         yield NetDevice(ident, kind, _text(found.get("ifname")), _descriptors(found), _mac(mac))
@@ -128,8 +128,8 @@ def _front_ends(options: list[tuple[str, str]]) -> tuple[dict[str, str], set[str
         ident = _text(found.get("netdev"))
         if ident and (key == "device" or (key == "net" and found.get("type") == "nic")):
             plugged.add(ident)
-            if mac := _text(found.get("mac") or found.get("macaddr")):
-                macs[ident] = mac
+            if given := _text(found.get("mac") or found.get("macaddr")):
+                macs[ident] = given
     return macs, plugged
 
 
@@ -139,8 +139,7 @@ def _with_default_macs(devices: Iterator[NetDevice]) -> Iterator[NetDevice]:
     taken = {device.mac for device in known}
     free = (mac for index in range(0x56, 0x100) if (mac := _DEFAULT_MAC.format(index)) not in taken)
     for device in known:
-        mac = device.mac or next(free, None)
-        yield NetDevice(device.id, device.kind, device.ifname, device.fds, mac)
+        yield replace(device, mac=device.mac or next(free, None))
 
 
 def _passthrough(options: list[tuple[str, str]]) -> Iterator[str]:
