@@ -1,0 +1,155 @@
+"""Open files: from a ``struct file`` back to every process that holds it, and by which descriptors.
+
+``task_struct.files -> files_struct.fdt -> fdtable.fd[]`` (include/linux/fdtable.h). A small table is embedded in its
+``files_struct`` and comes with one read; a larger one takes two more. Threads share one ``files_struct``, so do
+processes made with CLONE_FILES: tables are read once and belong to every task that points to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from struct import Struct, pack
+from typing import NamedTuple
+
+from appliance.guest.kernel import Kernel
+from appliance.guest.linux.facts import Facts
+from appliance.guest.linux.record import is_object
+from appliance.guest.linux.tasks import Task, Tasks
+from appliance.model import Gap
+
+MAX_FDS = 1 << 20  # fs/file.c: sysctl_nr_open, the default ceiling of RLIMIT_NOFILE
+MAX_TABLE_BYTES = 64 << 20  # of all descriptor tables in one look
+MAX_HOLDERS = 4096  # descriptors of one file
+
+
+class Table(NamedTuple):
+    """One descriptor table, as read at one instant."""
+
+    files: int  # struct files_struct
+    fdt: int
+    fd: int  # address of the array of struct file *
+    raw: bytes  # the array
+
+
+class Holder(NamedTuple):
+    """One descriptor: ``table.fd[number]`` held a certain ``struct file``."""
+
+    table: Table
+    number: int
+
+
+class HoldingTask(NamedTuple):
+    """A process that uses a descriptor table; ``via`` is the thread through which it does."""
+
+    leader: Task
+    via: Task
+
+
+class Descriptors:
+    """All descriptor tables of a guest as of the last look, with the reverse index from file to descriptors."""
+
+    def __init__(self, kernel: Kernel, facts: Facts) -> None:
+        self._kernel = kernel
+        self._record = facts.record("files")
+        self._fdtable = facts.record("fdtable")
+        self._fdt = facts.offset("files.fdt")
+        self._fdtab = facts.offset("files.fdtab")
+        self._fd = facts.offset("fdtable.fd")
+        self._array = facts.offset("files.fd_array")
+        self.users: dict[int, list[HoldingTask]] = {}  # files_struct -> who uses it
+        self.tables: dict[int, Table] = {}
+        self.index: dict[int, list[Holder]] = {}
+
+    def look(self, tasks: Tasks) -> list[Gap]:
+        """Read the tables of all tasks and rebuild the index."""
+        self.users = _users(tasks)
+        gaps = self.refresh()
+        self.index = _index(self.tables.values())
+        return gaps
+
+    def refresh(self) -> list[Gap]:
+        """Read the tables of the known tasks again; the index keeps what it knew."""
+        wanted = [files for files in self.users if is_object(files)]
+        gaps: list[Gap] = []
+        tables: dict[int, Table] = {}
+        large: list[tuple[int, int]] = []
+        for files, raw in zip(wanted, self._readv(self._record.span(files) for files in wanted), strict=True):
+            if raw is None:
+                gaps.append(Gap("descriptor table", files, "unreadable"))
+                continue
+            fdt, _, fd, array = self._record.parse(raw)
+            if fdt == files + self._fdtab and fd == files + self._array:
+                tables[files] = Table(files, fdt, fd, array)
+            elif is_object(fdt):
+                large.append((files, fdt))
+            else:
+                gaps.append(Gap("descriptor table", files, "implausible"))
+        self._read_large(large, tables, gaps)
+        self.tables = tables
+        return gaps
+
+    def _read_large(self, large: list[tuple[int, int]], tables: dict[int, Table], gaps: list[Gap]) -> None:
+        heads = self._readv(self._fdtable.span(fdt) for _, fdt in large)
+        arrays: list[tuple[int, int, int, int]] = []
+        budget = MAX_TABLE_BYTES
+        for (files, fdt), head in zip(large, heads, strict=True):
+            count, fd = self._fdtable.parse(head) if head is not None else (0, 0)
+            size = min(count, MAX_FDS) * 8
+            if not size or not is_object(fd) or size > budget:
+                gaps.append(Gap("descriptor table", fdt, "too large" if size > budget else "unreadable or implausible"))
+                continue
+            budget -= size
+            arrays.append((files, fdt, fd, size))
+        for (files, fdt, fd, _), raw in zip(arrays, self._readv((a[2], a[3]) for a in arrays), strict=True):
+            if raw is None:
+                gaps.append(Gap("descriptor table", fd, "unreadable"))
+            else:
+                tables[files] = Table(files, fdt, fd, raw)
+
+    def scan(self, file: int) -> list[Holder]:
+        """Find a file in the tables read last, by its bytes."""
+        needle = pack("<Q", file)
+        holders: list[Holder] = []
+        for table in self.tables.values():
+            at = table.raw.find(needle)
+            while at >= 0 and len(holders) < MAX_HOLDERS:
+                if not at & 7:
+                    holders.append(Holder(table, at >> 3))
+                at = table.raw.find(needle, at + 1)
+        return holders
+
+    def checks(self, holder: Holder) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """What to read again to confirm a holder: ``files->fdt``, ``fdt->fd`` and the slot itself."""
+        table = holder.table
+        return (table.files + self._fdt, 8), (table.fdt + self._fd, 8), (table.fd + 8 * holder.number, 8)
+
+    def _readv(self, spans: Iterable[tuple[int, int]]) -> list[bytes | None]:
+        return self._kernel.readv(list(spans))
+
+
+def _users(tasks: Tasks) -> dict[int, list[HoldingTask]]:
+    """Who uses which table. A leader that has exited holds nothing, its living threads still do."""
+    users: dict[int, list[HoldingTask]] = {}
+    for leader in tasks.leaders:
+        own = {leader.files}
+        if leader.files:
+            users.setdefault(leader.files, []).append(HoldingTask(leader, leader))
+        for thread in tasks.threads.get(leader.va, ()):
+            if thread.files and thread.files not in own:
+                own.add(thread.files)
+                users.setdefault(thread.files, []).append(HoldingTask(leader, thread))
+    return users
+
+
+def _index(tables: Iterable[Table]) -> dict[int, list[Holder]]:
+    index: dict[int, list[Holder]] = {}
+    for table in tables:
+        slots = Struct(f"<{len(table.raw) // 8}Q").unpack(table.raw)
+        for number, file in enumerate(slots):
+            if file:
+                holders = index.get(file)
+                if holders is None:
+                    index[file] = [Holder(table, number)]
+                elif len(holders) < MAX_HOLDERS:
+                    holders.append(Holder(table, number))
+    return index

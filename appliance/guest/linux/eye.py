@@ -1,0 +1,159 @@
+"""The Linux eye: processes and sockets of one running guest, read from its memory alone.
+
+A snapshot walks tasks, socket tables and descriptors in turn while the guest runs on, then reads every link that made
+an owner again; what changed meanwhile is dropped and counted, never guessed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+from appliance.guest.kernel import Kernel
+from appliance.guest.linux.facts import Facts
+from appliance.guest.linux.hashes import TupleHash
+from appliance.guest.linux.lookup import Lookup
+from appliance.guest.linux.namespaces import Namespaces
+from appliance.guest.linux.owners import Owners
+from appliance.guest.linux.record import is_object
+from appliance.guest.linux.sockets import Common, Raw, Sockets
+from appliance.model import Evidence, Finding, Flow, Gap, GuestProcess, Owner, ProcessKey, Snapshot
+
+TRIES = 3
+MAX_GAPS = 256  # named one by one; more are summed up
+
+
+class LinuxEye:
+    """Implements ``ports.GuestEye`` for a Linux guest."""
+
+    def __init__(self, kernel: Kernel, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        """Resolve the facts. Raises UnsupportedGuest naming what this kernel lacks."""
+        self._kernel = kernel
+        self._clock_ns = clock_ns
+        self.describe = f"Linux {kernel.release}, build id {kernel.build_id}"
+        self._facts = Facts(kernel)
+        self._namespaces = Namespaces(kernel, self._facts)
+        self._hashes = TupleHash(kernel)
+        self._sockets = Sockets(kernel, self._facts, self._hashes)
+        self._owners = Owners(kernel, self._facts)
+        self._lookup = Lookup(kernel, self._facts, self._namespaces, self._sockets, self._owners)
+        self._socket = self._facts.record("socket")
+
+    def read_snapshot(self) -> Snapshot:
+        """Walk everything: a full look."""
+        began = self._clock_ns()
+        self._kernel.forget()
+        self._owners.processes.read_clock()
+        gaps = list(self._namespaces.look())
+        walked = self._sockets.walk(self._namespaces.all)
+        gaps += walked.gaps
+        files = self._files(walked.found)
+        kept, owners, torn, more = self._resolve(walked.found, files)
+        gaps += more
+        sockets = tuple(self._sockets.build(raw, owners.get(files.get(raw.va, 0), ())) for raw in kept)
+        took = self._clock_ns() - began
+        return Snapshot(began, self._processes(), sockets, _bounded(gaps), walked.torn + torn, took)
+
+    def find_owner(self, flow: Flow) -> Finding:
+        """Say who owns a flow's tuple now."""
+        if not self._namespaces.all:
+            self._namespaces.look()
+        return self._lookup.find(flow)
+
+    def read_process(self, key: ProcessKey) -> GuestProcess | None:
+        """Describe one process afresh; None when it is gone or its pid was reused."""
+        for _ in range(2):
+            for leader in self._owners.tasks.leaders:
+                if leader.tgid != key.pid or leader.start_ns != key.started_ns:
+                    continue
+                (raw,) = self._kernel.readv([self._owners.task_list.span(leader.va)])
+                task = leader if raw is None else self._owners.task_list.parse(leader.va, raw)
+                if raw is not None and (task.tgid, task.start_ns) == (key.pid, key.started_ns):
+                    self._owners.processes.forget()
+                    return self._owners.processes.describe([self._owners.effective(task)], self._owners.parents)[0]
+            self._owners.look()
+        return None
+
+    def find_foreign(self, process: GuestProcess) -> tuple[Evidence, ...]:
+        """What in this process is foreign."""
+        try:
+            injection: Any = import_module("appliance.guest.linux.injection")
+        except ModuleNotFoundError:
+            return ()
+        found: Iterable[Evidence] = injection.find_foreign(self._kernel, self._facts, process)
+        return tuple(found)
+
+    def close(self) -> None:
+        """Release the memory behind it."""
+        self._kernel.memory.close()
+
+    # -- the parts of a snapshot --
+
+    def _files(self, found: list[Raw]) -> dict[int, int]:
+        """``sk_socket->file`` of every full socket, by the socket's address; 0 where the kernel itself owns it."""
+        full = [raw for raw in found if raw.full and is_object(raw.sk_socket)]
+        values = self._kernel.readv([self._socket.span(raw.sk_socket) for raw in full])
+        files: dict[int, int] = {}
+        for raw, data in zip(full, values, strict=True):
+            file = self._socket.parse(data)[0] if data is not None else 0
+            files[raw.va] = file or self._lookup.parent_file(raw)
+        return files
+
+    def _resolve(
+        self, found: list[Raw], files: dict[int, int]
+    ) -> tuple[list[Raw], dict[int, tuple[Owner, ...]], int, list[Gap]]:
+        """Owners of all sockets, re-validated; sockets that changed meanwhile are left out."""
+        owners: dict[int, tuple[Owner, ...]] = {}
+        kept, torn, gaps = found, 0, []
+        wanted = {file for file in files.values() if file}
+        for _ in range(TRIES):
+            gaps = self._owners.look()
+            doubtful = self._owners.revalidate()
+            owners.update(self._owners.bulk(wanted - owners.keys(), doubtful))
+            alive = self._unchanged(kept, files)
+            torn += len(kept) - len(alive)
+            kept = alive
+            wanted = {file for raw in kept if (file := files.get(raw.va, 0))}
+            if wanted <= owners.keys():
+                return kept, owners, torn, gaps
+        gaps += [
+            Gap("owner of a socket", raw.va, "no listed process holds its file")
+            for raw in kept
+            if files.get(raw.va, 0) not in owners and files.get(raw.va, 0)
+        ]
+        return kept, owners, torn, gaps
+
+    def _unchanged(self, found: list[Raw], files: dict[int, int]) -> list[Raw]:
+        """The sockets that still are what they were: tuple, ``sk_socket`` and file."""
+        spans: list[tuple[int, int]] = []
+        common, tail = self._sockets.common, self._sockets.tail
+        for raw in found:
+            spans.append(common.span(raw.va))
+            if raw.va in files:
+                spans.append(tail.span(raw.va))
+                spans.append(self._socket.span(raw.sk_socket))
+        values = iter(self._kernel.readv(spans))
+        alive: list[Raw] = []
+        for raw in found:
+            first = next(values)
+            same = first is not None and Common(*common.parse(first)).tuple == raw.common.tuple
+            if raw.va in files:
+                second, third = next(values), next(values)
+                same = same and second is not None and tail.parse(second)[0] == raw.sk_socket
+                file = self._socket.parse(third)[0] if third is not None else 0
+                same = same and file in (files[raw.va], 0)
+            if same:
+                alive.append(raw)
+        return alive
+
+    def _processes(self) -> tuple[GuestProcess, ...]:
+        leaders = [self._owners.effective(task) for task in self._owners.tasks.leaders]
+        return tuple(self._owners.processes.describe(leaders, self._owners.parents))
+
+
+def _bounded(gaps: list[Gap]) -> tuple[Gap, ...]:
+    if len(gaps) <= MAX_GAPS:
+        return tuple(gaps)
+    return (*gaps[:MAX_GAPS], Gap("more gaps", 0, f"{len(gaps) - MAX_GAPS} not listed"))

@@ -1,0 +1,242 @@
+"""Who holds a file: from ``struct file`` to processes, confirmed against the living guest.
+
+The index of the last look is only a hint. A holder counts when, read again in one batch, the descriptor slot still
+holds the file, the table is still the task's, and the task is still the same process (thread-group id and start time);
+a recycled task, table or file fails one of these. ``file->f_count`` says how many references exist: as long as there
+are no more than confirmed slots, nobody else holds the file; if there are, all tables are read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from appliance.guest.kernel import Kernel
+from appliance.guest.linux.descriptors import Descriptors, Holder, HoldingTask
+from appliance.guest.linux.facts import Facts
+from appliance.guest.linux.processes import Processes
+from appliance.guest.linux.tasks import Task, TaskList, Tasks
+from appliance.model import Gap, Owner
+
+MAX_CONFIRMED = 1024  # holders confirmed for one file
+MAX_USERS = 256  # processes that share one descriptor table (CLONE_FILES)
+MAX_SETTLED = 4096
+
+Span = tuple[int, int]
+
+
+class Held(NamedTuple):
+    """Who holds a file, confirmed, and the guards as they were read in the same batch."""
+
+    owners: tuple[Owner, ...]
+    guards: Sequence[bytes | None]
+
+
+class _Confirmed(NamedTuple):
+    users: list[tuple[Holder, Task]]  # descriptor and the leader as read just now
+    references: int  # file->f_count, 0 when unknown
+    tail: int
+    guards: Sequence[bytes | None]
+
+
+class Owners:
+    """The processes of one guest and what they hold."""
+
+    def __init__(self, kernel: Kernel, facts: Facts) -> None:
+        self._kernel = kernel
+        self.task_list = TaskList(kernel, facts)
+        self.descriptors = Descriptors(kernel, facts)
+        self.processes = Processes(kernel, facts)
+        self._init = facts.needed("init_task")
+        reference, self._bias = facts.find("file.f_ref"), 1
+        if reference is None:
+            reference, self._bias = facts.find("file.f_count"), 0
+        self._f_count = reference
+        self.tasks = Tasks([], {}, [], 0)
+        self.parents: dict[int, int] = {}  # task VA -> tgid
+        self._settled: dict[int, tuple[int, frozenset[tuple[int, int]]]] = {}
+
+    def look(self) -> list[Gap]:
+        """Walk all tasks and their descriptors afresh. Raises GuestError when there is nothing to walk."""
+        self.tasks = self.task_list.walk()
+        self.parents = {self._init: 0}
+        for leader in self.tasks.leaders:
+            self.parents[leader.va] = leader.tgid
+        for group in self.tasks.threads.values():
+            self.parents.update((thread.va, thread.tgid) for thread in group)
+        self._settled.clear()
+        return self.tasks.gaps + self.descriptors.look(self.tasks)
+
+    def find(self, file: int, guards: Sequence[Span]) -> Held | None:
+        """Everybody who holds ``file`` now; None when nobody does, after a full look. ``guards`` are read alongside."""
+        known = self.descriptors.index.get(file)
+        if known:
+            confirmed = self._confirm(file, known, guards)
+            if confirmed.users and self._is_all(file, confirmed):
+                return self._held(confirmed)
+        self.descriptors.refresh()
+        confirmed = self._confirm(file, self.descriptors.scan(file), guards)
+        if not (confirmed.users and (self._is_all(file, confirmed) or confirmed.tail == self.tasks.tail)):
+            self.look()
+            confirmed = self._confirm(file, self.descriptors.scan(file), guards)
+        holders = list(dict.fromkeys(holder for holder, _ in confirmed.users))
+        if not holders:
+            self.descriptors.index.pop(file, None)
+            return None
+        self.descriptors.index[file] = holders
+        if len(self._settled) >= MAX_SETTLED:
+            self._settled.clear()
+        self._settled[file] = confirmed.references, _slots(confirmed)
+        return self._held(confirmed)
+
+    def _is_all(self, file: int, confirmed: _Confirmed) -> bool:
+        """Whether there can be no further holder: no more references than slots, or what a full search has settled."""
+        slots = _slots(confirmed)
+        if 0 < confirmed.references <= len(slots):
+            return True
+        return confirmed.tail == self.tasks.tail and self._settled.get(file) == (confirmed.references, slots)
+
+    def _confirm(self, file: int, holders: list[Holder], guards: Sequence[Span]) -> _Confirmed:
+        holders = holders[:MAX_CONFIRMED]
+        users = self.descriptors.users
+        parse, span = self.task_list.parse, self.task_list.span
+        spans: list[Span] = []
+        for holder in holders:
+            for leader, via in users.get(holder.table.files, [])[:MAX_USERS]:
+                spans.append(span(leader.va))
+                if via is not leader:
+                    spans.append(span(via.va))
+            spans.extend(self.descriptors.checks(holder))
+        if self._f_count is not None:
+            spans.append((file + self._f_count, 8))
+        spans.append(self.task_list.tail_span())
+        spans.extend(guards)
+        raws = self._kernel.readv(spans)
+        values = iter(raws)
+        found: list[tuple[Holder, Task]] = []
+        for holder in holders:
+            table = holder.table
+            alive = []
+            for user in users.get(table.files, [])[:MAX_USERS]:
+                first = next(values)
+                second = first if user.via is user.leader else next(values)
+                if first is not None and second is not None:
+                    leader = parse(user.leader.va, first)
+                    if _same(user, leader, parse(user.via.va, second), table.files):
+                        alive.append(leader)
+            links = _number(next(values)), _number(next(values)), _number(next(values))
+            if links == (table.fdt, table.fd, file):
+                found += [(holder, leader) for leader in alive]
+        references = 0
+        if self._f_count is not None:
+            references = (_number(next(values)) + self._bias) & 0xFFFF_FFFF
+        tail = _number(next(values))
+        return _Confirmed(found, references, tail, raws[len(raws) - len(guards) :] if guards else ())
+
+    def _held(self, confirmed: _Confirmed) -> Held:
+        if len(confirmed.users) == 1:
+            holder, leader = confirmed.users[0]
+            (process,) = self.processes.describe((self.effective(leader),), self.parents)
+            return Held((Owner(process, (holder.number,)),), confirmed.guards)
+        return Held(self._grouped(confirmed.users), confirmed.guards)
+
+    def _grouped(self, users: Iterable[tuple[Holder, Task]]) -> tuple[Owner, ...]:
+        """One owner per process, oldest first, with all its descriptors."""
+        leaders: dict[int, Task] = {}
+        numbers: dict[int, set[int]] = {}
+        for holder, leader in users:
+            leaders[leader.va] = leader
+            numbers.setdefault(leader.va, set()).add(holder.number)
+        tasks = sorted(leaders.values(), key=lambda task: (task.start_ns, task.tgid))
+        described = self.processes.describe([self.effective(task) for task in tasks], self.parents)
+        return tuple(
+            Owner(process, tuple(sorted(numbers[task.va]))) for task, process in zip(tasks, described, strict=True)
+        )
+
+    def effective(self, leader: Task) -> Task:
+        """A leader that has exited while other threads live on: what it no longer has, they still do."""
+        if not leader.mm and not leader.kernel_thread:
+            for thread in self.tasks.threads.get(leader.va, ()):
+                if thread.mm:
+                    return leader._replace(mm=thread.mm, nsproxy=thread.nsproxy or leader.nsproxy, fs=thread.fs)
+        return leader
+
+    # -- all at once --
+
+    def revalidate(self) -> set[int]:
+        """Read every task and table pointer again; returns the tables whose owner is no longer certain."""
+        users = self.descriptors.users
+        spans: list[Span] = []
+        span = self.task_list.span
+        tables = list(self.descriptors.tables.values())
+        for table in tables:
+            spans.append(self.descriptors.checks(Holder(table, 0))[0])
+            for leader, via in users.get(table.files, ()):
+                spans.append(span(leader.va))
+                if via is not leader:
+                    spans.append(span(via.va))
+        values = iter(self._kernel.readv(spans))
+        doubtful: set[int] = set()
+        for table in tables:
+            if _number(next(values)) != table.fdt:
+                doubtful.add(table.files)
+            for user in users.get(table.files, ()):
+                first = next(values)
+                second = first if user.via is user.leader else next(values)
+                if first is None or second is None:
+                    doubtful.add(table.files)
+                    continue
+                leader = self.task_list.parse(user.leader.va, first)
+                if not _same(user, leader, self.task_list.parse(user.via.va, second), table.files):
+                    doubtful.add(table.files)
+        return doubtful
+
+    def bulk(self, files: Iterable[int], doubtful: set[int]) -> dict[int, tuple[Owner, ...]]:
+        """Owners of many files from the index of the last look."""
+        users, index = self.descriptors.users, self.descriptors.index
+        found: dict[int, list[tuple[Holder, Task]]] = {}
+        leaders: dict[int, Task] = {}
+        for file in files:
+            held = [
+                (holder, user.leader)
+                for holder in index.get(file, ())
+                if holder.table.files not in doubtful
+                for user in users.get(holder.table.files, ())
+            ]
+            if held:
+                found[file] = held
+                leaders.update((leader.va, leader) for _, leader in held)
+        tasks = list(leaders.values())
+        described = self.processes.describe([self.effective(task) for task in tasks], self.parents)
+        process = {task.va: text for task, text in zip(tasks, described, strict=True)}
+        owners: dict[int, tuple[Owner, ...]] = {}
+        for file, held in found.items():
+            if len(held) == 1:
+                holder, leader = held[0]
+                owners[file] = (Owner(process[leader.va], (holder.number,)),)
+                continue
+            numbers: dict[int, set[int]] = {}
+            for holder, leader in held:
+                numbers.setdefault(leader.va, set()).add(holder.number)
+            order = sorted(numbers, key=lambda va: (leaders[va].start_ns, leaders[va].tgid))
+            owners[file] = tuple(Owner(process[va], tuple(sorted(numbers[va]))) for va in order)
+        return owners
+
+
+def _same(user: HoldingTask, leader: Task, via: Task, files: int) -> bool:
+    known = user.leader
+    return (
+        leader.tgid == known.tgid
+        and leader.start_ns == known.start_ns
+        and via.files == files
+        and via.tgid == known.tgid
+        and via.start_ns == user.via.start_ns
+    )
+
+
+def _slots(confirmed: _Confirmed) -> frozenset[tuple[int, int]]:
+    return frozenset((holder.table.files, holder.number) for holder, _ in confirmed.users)
+
+
+def _number(raw: bytes | None) -> int:
+    return 0 if raw is None else int.from_bytes(raw, "little")

@@ -1,0 +1,229 @@
+"""From a ``task_struct`` to a GuestProcess: everything a person wants to know about it.
+
+The fields that tell whether a description is still true (executable, credentials, namespaces, control group) are read
+anew each time, in one batch; the walks behind them (path, command line, group path) are repeated only when one of
+those changed. A pointer alone is never the key: its object may be freed and reused (exec, setuid), so what it points to
+is compared as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from appliance.errors import UnreadableMemory
+from appliance.guest.kernel import Kernel
+from appliance.guest.linux.facts import SEQCOUNT_SIZE, Facts
+from appliance.guest.linux.paths import Path, Paths, text_of
+from appliance.guest.linux.record import is_object
+from appliance.guest.linux.tasks import Task
+from appliance.model import GuestProcess, Missing, ProcessKey
+
+MAX_COMMAND = 4096  # bytes of argv that we keep
+MAX_CACHE = 8192
+MAX_NAMESPACES = 32  # include/linux/pid_namespace.h: MAX_PID_NS_LEVEL
+MAX_SUBSYSTEMS = 16  # CGROUP_SUBSYS_COUNT; only read where css_set is laid out for it
+PLAUSIBLE_BOOT_NS = range(946_684_800 * 10**9, 4_102_444_800 * 10**9)  # years 2000 to 2100
+CONTAINER = re.compile(
+    r"(?:docker|libpod|cri-containerd|crio|containerd|nerdctl)-([0-9a-f]{8,64})(?:\.scope)?(?:/|$)"  # systemd driver
+    r"|/(?:docker|libpod|nerdctl|actions_job)/([0-9a-f]{8,64})(?:/|$)"  # cgroupfs driver
+    r"|/kubepods[^/]*(?:/[^/]+)*/(?:[a-z-]+-)?([0-9a-f]{64})(?:\.scope)?(?:/|$)"
+    r"|/lxc(?:\.payload)?[./]([^/]+)"
+    r"|/machine\.slice/(?:machine-([^/]+?)\.scope|systemd-nspawn@([^/]+?)\.service)"
+)
+
+
+class Vitals(NamedTuple):
+    """What must be unchanged for a description to hold."""
+
+    comm: bytes
+    mm: int
+    exe: int
+    arg_start: int
+    arg_end: int
+    pgd: int
+    uid: int
+    net: int
+    cgroup: int
+    parent: int
+
+
+class Processes:
+    """Describes processes of one guest."""
+
+    def __init__(self, kernel: Kernel, facts: Facts) -> None:
+        self._kernel = kernel
+        self._facts = facts
+        self._paths = Paths(kernel, facts)
+        self._mm = facts.record("mm")
+        self._uid = facts.offset("cred.uid")
+        self._net_ns = facts.offset("nsproxy.net_ns")
+        self._dfl = facts.find("css_set.dfl_cgrp")
+        self._tgid = facts.offset("task.tgid")
+        self._net = facts.record("net")
+        self._level, self._numbers = facts.offset("pid.level"), facts.offset("pid.numbers")
+        self._upid = facts.size("upid")
+        self._cache: dict[tuple[int, int], tuple[Vitals, GuestProcess]] = {}
+        self._boot_ns: int | None = None
+
+    def describe(self, tasks: Sequence[Task], parents: dict[int, int] | None = None) -> list[GuestProcess]:
+        """Describe processes by their leaders; ``parents`` maps known tasks to their thread-group ids."""
+        known = parents or {}
+        vitals = self._vitals(tasks, known)
+        return [self._describe(task, vital) for task, vital in zip(tasks, vitals, strict=True)]
+
+    def read_clock(self) -> None:
+        """Read the guest's own idea of when it booted (timekeeper.offs_real - offs_boot), which it may change."""
+        self._boot_ns = self._read_boot_ns()
+
+    def forget(self) -> None:
+        """Describe everything afresh next time."""
+        self._cache.clear()
+
+    def _vitals(self, tasks: Sequence[Task], parents: dict[int, int]) -> list[Vitals]:
+        spans: list[tuple[int, int]] = []
+        for task in tasks:
+            spans.append(self._mm.span(task.mm) if is_object(task.mm) else (0, 1))
+            spans.append((task.cred + self._uid, 4))
+            spans.append((task.nsproxy + self._net_ns, 8) if is_object(task.nsproxy) else (0, 1))
+            spans.append((task.cgroups + self._dfl, 8) if self._dfl is not None and is_object(task.cgroups) else (0, 1))
+            if task.parent not in parents:
+                spans.append((task.parent + self._tgid, 4))
+        present = [(va, size) for va, size in spans if is_object(va & ~7)]
+        found = iter(self._kernel.readv(present))
+        values = iter([next(found) if is_object(va & ~7) else None for va, _ in spans])
+        result = []
+        for task in tasks:
+            mm, uid, net, cgroup = next(values), next(values), next(values), next(values)
+            parent = parents.get(task.parent)
+            if parent is None:
+                parent = _number(next(values))
+            exe, start, end, pgd = self._mm.parse(mm) if mm is not None else (0, 0, 0, 0)
+            numbers = _number(uid, -1), _number(net), _number(cgroup)
+            result.append(Vitals(task.comm, task.mm, exe, start, end, pgd, *numbers, parent))
+        return result
+
+    def _describe(self, task: Task, vitals: Vitals) -> GuestProcess:
+        key = (task.va, task.start_ns)
+        cached = self._cache.get(key)
+        if cached is not None and cached[0] == vitals and cached[1].key.pid == task.tgid:
+            return cached[1]
+        process = self._read(task, vitals)
+        if len(self._cache) >= MAX_CACHE:
+            self._cache.clear()
+        self._cache[key] = vitals, process
+        return process
+
+    def _read(self, task: Task, vitals: Vitals) -> GuestProcess:
+        if self._boot_ns is None:
+            self.read_clock()
+        path = self._path(task, vitals)
+        cgroup = self._cgroup(task, vitals)
+        return GuestProcess(
+            key=ProcessKey(task.tgid, task.start_ns),
+            name=text_of(task.comm.split(b"\0", 1)[0]),
+            path=path if isinstance(path, Missing) else path.text,
+            command=self._command(task, vitals),
+            parent_pid=vitals.parent,
+            uid=vitals.uid,
+            deleted=isinstance(path, Path) and path.deleted,
+            started_wall_ns=None if self._boot_ns is None else self._boot_ns + task.start_ns,
+            container=self._container(task, cgroup),
+            cgroup=cgroup,
+            netns=self._netns(vitals.net),
+            pid_in_namespace=self._inner_pid(task),
+            task_va=task.va,
+        )
+
+    def _path(self, task: Task, vitals: Vitals) -> Path | Missing:
+        if task.kernel_thread:
+            return Missing.NOT_APPLICABLE
+        return self._paths.of_file(vitals.exe) if is_object(vitals.exe) else Missing.UNREADABLE
+
+    def _command(self, task: Task, vitals: Vitals) -> str | Missing:
+        """``argv``, which lies in the process's own memory and is its to change (fs/proc/base.c, get_mm_cmdline)."""
+        if task.kernel_thread:
+            return Missing.NOT_APPLICABLE
+        size = vitals.arg_end - vitals.arg_start
+        if size <= 0 or not vitals.pgd:
+            return Missing.UNREADABLE if not vitals.pgd or size < 0 else ""
+        try:
+            raw = self._kernel.read_user(vitals.pgd, vitals.arg_start, min(size, MAX_COMMAND))
+        except UnreadableMemory:
+            return Missing.UNREADABLE
+        return text_of(raw.rstrip(b"\0").replace(b"\0", b" "))
+
+    def _cgroup(self, task: Task, vitals: Vitals) -> str | Missing:
+        return self._paths.of_cgroup(vitals.cgroup) if is_object(vitals.cgroup) else Missing.UNKNOWN
+
+    def _container(self, task: Task, cgroup: str | Missing) -> str | None:
+        if isinstance(cgroup, str) and cgroup != "/":
+            return container_of(cgroup)
+        for path in self._legacy_cgroups(task):
+            if found := container_of(path):
+                return found
+        return None
+
+    def _legacy_cgroups(self, task: Task) -> list[str]:
+        """Paths in cgroup v1 hierarchies (``css_set.subsys[] -> cgroup``), where the unified one says nothing."""
+        subsys, cgroup = self._facts.find("css_set.subsys"), self._facts.find("css.cgroup")
+        if subsys is None or cgroup is None or not is_object(task.cgroups):
+            return []
+        count = min(self._facts.length("css_set.subsys"), MAX_SUBSYSTEMS)
+        states = self._kernel.readv([(task.cgroups + subsys + 8 * i, 8) for i in range(count)])
+        spans = [(_number(state) + cgroup, 8) for state in states if is_object(_number(state))]
+        groups = dict.fromkeys(_number(raw) for raw in self._kernel.readv(spans))
+        paths = (self._paths.of_cgroup(group) for group in groups if is_object(group))
+        return [path for path in paths if isinstance(path, str)]
+
+    def _netns(self, net: int) -> int | Missing:
+        if not net:
+            return Missing.NOT_APPLICABLE
+        if not is_object(net):
+            return Missing.IMPLAUSIBLE
+        try:
+            return int(self._net.parse(self._kernel.read(*self._net.span(net)))[1])
+        except UnreadableMemory:
+            return Missing.UNREADABLE
+
+    def _inner_pid(self, task: Task) -> int:
+        """Its pid in its innermost pid namespace: ``pid->numbers[pid->level].nr`` (include/linux/pid.h)."""
+        if not is_object(task.thread_pid):
+            return 0
+        try:
+            level = self._kernel.u32(task.thread_pid + self._level)
+            if level > MAX_NAMESPACES:
+                return 0
+            return self._kernel.u32(task.thread_pid + self._numbers + level * self._upid)
+        except UnreadableMemory:
+            return 0
+
+    def _read_boot_ns(self) -> int | None:
+        record = self._facts.record("timekeeper")
+        base = self._facts.symbol("tk_core") or self._facts.symbol("timekeeper_data")
+        if base is None:
+            return None
+        start = base + (self._facts.find("tk_data.timekeeper") or SEQCOUNT_SIZE)
+        try:
+            real, boot = record.parse(self._kernel.read(*record.span(start)))
+        except UnreadableMemory:
+            return None
+        return real - boot if real - boot in PLAUSIBLE_BOOT_NS else None
+
+
+def container_of(cgroup: str) -> str | None:
+    """Container id or name in a control group's path; the innermost one, None when there is none."""
+    found = list(CONTAINER.finditer(cgroup))
+    return next((group for group in found[-1].groups() if group), None) if found else None
+
+
+def with_user(process: GuestProcess, users: dict[int, str]) -> GuestProcess:
+    """The same process with its user's name."""
+    name = users.get(process.uid)
+    return process if name is None or process.user == name else replace(process, user=name)
+
+
+def _number(raw: bytes | None, default: int = 0) -> int:
+    return default if raw is None else int.from_bytes(raw, "little")
