@@ -31,14 +31,13 @@ from appliance.rules import schema as file
 from appliance.rules.book import RuleSet
 from appliance.rules.conditions import Condition, ContainedIs, DeletedIs, ParentIs, TextIs, UserIs
 from appliance.rules.globs import Glob, looks_windows
-from appliance.rules.match import Entry, Peers, Profile, Section, Subject, Unbound
+from appliance.rules.match import Entry, Peers, Profile, Rank, Section, Subject, Unbound
 from appliance.rules.nets import DomainSet, IpSet, PortSet
 from appliance.rules.suite import TestCase
 from appliance.rules.text import Document, Path
 
-POINTS = {
-    "image": 4, "service": 2, "user": 2, "name": 1, "command": 1, "parent": 1, "container": 1, "deleted": 1,
-}  # fmt: skip
+POINTS = {"image": 4, "service": 2, "user": 2, "name": 1}
+_REFINING = ("command", "parent", "container", "deleted")  # decide only between equals
 _EPHEMERAL = 49152
 _HERE = {4: "192.0.2.10", 6: "2001:db8::10"}
 
@@ -81,10 +80,11 @@ def _container(wanted: Sequence[bool | str]) -> list[Condition]:
     return [TextIs("container", tuple(Glob(str(name), False) for name in wanted))]
 
 
-def rank_of(matching: file.Matching, image: Glob | None, priority: int) -> tuple[int, int, int]:
-    """How specific a profile is: its points, then its priority, then how much of its image is fixed."""
+def rank_of(matching: file.Matching, image: Glob | None, priority: int) -> Rank:
+    """How specific a profile is: points, then priority, then how much of its image is fixed, then other conditions."""
     points = sum(POINTS[key] for key in matching.model_fields_set if key in POINTS)
-    return points, priority, image.fixed if image else 0
+    refined = sum(key in matching.model_fields_set for key in _REFINING)
+    return points, priority, image.fixed if image else 0, refined
 
 
 class _Compiler:

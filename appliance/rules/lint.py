@@ -17,6 +17,7 @@ from appliance.errors import Problem
 from appliance.rules.compile import conditions_of, rank_of
 from appliance.rules.conditions import Condition, can_coincide
 from appliance.rules.globs import Glob
+from appliance.rules.match import Rank
 from appliance.rules.schema import MATCHING, Matching
 from appliance.rules.text import Document, Path
 from appliance.rules.values import RESERVED, guess, parse_member
@@ -151,7 +152,7 @@ class _Candidate:
     path: Path
     name: str
     os: str | None
-    rank: tuple[int, int, int]
+    rank: Rank
     conditions: tuple[Condition, ...]
     image: Glob | None
 

@@ -34,6 +34,7 @@ from appliance.rules.nets import DomainSet, IpSet, PortSet, unmapped
 SEVERITIES = tuple(Severity)
 _LOUDNESS = {severity: i for i, severity in enumerate(SEVERITIES)}
 _WITH_PORTS = (Transport.TCP, Transport.UDP)
+Rank = tuple[int, int, int, int]  # points, priority, length of the fixed part of the image, other conditions
 _SHOWN = 120  # characters of guest text in a sentence
 
 
@@ -183,7 +184,7 @@ class Profile:
 
     section: Section
     conditions: tuple[Condition, ...]
-    rank: tuple[int, int, int]  # points, priority, length of the fixed part of the image
+    rank: Rank
     until_ns: int | None = None
     literal_image: str | None = None  # the one path it can match, as written
     windows: bool = False
