@@ -77,6 +77,7 @@ def tie(case: Case, remembered: tuple[Owner, ...] = ()) -> Binding:
         reason = _miss(case)
     elif len({owner.process.path for owner in owners}) > 1:
         reason = Reason.AMBIGUOUS
+    owners = tuple(sorted(owners, key=lambda owner: (owner.process.key.started_ns, owner.process.pid)))
     return Binding(match, reason, owners, latency_ns, case.attempts, finding.socket)
 
 

@@ -356,7 +356,7 @@ class Binding:
 
     @property
     def process(self) -> GuestProcess | None:
-        """The process to judge: the first owner. All owners share the socket; ``owners`` lists them."""
+        """The oldest of the processes that share the socket; ``owners`` lists them all, oldest first."""
         return self.owners[0].process if self.owners else None
 
 

@@ -36,7 +36,9 @@ def flow(
     return Flow(FlowId(VM, number), FiveTuple(protocol, *ends), direction, started_ns, midstream=midstream)
 
 
-def process(pid: int = 100, name: str = "nginx", path: str = "/usr/sbin/nginx", *, started_ns: int = 5, parent: int = 1) -> GuestProcess:
+def process(
+    pid: int = 100, name: str = "nginx", path: str = "/usr/sbin/nginx", *, started_ns: int = 5, parent: int = 1
+) -> GuestProcess:
     return GuestProcess(ProcessKey(pid, started_ns), name, path, path, parent, 0, task_va=0xFFFF888000001000 + pid)
 
 
