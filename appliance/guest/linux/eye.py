@@ -14,9 +14,11 @@ from typing import Any
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.hashes import TupleHash
+from appliance.guest.linux.holding import Holding
 from appliance.guest.linux.lookup import Lookup
 from appliance.guest.linux.namespaces import Namespaces
 from appliance.guest.linux.owners import Owners
+from appliance.guest.linux.probe import Probe
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.sockets import Common, Raw, Sockets
 from appliance.model import Evidence, Finding, Flow, Gap, GuestProcess, Owner, ProcessKey, Snapshot
@@ -38,7 +40,9 @@ class LinuxEye:
         self._hashes = TupleHash(kernel)
         self._sockets = Sockets(kernel, self._facts, self._hashes)
         self._owners = Owners(kernel, self._facts)
-        self._lookup = Lookup(kernel, self._facts, self._namespaces, self._sockets, self._owners)
+        self._holding = Holding(kernel, self._facts, self._sockets, self._owners)
+        probe = Probe(kernel, self._facts, self._namespaces, self._sockets)
+        self._lookup = Lookup(self._namespaces, self._sockets, probe, self._holding)
         self._socket = self._facts.record("socket")
 
     def read_snapshot(self) -> Snapshot:
@@ -98,7 +102,7 @@ class LinuxEye:
         files: dict[int, int] = {}
         for raw, data in zip(full, values, strict=True):
             file = self._socket.parse(data)[0] if data is not None else 0
-            files[raw.va] = file or self._lookup.parent_file(raw)
+            files[raw.va] = file or self._holding.parent_file(raw)
         return files
 
     def _resolve(

@@ -1,7 +1,7 @@
 """The guest's network namespaces, and which tables and addresses belong to each.
 
 ``net_namespace_list`` (net/core/net_namespace.c) links all of them. Since 6.1 a namespace may have a connection table
-of its own (``net.ipv4.tcp_child_ehash_entries``), since 6.2 a UDP table as well; before, and by default, they share one.
+of its own (``net.ipv4.tcp_child_ehash_entries``), since 6.2 a UDP table too; before, and by default, they share one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from appliance.errors import GuestError, UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.record import is_object
-from appliance.model import Gap
+from appliance.model import Gap, IpAddress
 
 MAX_NAMESPACES = 16_384
 MAX_DEVICES = 4096  # in one namespace
@@ -62,6 +62,8 @@ class Namespaces:
         self._head = facts.needed("net_namespace_list")
         self._init = facts.needed("init_net")
         self.all: dict[int, Namespace] = {}  # by address, the initial one first
+        self._addresses = Addresses(kernel, facts)
+        self._own: dict[int, set[bytes]] = {}  # addresses by namespace, as far as anybody asked
         self._tcp_tables: dict[int, Hashinfo | None] = {}
         self._udp_tables: dict[int, UdpTable | None] = {}
 
@@ -70,6 +72,7 @@ class Namespaces:
         gaps: list[Gap] = []
         self._tcp_tables.clear()
         self._udp_tables.clear()
+        self._own.clear()
         found: dict[int, Namespace] = {}
         try:
             found[self._init] = self._read(self._init)[0]
@@ -94,6 +97,29 @@ class Namespaces:
         if found[self._init].udp is None:
             gaps.append(Gap("UDP sockets", self._init, "no UDP table found"))
         return gaps
+
+    def of_address(self, address: bytes) -> list[Namespace]:
+        """The namespaces that have a local address as their own; all of them if none has."""
+        everybody = list(self.all.values())
+        if len(everybody) == 1:
+            return everybody
+        own = [namespace for namespace in everybody if address in self._own_addresses(namespace)]
+        return own or everybody
+
+    def has(self, ip: IpAddress) -> bool:
+        """Whether an address is one of the guest's own; a group address always is."""
+        if ip.is_multicast or ip.is_unspecified or ip.packed == b"\xff" * 4:
+            return True
+        if any(ip.packed in self._own_addresses(namespace) for namespace in self.all.values()):
+            return True
+        self.look()  # addresses come and go: look again before saying no
+        return any(ip.packed in self._own_addresses(namespace) for namespace in self.all.values())
+
+    def _own_addresses(self, namespace: Namespace) -> set[bytes]:
+        found = self._own.get(namespace.va)
+        if found is None:
+            found = self._own[namespace.va] = self._addresses.read(namespace)
+        return found
 
     def _read(self, va: int) -> tuple[Namespace, int]:
         raw = self._kernel.read(*self._record.span(va))

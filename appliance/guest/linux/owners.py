@@ -59,6 +59,8 @@ class Owners:
     def look(self) -> list[Gap]:
         """Walk all tasks and their descriptors afresh. Raises GuestError when there is nothing to walk."""
         self.tasks = self.task_list.walk()
+        if not self.processes.users:
+            self.processes.read_users(self.tasks.leaders)
         self.parents = {self._init: 0}
         for leader in self.tasks.leaders:
             self.parents[leader.va] = leader.tgid

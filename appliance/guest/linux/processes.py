@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import SEQCOUNT_SIZE, Facts
+from appliance.guest.linux.passwd import Passwd
 from appliance.guest.linux.paths import Path, Paths, text_of
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.tasks import Task
@@ -67,6 +67,8 @@ class Processes:
         self._upid = facts.size("upid")
         self._cache: dict[tuple[int, int], tuple[Vitals, GuestProcess]] = {}
         self._boot_ns: int | None = None
+        self._passwd = Passwd(kernel, facts)
+        self.users: dict[int, str] = {}
 
     def describe(self, tasks: Sequence[Task], parents: dict[int, int] | None = None) -> list[GuestProcess]:
         """Describe processes by their leaders; ``parents`` maps known tasks to their thread-group ids."""
@@ -77,6 +79,14 @@ class Processes:
     def read_clock(self) -> None:
         """Read the guest's own idea of when it booted (timekeeper.offs_real - offs_boot), which it may change."""
         self._boot_ns = self._read_boot_ns()
+
+    def read_users(self, tasks: Sequence[Task]) -> None:
+        """Read the names of users as process 1 sees them."""
+        first = next((task for task in tasks if task.tgid == 1), None)
+        users = self._passwd.read(first.fs) if first is not None else {}
+        if users and users != self.users:
+            self.users = users
+            self._cache.clear()
 
     def forget(self) -> None:
         """Describe everything afresh next time."""
@@ -128,6 +138,7 @@ class Processes:
             command=self._command(task, vitals),
             parent_pid=vitals.parent,
             uid=vitals.uid,
+            user=self.users.get(vitals.uid),
             deleted=isinstance(path, Path) and path.deleted,
             started_wall_ns=None if self._boot_ns is None else self._boot_ns + task.start_ns,
             container=self._container(task, cgroup),
@@ -217,12 +228,6 @@ def container_of(cgroup: str) -> str | None:
     """Container id or name in a control group's path; the innermost one, None when there is none."""
     found = list(CONTAINER.finditer(cgroup))
     return next((group for group in found[-1].groups() if group), None) if found else None
-
-
-def with_user(process: GuestProcess, users: dict[int, str]) -> GuestProcess:
-    """The same process with its user's name."""
-    name = users.get(process.uid)
-    return process if name is None or process.user == name else replace(process, user=name)
 
 
 def _number(raw: bytes | None, default: int = 0) -> int:
