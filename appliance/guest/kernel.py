@@ -1,125 +1,248 @@
 """An attached Linux kernel: virtual reads, symbols and layouts on top of guest-physical memory.
 
 Made by :func:`appliance.guest.attach.attach`. Addresses of the direct map and of the kernel image are translated by
-arithmetic (one addition); everything else (vmalloc, vmemmap, user space) by page walks. A `Kernel` belongs to one
-thread, like the memory beneath it. Sources: Linux Documentation/arch/x86/x86_64/mm.rst (virtual memory map).
+arithmetic; everything else (vmalloc, vmemmap, user space) by page walks, batched. Translations of vmalloc addresses are
+remembered until `forget`, which belongs at the start of each look. One `Kernel` belongs to one thread.
+Sources: Linux Documentation/arch/x86/x86_64/mm.rst (virtual memory map), arch/x86/include/asm/page_64_types.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
-if TYPE_CHECKING:
-    from appliance.ports import GuestMemory
+from appliance.errors import UnreadableMemory
+from appliance.guest.kallsyms import KallsymsTable as Symbols
+from appliance.guest.layout import BtfTypes as Types
+from appliance.guest.layout import Field
+from appliance.guest.paging import ADDRESS, PAGE, Pte, translate_pages, walk_range
+from appliance.ports import GuestMemory
+
+__all__ = ["Field", "Image", "Kernel", "Pte", "Symbols", "Types"]
+
+READ_LIMIT = 64 << 20  # bytes of one read: no length that a guest names may be larger
+CACHE_LIMIT = 1 << 16  # remembered translations
+KERNEL_HALF = 1 << 63
+_LANES = 1024
+_ONES = int.from_bytes(b"\1".ljust(16, b"\0") * _LANES, "little")
 
 
-class Pte(NamedTuple):
-    """One leaf of a page table: a page of 4 KiB, 2 MiB or 1 GiB."""
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The kernel image: ``size`` bytes from ``_text`` on, linear in guest-physical memory."""
 
     va: int
-    gpa: int  # 0 unless present
+    gpa: int
     size: int
-    present: bool
-    writable: bool
-    user: bool
-    nx: bool
-    accessed: bool
-    dirty: bool
-    raw: int  # the entry itself; of a swapped-out page its swap entry
 
 
-class Field(NamedTuple):
-    """Where a member lies in its structure. For a bit-field, ``bit`` counts from the start of byte ``offset``."""
+class Kernel:
+    """One attached kernel. Reads raise UnreadableMemory or GuestGone; batched reads give None per item instead."""
 
-    offset: int
-    size: int  # bytes of the whole member (of the storage unit for a bit-field)
-    bit: int = 0
-    bits: int = 0  # 0: no bit-field
-    length: int = 0  # elements, for an array
+    def __init__(
+        self,
+        memory: GuestMemory,
+        *,
+        image: Image,
+        root: int,
+        la57: bool,
+        page_offset: int,
+        symbols: Symbols,
+        types: Types,
+        release: str = "",
+        build_id: str = "",
+        vmemmap_base: int = 0,
+        vmalloc_base: int = 0,
+    ) -> None:
+        self.memory, self.image, self.root, self.la57 = memory, image, root, la57
+        self.symbols, self.types, self.release, self.build_id = symbols, types, release, build_id
+        self.page_offset, self.vmemmap_base, self.vmalloc_base = page_offset, vmemmap_base, vmalloc_base
+        self.levels = 5 if la57 else 4
+        last = memory.regions[-1]
+        self._direct_end = page_offset + last.gpa + last.size
+        self._image_end = image.va + image.size
+        self._image_delta = image.gpa - image.va
+        self._read_physical = memory.read
+        self._packed: Callable[[Any], list[bytes | None]] | None = getattr(memory, "readv_packed", None)
+        self._pages: dict[int, int] = {}
 
+    # -- the kernel's own address space --
 
-class Symbols(Protocol):
-    """The kernel's own symbol table."""
+    def read(self, va: int, size: int) -> bytes:
+        """Return exactly ``size`` bytes at a kernel address."""
+        if self.page_offset <= va and va + size <= self._direct_end and size >= 0:
+            return self._read_physical(va - self.page_offset, size)
+        if self.image.va <= va and va + size <= self._image_end and size >= 0:
+            return self._read_physical(va + self._image_delta, size)
+        data = self._read_walked(self.root, ((va, size),), self._pages)[0]
+        if data is None:
+            raise UnreadableMemory(va, size)
+        return data
 
-    def find(self, name: str) -> int | None:
-        """Address of a symbol, None when the kernel has none of that name."""
-        ...
+    def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Read many ``(va, size)`` spans in as few system calls as can be; None where one is unreadable."""
+        if not spans:
+            return []
+        if self._packed is not None:
+            try:
+                packed = array("Q", chain.from_iterable(spans))
+            except OverflowError:
+                return self._readv_slowly(spans)
+            vas, sizes = packed[0::2], packed[1::2]
+            same = sizes.tobytes() == sizes[:1].tobytes() * len(sizes)
+            if self.page_offset <= min(vas) and max(vas) + (sizes[0] if same else max(sizes)) <= self._direct_end:
+                return self._packed(_subtract(packed, self.page_offset))
+        return self._readv_slowly(spans)
 
-    def get(self, name: str) -> int:
-        """Address of a symbol. Raises UnsupportedGuest naming it."""
-        ...
+    def u64(self, va: int) -> int:
+        """An unsigned 64-bit number, or a pointer."""
+        return int.from_bytes(self.read(va, 8), "little")
 
-    def find_prefix(self, name: str) -> int | None:
-        """Address of ``name`` or of a static local ``name.N``."""
-        ...
+    def u32(self, va: int) -> int:
+        """An unsigned 32-bit number."""
+        return int.from_bytes(self.read(va, 4), "little")
 
-    def nearest(self, va: int) -> tuple[str, int] | None:
-        """The symbol at or below an address, and the distance to it."""
-        ...
+    def u16(self, va: int) -> int:
+        """An unsigned 16-bit number."""
+        return int.from_bytes(self.read(va, 2), "little")
 
+    def u8(self, va: int) -> int:
+        """An unsigned byte."""
+        return self.read(va, 1)[0]
 
-class Types(Protocol):
-    """The kernel's own type information. Paths are ``struct.member.member``; anonymous members are looked through."""
-
-    def has(self, path: str) -> bool:
-        """Whether the structure, or the member, exists."""
-        ...
-
-    def field(self, path: str) -> Field:
-        """Where a member lies. Raises UnsupportedGuest naming it."""
-        ...
-
-    def offset(self, path: str) -> int:
-        """Offset in bytes of a member from the start of the first structure of the path."""
-        ...
-
-    def width(self, path: str) -> int:
-        """Size of a member in bytes."""
-        ...
-
-    def length(self, path: str) -> int:
-        """Elements of an array member."""
-        ...
-
-    def size(self, name: str) -> int:
-        """Size of a structure, union, enumeration or typedef in bytes."""
-        ...
-
-    def enum(self, name: str) -> dict[str, int]:
-        """The enumerators of an enumeration."""
-        ...
-
-
-class Kernel(Protocol):
-    """Interface first; the class follows."""
-
-    memory: GuestMemory
-    release: str
-    build_id: str
-    symbols: Symbols
-    types: Types
-    la57: bool
-    page_offset: int
-    vmemmap_base: int
-    vmalloc_base: int
-
-    def read(self, va: int, size: int) -> bytes: ...
-    def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]: ...
-    def u64(self, va: int) -> int: ...
-    def u32(self, va: int) -> int: ...
-    def u16(self, va: int) -> int: ...
-    def u8(self, va: int) -> int: ...
     def read_text(self, va: int, limit: int) -> bytes:
-        """NUL-terminated text, at most ``limit`` bytes, without the NUL."""
-        ...
+        """NUL-terminated text, at most ``limit`` bytes, without the NUL. Never reads past a page it need not."""
+        text = b""
+        while len(text) < limit:
+            size = min(limit - len(text), PAGE - (va + len(text)) % PAGE)
+            part = self.read(va + len(text), size)
+            end = part.find(b"\0")
+            if end >= 0:
+                return text + part[:end]
+            text += part
+        return text
+
+    def to_gpa(self, va: int) -> int | None:
+        """The guest-physical address behind a kernel address, None where nothing is mapped."""
+        if self.page_offset <= va < self._direct_end:
+            return va - self.page_offset
+        if self.image.va <= va < self._image_end:
+            return va + self._image_delta
+        page = va & -PAGE
+        self._resolve(self.root, {page}, self._pages)
+        return self._pages[page] + va % PAGE if page in self._pages else None
+
+    def forget(self) -> None:
+        """Drop remembered translations; call at the start of each look."""
+        self._pages.clear()
+
+    # -- other address spaces --
 
     def read_user(self, pgd: int, va: int, size: int) -> bytes:
-        """Another address space; ``pgd`` is ``mm->pgd`` (a VA) or its gpa."""
-        ...
+        """Read another address space; ``pgd`` is ``mm->pgd`` (a kernel address) or its guest-physical address."""
+        data = self._read_walked(self._root_of(pgd), ((va, size),), {})[0]
+        if data is None:
+            raise UnreadableMemory(va, size, "not mapped, or paged out")
+        return data
 
-    def readv_user(self, pgd: int, spans: Sequence[tuple[int, int]]) -> list[bytes | None]: ...
-    def walk_user_pages(self, pgd: int, start: int, end: int) -> Iterator[Pte]: ...
-    def forget(self) -> None:
-        """Drop cached translations of vmalloc addresses; call at the start of each look."""
-        ...
+    def readv_user(self, pgd: int, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Read many ``(va, size)`` spans of another address space; None where any page of one is absent."""
+        try:
+            return self._read_walked(self._root_of(pgd), spans, {})
+        except UnreadableMemory:
+            return [None] * len(spans)
+
+    def walk_user_pages(self, pgd: int, start: int, end: int) -> Iterator[Pte]:
+        """Yield the pages of ``[start, end)`` of another address space that have an entry, in order."""
+        return walk_range(self.memory, self._root_of(pgd), start, end, self.levels)
+
+    # -- private --
+
+    def _root_of(self, pgd: int) -> int:
+        if pgd < KERNEL_HALF:
+            return pgd & ADDRESS
+        gpa = self.to_gpa(pgd)
+        if gpa is None:
+            raise UnreadableMemory(pgd, PAGE, "page-table root is not mapped")
+        return gpa & ADDRESS
+
+    def _readv_slowly(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Spans of several kinds: those that arithmetic can translate go in one batch, the rest are walked."""
+        low, high, offset = self.page_offset, self._direct_end, self.page_offset
+        image, image_end, delta = self.image.va, self._image_end, self._image_delta
+        physical: list[tuple[int, int]] = []
+        places: list[int] = []
+        walked: list[int] = []
+        for place, (va, size) in enumerate(spans):
+            if low <= va and va + size <= high and size >= 0:
+                physical.append((va - offset, size))
+                places.append(place)
+            elif image <= va and va + size <= image_end and size >= 0:
+                physical.append((va + delta, size))
+                places.append(place)
+            else:
+                walked.append(place)
+        pieces = self.memory.readv(physical) if physical else []
+        if not walked:
+            return pieces
+        found: list[bytes | None] = [None] * len(spans)
+        for place, piece in zip(places, pieces, strict=True):
+            found[place] = piece
+        rest = self._read_walked(self.root, [spans[place] for place in walked], self._pages)
+        for place, piece in zip(walked, rest, strict=True):
+            found[place] = piece
+        return found
+
+    def _read_walked(self, root: int, spans: Sequence[tuple[int, int]], known: dict[int, int]) -> list[bytes | None]:
+        """Translate page by page, all pages of all spans together."""
+        wanted = {
+            page
+            for va, size in spans
+            if 0 < size <= READ_LIMIT
+            for page in range(va & -PAGE, va + size, PAGE)
+            if page not in known
+        }
+        self._resolve(root, wanted, known)
+        parts: list[tuple[int, int]] = []
+        counts: list[int] = []
+        for va, size in spans:
+            mapped = list(_pieces(va, size, known)) if 0 <= size <= READ_LIMIT else [None]
+            whole = [piece for piece in mapped if piece is not None]
+            counts.append(len(whole) if len(whole) == len(mapped) else -1)
+            if counts[-1] > 0:
+                parts += whole
+        data = iter(self.memory.readv(parts)) if parts else iter(())
+        found: list[bytes | None] = []
+        for count in counts:
+            pieces = [next(data) for _ in range(max(count, 0))]
+            solid = [piece for piece in pieces if piece is not None]
+            found.append(b"".join(solid) if count >= 0 and len(solid) == count else None)
+        return found
+
+    def _resolve(self, root: int, pages: set[int], known: dict[int, int]) -> None:
+        if len(known) + len(pages) > CACHE_LIMIT:
+            known.clear()
+        known.update(translate_pages(self.memory, root, pages, self.levels))
+
+
+def _pieces(va: int, size: int, known: dict[int, int]) -> Iterator[tuple[int, int] | None]:
+    """The guest-physical spans that make up a virtual one, None for each page that is not mapped."""
+    end = va + size
+    while va < end:
+        gpa = known.get(va & -PAGE)
+        step = min(end - va, PAGE - va % PAGE)
+        yield None if gpa is None else (gpa + va % PAGE, step)
+        va += step
+
+
+def _subtract(spans: array[int], shift: int) -> array[int]:
+    """Subtract ``shift`` from the first number of every pair, all at once as one big number. None may underflow."""
+    result = array("Q")
+    for start in range(0, len(spans), 2 * _LANES):
+        raw = spans[start : start + 2 * _LANES].tobytes()
+        lanes = shift * (_ONES & ((1 << 8 * len(raw)) - 1))
+        result.frombytes((int.from_bytes(raw, "little") - lanes).to_bytes(len(raw), "little"))
+    return result

@@ -1,0 +1,141 @@
+"""Finds the Linux kernel image in guest-physical memory by its own page tables: with a CR3, or with nothing at all.
+
+Without a CR3 the page of ``level3_kernel_pgt`` is looked for: all zero but its last two entries, the first of which
+names ``level2_kernel_pgt``, whose one run of entries maps the image 2 MiB by 2 MiB. First behind every 2 MiB boundary
+that looks like the beginning of a kernel, then everywhere. A find is a candidate until the symbol table proves it.
+Sources: arch/x86/kernel/head_64.S (startup_64, level3_kernel_pgt, level2_kernel_pgt), arch/x86/kernel/head64.c
+(__startup_64), arch/x86/mm/init_64.c (cleanup_highmap, mark_rodata_ro), arch/x86/boot/compressed/kaslr.c,
+arch/x86/include/asm/pgtable_types.h (_KERNPG_TABLE), arch/x86/mm/pti.c (the user half of a PGD pair has bit 12 set).
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from appliance.guest.kernel import Image
+from appliance.guest.paging import ADDRESS, LARGE, NX, PAGE, PRESENT, WRITABLE
+from appliance.model import Region
+from appliance.ports import GuestMemory
+
+SLOT = 2 << 20
+IMAGE_BASE = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map
+IMAGE_SPAN = 128 << 20  # how far behind its first byte the image's page tables are looked for
+MAX_IMAGE = 256 << 20
+_KERNPG = 0x063
+_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25")  # [mov %rsi,%r15;] lea ...(%rip),%rsp
+_BATCH = 1 << 15
+_PTI_USER = 1 << 12
+
+
+class Found(NamedTuple):
+    """A candidate: the image, and its read-only data (the whole image where rights tell nothing)."""
+
+    image: Image
+    rodata: Image
+    level3_gpa: int
+
+
+def find_images(memory: GuestMemory, cr3: int | None) -> Iterator[Found]:
+    """Yield candidates, the likeliest first. Bounded by the size of the guest's RAM."""
+    seen: set[int] = set()
+    for level3, level2 in _tables(memory, cr3):
+        if level2 not in seen:
+            seen.add(level2)
+            found = _describe(memory, level3, level2)
+            if found:
+                yield found
+
+
+def _tables(memory: GuestMemory, cr3: int | None) -> Iterator[tuple[int, int]]:
+    """Pairs of guest-physical addresses that may be level3_kernel_pgt and level2_kernel_pgt."""
+    if cr3 is not None:
+        yield from _from_cr3(memory, cr3 & ADDRESS)
+    data_regions = getattr(memory, "data_regions", None)
+    regions = data_regions() if data_regions else memory.regions
+    for slot in _slots(memory, regions):
+        yield from _scan(memory, slot, slot + IMAGE_SPAN)
+    for region in regions:
+        yield from _scan(memory, region.gpa, region.gpa + region.size)
+
+
+def _from_cr3(memory: GuestMemory, cr3: int) -> Iterator[tuple[int, int]]:
+    for root in dict.fromkeys((cr3 & ~_PTI_USER, cr3)):
+        top = _entry(memory, root, 511)
+        for level3 in (top, _entry(memory, top, 511)):  # 4 levels, 5 levels
+            level2 = _entry(memory, level3, 510)
+            if level2:
+                yield level3, level2
+
+
+def _entry(memory: GuestMemory, table: int, index: int) -> int:
+    """The table an entry points to, 0 where it points to none."""
+    data = memory.readv([(table + 8 * index, 8)])[0] if table else None
+    value = int.from_bytes(data, "little") if data else 0
+    return value & ADDRESS if value & PRESENT and not value & LARGE else 0
+
+
+def _slots(memory: GuestMemory, regions: tuple[Region, ...]) -> Iterator[int]:
+    starts = [
+        slot for region in regions for slot in range(-(-region.gpa // SLOT) * SLOT, region.gpa + region.size - 8, SLOT)
+    ]
+    for batch in range(0, len(starts), _BATCH):
+        part = starts[batch : batch + _BATCH]
+        heads = memory.readv([(slot, 8) for slot in part])
+        yield from (slot for slot, head in zip(part, heads, strict=True) if head and _STARTUP.match(head))
+
+
+def _scan(memory: GuestMemory, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Look at the last two entries of every page."""
+    for batch in range(-(-start // PAGE) * PAGE, end, _BATCH * PAGE):
+        tails = range(batch + PAGE - 16, min(batch + _BATCH * PAGE, end) - 15, PAGE)
+        for at, tail in zip(tails, memory.readv([(at, 16) for at in tails]), strict=True):
+            # Flags 0x063 or 0x067 in both entries, and table addresses below 2^48.
+            if tail and tail[0] & 0xFB == tail[8] & 0xFB == _KERNPG and not (tail[1] & 15 or tail[9] & 15):
+                page, level2 = at + 16 - PAGE, int.from_bytes(tail[:8], "little") & ADDRESS
+                rest = memory.readv([(page, PAGE - 16)])[0]
+                if rest and level2 >> 48 == 0 and not any(rest):
+                    yield page, level2
+
+
+def _describe(memory: GuestMemory, level3: int, level2: int) -> Found | None:
+    """The image that level2_kernel_pgt maps, if it maps one linearly."""
+    raw = memory.readv([(level2, PAGE)])[0]
+    if raw is None:
+        return None
+    entries = array("Q", raw)
+    present = [index for index in range(512) if entries[index] & PRESENT]
+    large = {index: entries[index] & ADDRESS & -SLOT for index in present if entries[index] & LARGE}
+    starts = {gpa - index * SLOT for index, gpa in large.items()}
+    if len(starts) != 1 or not 2 <= len(present) <= MAX_IMAGE // SLOT:
+        return None
+    origin, first, last = starts.pop(), present[0], present[-1]
+    image = Image(IMAGE_BASE + first * SLOT, origin + first * SLOT, (last - first + 1) * SLOT)
+    if image.gpa < 0 or image.size > MAX_IMAGE:
+        return None
+    return Found(image, _rodata(memory, entries, image, present), level3)
+
+
+def _rodata(memory: GuestMemory, entries: array[int], image: Image, present: list[int]) -> Image:
+    """The run of pages that are neither writable nor executable; the image itself where there is none."""
+    split = [index for index in present if not entries[index] & LARGE]
+    tables = dict(zip(split, memory.readv([(entries[i] & ADDRESS, PAGE) for i in split]), strict=True))
+    low, high = image.va + image.size, image.va
+    for index in present:
+        va = IMAGE_BASE + index * SLOT
+        if index not in tables:
+            if _is_rodata(entries[index]):
+                low, high = min(low, va), max(high, va + SLOT)
+            continue
+        for number, entry in enumerate(array("Q", tables[index] or b"")):
+            if entry & PRESENT and _is_rodata(entry):
+                low, high = min(low, va + number * PAGE), max(high, va + (number + 1) * PAGE)
+    if low >= high:
+        return image
+    return Image(low, image.gpa + low - image.va, high - low)
+
+
+def _is_rodata(entry: int) -> bool:
+    return bool(entry & NX) and not entry & WRITABLE
