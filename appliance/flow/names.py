@@ -2,12 +2,15 @@
 
 The only file of this room that knows dnspython. Answers are guest and network input: bounded, and what cannot be parsed
 is counted. Sources: RFC 1035, RFC 2181 section 5.2, RFC 8020. An address keeps its name for an hour after the TTL:
-programs cache longer than they should, and a connection outlives the answer.
+programs cache longer than they should, and a connection outlives the answer. A name is what some server said, no
+proof: name the ``resolvers`` that may be believed where rules depend on names.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Final
 
 import dns.exception
@@ -19,7 +22,7 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
-from appliance.model import Direction, Flow, FlowPayload, IpAddress, Transport, ip_text
+from appliance.model import Direction, Flow, FlowPayload, IpAddress, Transport
 
 DNS_PORT: Final = 53
 KEEP_NS: Final = 3600 * 1_000_000_000
@@ -33,9 +36,10 @@ MAX_CHAIN: Final = 16
 class Names:
     """Names of addresses, newest first. Bounded: the address named longest ago is forgotten first."""
 
-    def __init__(self, limit: int = MAX_ADDRESSES) -> None:
+    def __init__(self, limit: int = MAX_ADDRESSES, resolvers: Iterable[IpAddress] = ()) -> None:
         self._limit = limit
-        self._names: OrderedDict[str, OrderedDict[str, int]] = OrderedDict()  # address -> name -> kept until
+        self._resolvers = frozenset(resolvers)  # empty: any server is believed
+        self._names: OrderedDict[bytes, OrderedDict[str, int]] = OrderedDict()  # address -> name -> kept until
         self.answers = 0
         self.unparsable = 0
 
@@ -45,6 +49,7 @@ class Names:
             payload.direction is not Direction.IN
             or flow.tuple.protocol is not Transport.UDP
             or flow.tuple.remote.port != DNS_PORT
+            or (self._resolvers and flow.tuple.remote.ip not in self._resolvers)
         ):
             return
         try:
@@ -58,7 +63,7 @@ class Names:
 
     def names_of(self, ip: IpAddress, at_ns: int) -> tuple[str, ...]:
         """The names whose answers gave this address, newest first."""
-        names = self._names.get(_key(ip), {})
+        names = self._names.get(_key(ip), OrderedDict[str, int]())
         return tuple(name for name, until_ns in reversed(names.items()) if at_ns <= until_ns)
 
     def __len__(self) -> int:
@@ -75,9 +80,9 @@ class Names:
             if rrset.rdtype in {dns.rdatatype.A, dns.rdatatype.AAAA} and rrset.name in chain:
                 until_ns = at_ns + min(max(rrset.ttl, 0), MAX_TTL_S) * 1_000_000_000 + KEEP_NS
                 for rdata in list(rrset)[:MAX_RECORDS]:
-                    self._note(rdata.address, text, until_ns)
+                    self._note(_key(ip_address(rdata.address)), text, until_ns)
 
-    def _note(self, address: str, name: str, until_ns: int) -> None:
+    def _note(self, address: bytes, name: str, until_ns: int) -> None:
         names = self._names.setdefault(address, OrderedDict())
         self._names.move_to_end(address)
         names[name] = max(until_ns, names.get(name, 0))
@@ -88,6 +93,6 @@ class Names:
             self._names.popitem(last=False)
 
 
-def _key(ip: IpAddress) -> str:
+def _key(ip: IpAddress) -> bytes:
     mapped = ip.ipv4_mapped if ip.version == 6 else None
-    return ip_text(ip if mapped is None else mapped)
+    return (ip if mapped is None else mapped).packed

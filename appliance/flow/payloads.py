@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from appliance.flow.decode import SYN, Decoded
+from appliance.flow.decode import SYN, TCP, UDP, Decoded
 from appliance.flow.records import Record
 
 MAX_PAYLOADS: Final = 3  # per direction
+MAX_DNS: Final = 256  # one socket of a resolver asks many questions, and each answer names addresses
 MAX_BYTES: Final = 2048  # of each
 _MASK: Final = 0xFFFFFFFF
 _HALF: Final = 0x80000000
@@ -19,14 +20,19 @@ _HALF: Final = 0x80000000
 
 def read_payload(record: Record, side: int, packet: Decoded, data: bytes) -> bytes | None:
     """Return the bytes of this packet that are a new first payload of the flow, else None."""
-    if record.payloads[side] >= MAX_PAYLOADS or packet.payload_len <= 0:
+    if (record.payloads[side] >= MAX_PAYLOADS and not _is_dns(record, side)) or packet.payload_len <= 0:
         return None
-    skip, stop = (0, packet.payload_len) if packet.protocol != 6 else _fresh(record, side, packet)
+    skip, stop = (0, packet.payload_len) if packet.protocol != TCP else _fresh(record, side, packet)
     stop = min(stop, skip + MAX_BYTES, len(data) - packet.payload_at)
     if skip >= stop:
         return None
     record.payloads[side] += 1
     return data[packet.payload_at + skip : packet.payload_at + stop]
+
+
+def _is_dns(record: Record, side: int) -> bool:
+    _, protocol, _, _, _, remote_port = record.key
+    return remote_port == 53 and protocol == UDP and record.payloads[side] < MAX_DNS
 
 
 def _fresh(record: Record, side: int, packet: Decoded) -> tuple[int, int]:

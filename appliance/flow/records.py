@@ -58,7 +58,7 @@ class Record:
 
     __slots__ = (
         "acks", "bases", "bytes", "fins", "flow", "icmp_errors", "isn", "key", "last_fin", "last_ns", "late", "packets",
-        "payloads", "queue", "ranges", "state", "timeout_ns", "tops",
+        "payloads", "queue", "ranges", "raw", "state", "timeout_ns", "tops",
     )  # fmt: skip
 
     def __init__(self, flow: Flow, key: Key, state: State, at_ns: int) -> None:
@@ -78,6 +78,7 @@ class Record:
         self.last_fin = 0
         self.late = [0, 0]  # segments with new data after the end
         self.icmp_errors = 0
+        self.raw = [b"", b""]  # its keys in the fast path
         self.timeout_ns = 0
         self.queue: Queue = OrderedDict()
 

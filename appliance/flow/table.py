@@ -15,6 +15,7 @@ from typing import Final
 from appliance.flow import icmp
 from appliance.flow.community import community_id
 from appliance.flow.decode import ACK, FIN, ICMP, ICMPV6, IGMP, RST, SYN, TCP, UDP, Decoded, decode
+from appliance.flow.fastpath import FastPath
 from appliance.flow.fragments import Fragments
 from appliance.flow.payloads import read_payload
 from appliance.flow.records import SECOND_NS, Key, Queues, Record, State
@@ -58,6 +59,7 @@ class FlowTable:
         self._queues = Queues()
         self._records = self._queues.by_key
         self._fragments = Fragments()
+        self._fast = FastPath()
         self._macs: OrderedDict[bytes, None] = OrderedDict((_parse_mac(mac), None) for mac in macs)
         self._servers: OrderedDict[tuple[int, bytes, int], None] = OrderedDict()
         self._ignored: Counter[str] = Counter()
@@ -76,6 +78,9 @@ class FlowTable:
             if frame.at_ns >= self._next_sweep_ns:
                 self._grace_ns = self._grace_ns or frame.at_ns + GRACE_NS
                 events = self.sweep(frame.at_ns)
+        if (found := self._fast.find(frame)) is not None:
+            self._count(*found, frame)
+            return events
         swept = len(events)
         group = frame.data[:1] > b"" and frame.data[0] & 1
         if not group and self._is_foreign(frame):
@@ -156,7 +161,7 @@ class FlowTable:
             record = self._records.get(key) if key else None
             if record is None:
                 return "fragment-without-first"
-            self._count(record, side, frame, packet)
+            self._count(record, side, packet.ip_bytes, 0, frame)
             return None
         protocol = packet.protocol
         if protocol in {ICMP, ICMPV6} and (reason := icmp.control_reason(packet)) is not None:
@@ -173,7 +178,7 @@ class FlowTable:
             if protocol == TCP and packet.flags & (FIN | RST) and not packet.flags & SYN and not packet.payload_len:
                 return "stray-close"
             record = self._start(key, side, frame.at_ns, packet, events)
-        self._count(record, side, frame, packet)
+        self._count(record, side, packet.ip_bytes, packet.header_len, frame)
         if packet.fragment is not None:
             self._fragments.note(packet, key, frame.at_ns)
         self._advance(record, side, frame, packet, events)
@@ -212,10 +217,14 @@ class FlowTable:
             events.append(FlowEnded(record.flow.id, ended, record.counts, frame.at_ns))
         if state is not record.state:
             self._queues.move(record, state)
+            self._fast.remove(record)
+        if packet.payload_len and packet.fragment is None:
+            self._fast.add(record, side, frame.data)
 
-    def _count(self, record: Record, side: int, frame: Frame, packet: Decoded) -> None:
+    def _count(self, record: Record, side: int, size: int, headers: int, frame: Frame) -> None:
+        """Add to the counters; every segment of a GSO packet repeats its headers on the wire."""
         record.packets[side] += frame.segments
-        record.bytes[side] += packet.ip_bytes + (frame.segments - 1) * packet.header_len
+        record.bytes[side] += size + (frame.segments - 1) * headers
         self._queues.touch(record, frame.at_ns)
 
     def _error(self, frame: Frame, packet: Decoded, side: int) -> str | None:
@@ -300,6 +309,7 @@ class FlowTable:
     def _drop(self, record: Record, reason: FlowEnd, at_ns: int, events: list[FlowEvent]) -> None:
         """Forget a record; tell its end unless that was told."""
         self._queues.remove(record)
+        self._fast.remove(record)
         if record.state is not State.CLOSED:
             events.append(FlowEnded(record.flow.id, reason, record.counts, at_ns))
 
