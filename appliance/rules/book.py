@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from appliance.errors import Problem
 from appliance.model import Decision, Judgement, Reason, RuleRef
@@ -81,27 +82,25 @@ class RuleBook:
 def _build_view(sets: list[RuleSet], os: str) -> View:
     fold = os == "windows"
     profiles = sorted((p for rules in sets for p in rules.profiles), key=lambda p: p.rank, reverse=True)
-    literal: dict[str, list[Profile]] = {}
+    literal: dict[str, list[Profile]] = defaultdict(list)
     for profile in profiles:
-        if profile.literal_image is not None:
-            path = profile.literal_image
-            literal.setdefault(path.lower() if fold or profile.windows else path, []).append(profile)
-    others = tuple(p for p in profiles if p.literal_image is None)
+        if profile.image is not None and profile.image.literal:
+            path = profile.image.pattern
+            literal[path.lower() if fold or profile.image.windows else path].append(profile)
     refs = [rules.ref for rules in sets] or [RuleRef("", 0, "none")]
     return View(
         fold,
-        {path: tuple(sorted((*named, *others), key=lambda p: p.rank, reverse=True)) for path, named in literal.items()},
-        others,
+        {path: tuple(named) for path, named in literal.items()},
+        tuple(p for p in profiles if p.image is None or not p.image.literal),
         tuple(profiles),
-        tuple(r.otherwise for r in sets if r.otherwise) or tuple(_silent(ref, "otherwise") for ref in refs),
-        tuple(r.kernel for r in sets if r.kernel) or tuple(_silent(ref, "kernel") for ref in refs),
+        tuple(r.otherwise for r in sets if r.otherwise)
+        or tuple(Section("otherwise", _named(ref, "otherwise"), Decision.ALLOW) for ref in refs),
+        tuple(r.kernel for r in sets if r.kernel)
+        or tuple(Section("kernel", _named(ref, "kernel"), Decision.ALLOW) for ref in refs),
         tuple(r.unbound for r in sets if r.unbound)
-        or tuple(
-            Unbound(RuleRef(ref.file, ref.line, "unbound", ref.ruleset, ref.version), quiet=QUIET_REASONS)
-            for ref in refs
-        ),
+        or tuple(Unbound(_named(ref, "unbound"), quiet=QUIET_REASONS) for ref in refs),
     )
 
 
-def _silent(ref: RuleRef, name: str) -> Section:
-    return Section(name, RuleRef(ref.file, ref.line, name, ref.ruleset, ref.version), Decision.ALLOW)
+def _named(ref: RuleRef, name: str) -> RuleRef:
+    return replace(ref, profile=name)

@@ -48,7 +48,7 @@ def compile_set(rules: file.RuleSet, document: Document, text: str) -> RuleSet:
 
 
 def conditions_of(matching: file.Matching) -> list[tuple[Glob | None, tuple[Condition, ...]]]:
-    """The ways to satisfy a match: one for each image pattern, with all the other conditions."""
+    """The ways to satisfy a match: each image pattern (None: no image is asked for) with all the other conditions."""
     rest: list[Condition] = [
         TextIs(what, tuple(Glob(pattern.removesuffix(".service") if what == "service" else pattern, False)
                            for pattern in patterns))
@@ -67,8 +67,7 @@ def conditions_of(matching: file.Matching) -> list[tuple[Glob | None, tuple[Cond
         rest.append(DeletedIs(matching.deleted))
     if not matching.image:
         return [(None, tuple(rest))]
-    globs = [Glob(pattern, True) for pattern in dict.fromkeys(matching.image)]
-    return [(glob, (TextIs("image", (glob,)), *rest)) for glob in globs]
+    return [(Glob(pattern, True), tuple(rest)) for pattern in dict.fromkeys(matching.image)]
 
 
 def _container(wanted: Sequence[bool | str]) -> list[Condition]:
@@ -122,11 +121,10 @@ class _Compiler:
         return [
             Profile(
                 section,
+                image,
                 conditions,
                 rank_of(profile.match, image, profile.priority),
                 until,
-                image.pattern if image is not None and image.literal else None,
-                image is not None and image.windows,
             )
             for image, conditions in conditions_of(profile.match)
         ]

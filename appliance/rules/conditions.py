@@ -30,8 +30,6 @@ class Actor:
         """The text that a condition looks at; None: there is none; Missing: there may be one that was not readable."""
         process = self.process
         match what:
-            case "image":
-                return image_of(process)
             case "name":
                 return process.name
             case "service":

@@ -182,6 +182,8 @@ def check_ties(documents: list[Document]) -> None:
 def _tie(first: _Candidate, second: _Candidate) -> bool:
     if first.os and second.os and first.os != second.os:
         return False
+    if first.image is not None and second.image is not None and not first.image.meets(second.image):
+        return False
     return can_coincide(first.conditions, second.conditions)
 
 

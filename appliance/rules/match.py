@@ -8,7 +8,7 @@ turns into silence: an allow that a stricter profile might have denied is an ale
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from appliance.model import (
     Binding,
@@ -19,7 +19,6 @@ from appliance.model import (
     GuestProcess,
     Judgement,
     Match,
-    Missing,
     Owner,
     Reason,
     RuleRef,
@@ -27,14 +26,16 @@ from appliance.model import (
     Transport,
     ip_text,
 )
-from appliance.rules.conditions import Actor, Condition, all_hold
-from appliance.rules.globs import looks_windows
+from appliance.rules.conditions import Actor, Condition, all_hold, image_of
+from appliance.rules.globs import Glob, looks_windows
 from appliance.rules.nets import DomainSet, IpSet, PortSet, unmapped
 
 SEVERITIES = tuple(Severity)
 _LOUDNESS = {severity: i for i, severity in enumerate(SEVERITIES)}
 _WITH_PORTS = (Transport.TCP, Transport.UDP)
 Rank = tuple[int, int, int, int]  # points, priority, length of the fixed part of the image, other conditions
+_KEPT_PATHS = 1024  # image paths whose profiles are remembered
+_KEPT_LENGTH = 256
 _SHOWN = 120  # characters of guest text in a sentence
 
 
@@ -146,21 +147,21 @@ class Section:
     actions: tuple[str, ...] = ("alert",)
     enforce: bool = False
 
-    def judge(self, talk: Talk) -> Judgement:
-        """Deny beats allow beats default; the order of entries means nothing."""
+    def judge(self, talk: Talk, whom: str = "") -> Judgement:
+        """Deny beats allow beats default; the order of entries means nothing. ``whom`` begins the sentence."""
         denied = [entry for entry in self.deny if entry.covers(talk)]
         if denied:
             entry = max(denied, key=lambda e: (_LOUDNESS[e.severity or self.severity], -e.ref.line))
-            because = f"{self.name}: {talk} matches a deny entry"
+            because = f"{whom}{self.name}: {talk} matches a deny entry"
             return self._deny(entry.ref, because, entry.severity or self.severity, entry.tags)
         allowed = next((entry for entry in self.allow if entry.covers(talk)), None)
         if allowed is not None:
-            return Judgement(Decision.ALLOW, allowed.ref, because=f"{self.name}: {talk} matches an allow entry")
+            return Judgement(Decision.ALLOW, allowed.ref, because=f"{whom}{self.name}: {talk} matches an allow entry")
         if self.default is Decision.ALLOW:
             return Judgement(
-                Decision.ALLOW, self.ref, because=f"{self.name} (default allow): {talk} matches no deny entry"
+                Decision.ALLOW, self.ref, because=f"{whom}{self.name} (default allow): {talk} matches no deny entry"
             )
-        because = f"{self.name} (default deny): {talk} matches no allow entry"
+        because = f"{whom}{self.name} (default deny): {talk} matches no allow entry"
         if not talk.names and any(entry.peers and entry.peers.domains for entry in self.allow):
             because += "; no DNS answer for this address was seen"
         return self._deny(self.ref, because, self.severity, ())
@@ -183,11 +184,10 @@ class Profile:
     """One way to recognise a process, and the section that judges it."""
 
     section: Section
-    conditions: tuple[Condition, ...]
+    image: Glob | None
+    conditions: tuple[Condition, ...]  # what else must hold
     rank: Rank
     until_ns: int | None = None
-    literal_image: str | None = None  # the one path it can match, as written
-    windows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,18 +226,29 @@ class View:
     """All that applies to one kind of guest (its system and tags), most specific first."""
 
     fold: bool
-    by_image: Mapping[str, tuple[Profile, ...]]  # the profiles to try for a path that some profile names literally
-    others: tuple[Profile, ...]  # the profiles to try for any other path
+    literal: Mapping[str, tuple[Profile, ...]]  # whose image is this very path
+    patterns: tuple[Profile, ...]  # whose image is a pattern, and those without an image
     everything: tuple[Profile, ...]
     otherwise: tuple[Section, ...]
     kernel: tuple[Section, ...]
     unbound: tuple[Unbound, ...]
+    _seen: dict[str, tuple[Profile, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
-    def candidates(self, path: str | Missing) -> tuple[Profile, ...]:
-        """The profiles that can match a process with this image, most specific first."""
-        if not isinstance(path, str):
-            return self.everything
-        return self.by_image.get(path.lower() if self.fold or looks_windows(path) else path, self.others)
+    def with_image(self, path: str) -> tuple[Profile, ...]:
+        """The profiles whose image fits this path, or that ask for none; the answers for short paths are kept."""
+        found = self._seen.get(path)
+        if found is None:
+            found = self._find(path)
+            if len(path) <= _KEPT_LENGTH:
+                if len(self._seen) >= _KEPT_PATHS:
+                    self._seen.clear()
+                self._seen[path] = found
+        return found
+
+    def _find(self, path: str) -> tuple[Profile, ...]:
+        literal = self.literal.get(path.lower() if self.fold or looks_windows(path) else path, ())
+        fitting = [p for p in self.patterns if p.image is None or p.image.matches(path, fold=self.fold)]
+        return tuple(sorted((*literal, *fitting), key=lambda p: p.rank, reverse=True))
 
 
 def judge(view: View, subject: Subject) -> Judgement:
@@ -265,12 +276,18 @@ def _parent(process: GuestProcess, subject: Subject, owners: tuple[Owner, ...]) 
 
 
 def _judge_process(view: View, actor: Actor, talk: Talk) -> Judgement:
+    image = image_of(actor.process)
     doubted = []
     chosen = None
-    for profile in view.candidates(actor.process.path):
+    for profile in view.with_image(image) if isinstance(image, str) else view.everything:
         if profile.until_ns is not None and talk.at_ns >= profile.until_ns:
             continue
-        answer = all_hold(profile.conditions, actor)
+        if isinstance(image, str) or profile.image is None:
+            answer = all_hold(profile.conditions, actor) if profile.conditions else True
+        elif image is None:
+            continue
+        else:
+            answer = None if all_hold(profile.conditions, actor) is not False else False
         if answer:
             chosen = profile.section
             break
@@ -279,8 +296,8 @@ def _judge_process(view: View, actor: Actor, talk: Talk) -> Judgement:
     if chosen is not None:
         judgement = chosen.judge(talk)
     else:
-        judgement = worst(section.judge(talk) for section in view.otherwise)
-        judgement = replace(judgement, because=f"{_naming(actor.process)} has no profile; {judgement.because}")
+        whom = f"{_naming(actor.process)} has no profile; "
+        judgement = worst(section.judge(talk, whom) for section in view.otherwise)
     return _with_doubts(judgement, doubted, talk) if doubted else judgement
 
 
