@@ -20,7 +20,8 @@ from __future__ import annotations
 from typing import Final
 
 from appliance.errors import UnsupportedGuest
-from appliance.guest.kernel import Field, Kernel
+from appliance.guest.kernel import Kernel
+from appliance.guest.layout import Field
 from appliance.guest.linux.record import Record
 
 # struct -> (source, members in the order in which Record.parse returns them)

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from appliance.errors import UnsupportedGuest
-from appliance.guest.kernel import Field
+from appliance.guest.layout import Field
 
 CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 KERNEL_HALF = 0xFF00_0000_0000_0000  # Documentation/arch/x86/x86_64/mm.rst: the kernel half, 5-level paging included
