@@ -9,8 +9,8 @@ Three layouts exist, told apart by looking, never by version (distributions back
 Offsets are 32 bits relative to relative_base (which is ``_text``), either all unsigned, or, with absolute per-CPU
 symbols (CONFIG_KALLSYMS_ABSOLUTE_PERCPU), negative ones count down from relative_base - 1 and the others are absolute.
 Sources: scripts/kallsyms.c (write_src), kernel/kallsyms.c (kallsyms_expand_symbol, kallsyms_sym_address,
-get_symbol_seq), commits "kallsyms: Improve the performance of kallsyms_lookup_name()" (6.2) and "scripts/kallsyms: change the output
-order" (6.4).
+get_symbol_seq), commits "kallsyms: Improve the performance of kallsyms_lookup_name()" (6.2) and "scripts/kallsyms:
+change the output order" (6.4).
 """
 
 from __future__ import annotations
