@@ -78,6 +78,8 @@ class Job:
     def handle(self, answer: dict[str, Any]) -> None:
         """Take in one message of the agent about this job."""
         with self._changed:
+            if self._exit is not None and "error" in answer:
+                return
             if "data" in answer:
                 self._streams[answer["stream"]] += base64.b64decode(answer["data"])
             self.pid = answer.get("pid", self.pid)

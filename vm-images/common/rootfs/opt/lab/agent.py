@@ -7,8 +7,10 @@ the host listens is lost, so the agent never speaks first.
 """
 
 import base64
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -57,9 +59,9 @@ class Agent:
             if do == "hello":
                 self.send(job=job, ok=True)
             elif do == "spawn":
-                threading.Thread(target=self.spawn, args=(job, request["command"]), daemon=True).start()
+                self.spawn(job, request["command"])
             elif do == "kill":
-                os.killpg(self.jobs[request["target"]], request["signal"])
+                self.kill(request["target"], request["signal"])
                 self.send(job=job, ok=True)
             elif do == "put":
                 self.put(request)
@@ -68,6 +70,13 @@ class Agent:
                 threading.Thread(target=self.get, args=(job, request["path"]), daemon=True).start()
         except (OSError, KeyError, ValueError) as error:
             self.send(job=job, error=f"{type(error).__name__}: {error}")
+
+    def kill(self, target: int, number: int) -> None:
+        if target not in self.jobs:  # it has ended, or an agent before this one started it
+            self.send(job=target, error="no longer known to the guest's agent")
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.jobs[target], number)
 
     def put(self, request: dict[str, Any]) -> None:
         path, mode = request["path"], "ab" if request["append"] else "wb"
@@ -86,35 +95,41 @@ class Agent:
             self.send(job=job, error=f"{type(error).__name__}: {error}")
 
     def spawn(self, job: int, command: str | list[str]) -> None:
-        try:
-            process = subprocess.Popen(
-                command,
-                shell=isinstance(command, str),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self.send(job=job, error=f"{type(error).__name__}: {error}")
-            return
+        process = subprocess.Popen(
+            command,
+            shell=isinstance(command, str),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         self.jobs[job] = process.pid
         self.send(job=job, pid=process.pid)
+        threading.Thread(target=self.attend, args=(job, process), daemon=True).start()
+
+    def attend(self, job: int, process: subprocess.Popen[bytes]) -> None:
+        ended, end = os.pipe()
         pumps = [
-            threading.Thread(target=self.pump, args=(job, name, pipe), daemon=True)
+            threading.Thread(target=self.pump, args=(job, name, pipe, ended), daemon=True)
             for name, pipe in (("stdout", process.stdout), ("stderr", process.stderr))
-            if pipe
         ]
         for pump in pumps:
             pump.start()
         code = process.wait()
-        for pump in pumps:  # a background child may hold the pipe open for ever
-            pump.join(0.5)
+        os.close(end)
+        for pump in pumps:
+            pump.join()
+        os.close(ended)
         del self.jobs[job]
         self.send(job=job, exit=code)
 
-    def pump(self, job: int, stream: str, pipe: IO[bytes]) -> None:
-        while data := os.read(pipe.fileno(), CHUNK):
+    def pump(self, job: int, stream: str, pipe: IO[bytes], ended: int) -> None:
+        """Send what is in the pipe until nothing can follow. A background child may hold it open for ever."""
+        reading = pipe.fileno()
+        while reading in select.select([reading, ended], [], [])[0]:
+            data = os.read(reading, CHUNK)
+            if not data:
+                return
             self.send(job=job, stream=stream, data=base64.b64encode(data).decode())
 
 
