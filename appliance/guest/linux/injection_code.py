@@ -1,0 +1,166 @@
+"""What of a process's executable memory is foreign: memory of no file, files in odd places, files without a name.
+
+One look over the executable VMAs; what is odd about one is told with its place, size, protection, resident bytes and
+their hash. Programs that make code at run time (JITs) have anonymous executable memory by nature: where such a runtime
+is mapped, that counts less, unless the memory holds an ELF image or a thread began in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from appliance.guest.linux.injection_facts import VM_GROWSDOWN, VM_WRITE
+from appliance.guest.linux.injection_files import MappedFile, find_runtime, has_regex_compiler, odd_place
+from appliance.guest.linux.injection_pages import Budget, Digest, Page, Pages
+from appliance.guest.linux.injection_threads import Suspect
+from appliance.guest.linux.vmas import MemoryMap, Vma
+from appliance.model import Evidence
+
+ELF_MAGIC: Final = b"\x7fELF"
+REGEX_CHUNK: Final = 64 << 10  # sljit allocates executable memory in multiples of it (sljitExecAllocatorCore.c)
+JIT_FILES: Final = ("/memfd:doublemapper", "/memfd:libffi", "/memfd:JITCode")  # .NET, libffi, Qt
+
+
+class Oddity(NamedTuple):
+    """One thing that is odd about a mapping."""
+
+    kind: str
+    weight: int
+    claim: str
+
+
+class Code(NamedTuple):
+    """The executable memory of one process, ready to be judged."""
+
+    vmas: tuple[Vma, ...]
+    files: Mapping[int, MappedFile]
+    program: MappedFile | None
+    pages: Mapping[int, Sequence[Page]]  # by start of the VMA
+    starts: frozenset[int]  # where threads began
+
+    @classmethod
+    def of(
+        cls,
+        memory: MemoryMap,
+        files: Mapping[int, MappedFile],
+        pages: Mapping[int, Sequence[Page]],
+        starts: frozenset[int],
+    ) -> Code:
+        """From what was read."""
+        vmas = tuple(vma for vma in memory.vmas if vma.executable)
+        return cls(vmas, files, files.get(memory.exe_file), pages, starts)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all files with code, the program's own among them."""
+        found = [self.files[vma.file].path for vma in self.vmas if vma.file in self.files]
+        return [*found, self.program.path] if self.program else found
+
+    @property
+    def own_path(self) -> str:
+        """Path of the program, empty where it is not known."""
+        return self.program.path if self.program else ""
+
+
+def judge_code(code: Code, reader: Pages, pgd: int, budget: Budget) -> tuple[list[Evidence], list[Suspect]]:
+    """Everything odd, and the ranges in which no thread should run."""
+    evidence: list[Evidence] = list(_program(code))
+    suspects: list[Suspect] = []
+    runtime = find_runtime(code.paths)
+    for vma in code.vmas:
+        file = code.files.get(vma.file)
+        if not _is_odd(vma, file, code):
+            continue
+        digest = reader.digest(code.pages.get(vma.start, ()), vma.start, vma.end, budget)
+        oddities = _file_oddities(vma, file, code, runtime) if file and not file.anonymous else []
+        if not oddities:
+            oddities = [_anonymous(vma, digest, code, runtime)]
+        for oddity in oddities:
+            evidence.append(_tell(oddity, vma, file, digest))
+        if max(oddity.weight for oddity in oddities) > 1:
+            suspects.append(Suspect(vma.start, vma.end, _name(vma, file)))
+    return evidence, suspects
+
+
+def _is_odd(vma: Vma, file: MappedFile | None, code: Code) -> bool:
+    if vma.special:
+        return False
+    return file is None or file.anonymous or bool(_file_oddities(vma, file, code, None))
+
+
+def _program(code: Code) -> Iterator[Evidence]:
+    program = code.program
+    if program is None or not program.deleted:
+        return
+    place = odd_place(program.path, "")
+    weight = 2 if program.in_memory or (place is not None and place[0] > 1) else 1
+    claim = f"the program's own file {program.path} was deleted or replaced while it runs"
+    yield Evidence(claim, "deleted-executable", detail=f"path {program.shown}", weight=weight)
+
+
+def _file_oddities(vma: Vma, file: MappedFile, code: Code, runtime: str | None) -> list[Oddity]:
+    found = []
+    own = code.program is not None and file.inode == code.program.inode and file.inode != 0
+    place = None if file.pseudo else odd_place(file.path, code.own_path)
+    if file.in_memory:
+        by_runtime = file.path.startswith(JIT_FILES)
+        weight = 1 if by_runtime else 2
+        note = ", as language runtimes have it" if by_runtime else ""
+        claim = f"code is mapped from {file.path}, a file that exists in memory only{note}"
+        found.append(Oddity("memfd", weight, claim))
+    elif file.pseudo:
+        found.append(Oddity("odd-path", 1, f"code is mapped from {file.path}, which is no file of any file system"))
+    if place is not None:
+        weight, why = place
+        if runtime == "the Java virtual machine" and weight > 1 and file.path.count("/") == 2:
+            weight, why = 1, f"{why}, as {runtime} does with its native libraries"
+        found.append(Oddity("odd-path", weight, f"code is mapped from {file.path}, {why}"))
+    if file.deleted and not own:
+        weight = 2 if any(oddity.weight > 1 for oddity in found) else 1
+        claim = f"code is mapped from {file.path}, which was deleted or replaced since"
+        found.append(Oddity("deleted-file", weight, claim))
+    if vma.flags & VM_WRITE:
+        weight = 1 if runtime else 2
+        note = f", as {runtime} may have it" if runtime else ""
+        found.append(Oddity("writable-exec-file", weight, f"code of {file.path} is mapped writable{note}"))
+    return found
+
+
+def _anonymous(vma: Vma, digest: Digest, code: Code, runtime: str | None) -> Oddity:
+    """Executable memory of no file. Writable at the same time, or filled by nobody we know, it is suspicious."""
+    writable = bool(vma.flags & VM_WRITE)
+    claim = ("writable and " if writable else "") + "executable memory that belongs to no file"
+    claim += f" ({vma.label})" if vma.label else ""
+    if digest.first.startswith(ELF_MAGIC):
+        return Oddity("anon-exec", 2, f"{claim} and holds an ELF image")
+    if any(vma.start <= start < vma.end for start in code.starts):
+        return Oddity("anon-exec", 2, f"{claim} and in which a thread began")
+    if runtime is not None:
+        return Oddity("anon-exec", 1, f"{claim}, as {runtime} makes it")
+    if _is_regex_code(vma, digest, code):
+        return Oddity("anon-exec", 1, f"{claim}, of the size and form in which PCRE compiles expressions")
+    if vma.flags & VM_GROWSDOWN or vma.label in ("[stack]", "[heap]"):
+        return Oddity("anon-exec", 1, f"{claim}: the program asks for an executable stack or heap")
+    filled = digest.hashed > 0 and not digest.blank
+    return Oddity("anon-exec", 2 if writable or filled else 1, claim)
+
+
+def _is_regex_code(vma: Vma, digest: Digest, code: Code) -> bool:
+    """A chunk of sljit: its first block's header says its size, and that no block lies before it."""
+    if not has_regex_compiler(code.paths) or (vma.end - vma.start) % REGEX_CHUNK or digest.first_va != vma.start:
+        return False
+    size, before = int.from_bytes(digest.first[:8], "little"), int.from_bytes(digest.first[8:16], "little")
+    return 0 < size <= vma.end - vma.start and before == 0
+
+
+def _name(vma: Vma, file: MappedFile | None) -> str:
+    if file is None or file.anonymous:
+        return f"executable memory of no file at {vma.start:#x}"
+    return file.path
+
+
+def _tell(oddity: Oddity, vma: Vma, file: MappedFile | None, digest: Digest) -> Evidence:
+    where = f"path {file.shown}" if file is not None else f"label {vma.label}" if vma.label else "no file"
+    detail = f"{vma.protection}; {digest}; {where}"
+    return Evidence(oddity.claim, oddity.kind, vma.start, vma.end - vma.start, digest.sha256, detail, oddity.weight)

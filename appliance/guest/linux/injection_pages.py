@@ -1,0 +1,224 @@
+"""The pages behind a mapping: which are resident, whose they are, what they hold, and what the file holds there.
+
+A page of a private file mapping is the file's own page until somebody writes to it; then the process gets a copy, and
+the copy is anonymous: ``folio->mapping`` has bit 0 set (PAGE_MAPPING_ANON, include/linux/page-flags.h). Tail pages of a
+folio point to their head (``compound_head``, bit 0 set). The file's page is found in ``address_space.i_pages``
+(include/linux/xarray.h). Physical pages are read as such, so nothing here depends on what the process may read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from appliance.errors import GuestError, UnreadableMemory
+from appliance.guest.kernel import Kernel
+from appliance.guest.linux.injection_facts import PAGE, InjectionFacts
+from appliance.guest.linux.record import is_object
+
+MAX_SPAN: Final = 1 << 30  # bytes of one mapping that are looked at; no program's code is larger
+STEP: Final = 32 << 20  # bytes of address space between two looks at the clock
+MAX_LEVELS: Final = 12  # of an xarray: 64 bits of index, 6 bits a level
+NODE_ABOVE: Final = 4096  # xa_is_node: smaller internal entries are siblings, retries and zeros
+XA_SLOTS: Final = 64
+MAPPING_ANON: Final = 1  # PAGE_MAPPING_ANON
+MAPPING_FLAGS: Final = 3
+FIRST_BYTES: Final = 16
+GPA_MASK: Final = (1 << 52) - 1
+
+
+class Budget:
+    """How much one look may cost: pages and time. What it cuts off is counted in ``cut``."""
+
+    def __init__(self, pages: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pages, self._clock, self._end = pages, clock, clock() + seconds
+        self.cut: list[str] = []
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left."""
+        return self._pages <= 0 or self._clock() >= self._end
+
+    def spend(self, pages: int) -> None:
+        """Count pages that were looked at."""
+        self._pages -= pages
+
+    def cut_off(self, what: str) -> None:
+        """Note what is not looked at any more."""
+        self.cut.append(what)
+
+
+class Page(NamedTuple):
+    """A resident page or, of a huge one, the part inside the mapping."""
+
+    va: int
+    gpa: int
+    size: int
+
+
+class Digest(NamedTuple):
+    """What is resident of a range. ``sha256`` is over the resident bytes in address order."""
+
+    resident: int  # pages of 4 KiB
+    total: int
+    hashed: int
+    sha256: str | None
+    first: bytes  # of the first resident page
+    first_va: int
+    blank: bool  # all bytes read are 0
+
+    def __str__(self) -> str:
+        text = f"{self.resident} of {self.total} pages resident"
+        if self.hashed < self.resident:
+            text += f", {self.hashed} of them hashed"
+        return text + (f", bytes at {self.first_va:#x}: {self.first.hex()}" if self.first else "")
+
+
+class Pages:
+    """Looks at pages of one guest."""
+
+    def __init__(self, kernel: Kernel, facts: InjectionFacts) -> None:
+        self._kernel, self._facts = kernel, facts
+        self._page = facts.record("page")
+
+    def resident(self, pgd: int, start: int, end: int, budget: Budget) -> list[Page]:
+        """Present pages of ``[start, end)`` in address order; what the budget does not allow is noted there."""
+        found: list[Page] = []
+        if end - start > MAX_SPAN:
+            budget.cut_off(f"mapping {start:#x}-{end:#x}: only its first {MAX_SPAN >> 20} MiB")
+            end = start + MAX_SPAN
+        for low in range(start, end, STEP):
+            if budget.over:
+                budget.cut_off(f"mapping {start:#x}-{end:#x}: from {low:#x} on")
+                return found
+            try:
+                found += self._walk(pgd, low, min(low + STEP, end), budget)
+            except GuestError as error:
+                budget.cut_off(f"mapping {start:#x}-{end:#x}: {error}")
+                return found
+        return found
+
+    def _walk(self, pgd: int, low: int, high: int, budget: Budget) -> list[Page]:
+        found = []
+        entries = 0
+        for pte in self._kernel.walk_user_pages(pgd, low, high):
+            entries += 1
+            va, stop = max(pte.va, low), min(pte.va + pte.size, high)
+            if pte.present and va < stop:
+                found.append(Page(va, pte.gpa + va - pte.va, stop - va))
+        budget.spend(entries)
+        return found
+
+    def digest(self, pages: Sequence[Page], start: int, end: int, budget: Budget) -> Digest:
+        """Read and hash the resident pages of ``[start, end)``."""
+        sha, hashed, blank = hashlib.sha256(), 0, True
+        first, first_va = b"", 0
+        small = [Page(p.va + at, p.gpa + at, min(PAGE, p.size - at)) for p in pages for at in range(0, p.size, PAGE)]
+        for chunk in range(0, len(small), XA_SLOTS):
+            if budget.over:
+                budget.cut_off(f"bytes of mapping {start:#x}-{end:#x}: from {small[chunk].va:#x} on")
+                break
+            part = small[chunk : chunk + XA_SLOTS]
+            for page, raw in zip(part, self.read(part), strict=True):
+                if raw is None:
+                    continue
+                if not first:
+                    first, first_va = raw[:FIRST_BYTES], page.va
+                sha.update(raw)
+                hashed += 1
+                blank = blank and not raw.strip(b"\0")
+            budget.spend(len(part))
+        digest = sha.hexdigest() if hashed else None
+        return Digest(len(small), (end - start) // PAGE, hashed, digest, first, first_va, blank)
+
+    def read(self, pages: Sequence[Page]) -> list[bytes | None]:
+        """The bytes of pages."""
+        return self._kernel.memory.readv([(page.gpa, page.size) for page in pages])
+
+    def owners(self, pages: Sequence[Page]) -> list[int | None]:
+        """``folio->mapping`` of each page; None where its ``struct page`` cannot be read."""
+        heads = [self._struct_page(page.gpa) for page in pages]
+        firsts = self._kernel.readv([self._page.span(va) for va in heads])
+        found: list[int | None] = []
+        tails: list[tuple[int, int]] = []
+        for number, raw in enumerate(firsts):
+            if raw is None:
+                found.append(None)
+                continue
+            compound, mapping, _ = self._page.parse(raw)
+            if compound & 1:
+                tails.append((number, compound - 1))
+            found.append(mapping)
+        folios = sorted({head for _, head in tails if is_object(head)})
+        raws = dict(zip(folios, self._kernel.readv([self._page.span(va) for va in folios]), strict=True))
+        for number, head in tails:
+            raw = raws.get(head)
+            found[number] = None if raw is None else int(self._page.parse(raw)[1])
+        return found
+
+    def of_file(self, mapping: int, index: int) -> bytes | None:
+        """The page cache's copy of a page of a file; None where it is not resident or the cache is in motion."""
+        try:
+            page = self._find_cached(mapping, index)
+            if page is None:
+                return None
+            gpa = (page - self._kernel.vmemmap_base) // self._facts.page_size * PAGE
+            return self._kernel.memory.read(gpa & GPA_MASK, PAGE)
+        except UnreadableMemory:
+            return None
+
+    def _find_cached(self, mapping: int, index: int) -> int | None:
+        """The ``struct page`` of a file's page: xa_load, then folio_file_page."""
+        head = self._cached_folio(mapping, index)
+        if head is None or not is_object(head):
+            return None
+        _, owner, first = self._page.parse(self._kernel.read(*self._page.span(head)))
+        page: int = head + (index - first) * self._facts.page_size
+        if owner != mapping or index < first or (page - self._kernel.vmemmap_base) % self._facts.page_size:
+            return None
+        if page != head:
+            compound = self._page.parse(self._kernel.read(*self._page.span(page)))[0]
+            if compound != head + 1:
+                return None
+        return page
+
+    def _cached_folio(self, mapping: int, index: int) -> int | None:
+        root, shift_at, slots_at = (self._facts.find(name) for name in ("xa_head", "xa_shift", "xa_slots"))
+        if root is None or shift_at is None or slots_at is None or not is_object(mapping):
+            return None
+        entry = self._kernel.u64(mapping + root.offset)
+        above = 1 << 8
+        for _ in range(MAX_LEVELS):
+            if not _is_node(entry):
+                return None if entry & 3 or not entry or (above == 1 << 8 and index) else entry
+            node = entry - 2
+            shift = self._kernel.u8(node + shift_at.offset)
+            if shift >= above or shift >= 64 or (above == 1 << 8 and index >> shift >= XA_SLOTS):
+                return None
+            slots = node + slots_at.offset
+            entry = self._kernel.u64(slots + 8 * (index >> shift & XA_SLOTS - 1))
+            if entry & 3 == 2 and entry >> 2 < XA_SLOTS:  # xa_is_sibling: the slot that holds the folio
+                entry = self._kernel.u64(slots + 8 * (entry >> 2))
+            above = shift
+        return None
+
+    def _struct_page(self, gpa: int) -> int:
+        return self._kernel.vmemmap_base + (gpa >> 12) * self._facts.page_size
+
+
+def spans_of(start: int, end: int) -> list[tuple[int, int]]:
+    """``[start, end)`` as spans none of which crosses a page, so that a missing page hides nothing but itself."""
+    edges = [start, *range(start - start % PAGE + PAGE, end, PAGE), end]
+    return [(low, high - low) for low, high in pairwise(edges) if low < high]
+
+
+def is_anonymous(mapping: int) -> bool:
+    """Whether a page belongs to the process and to no file (folio_test_anon)."""
+    return bool(mapping & MAPPING_ANON)
+
+
+def _is_node(entry: int) -> bool:
+    return entry & 3 == 2 and entry > NODE_ABOVE
