@@ -21,6 +21,7 @@ from typing import Protocol, Self, cast
 ECHO_PORT, HTTP_PORT, DNS_PORT, SINK_PORT = 7000, 80, 53, 4444
 ADDRESSES = ("10.77.0.1", "fd77::1")
 NAMES = {"updates.lab.test": ADDRESSES}
+THINK_S = 0.15  # the HTTP server takes its time, so that the guest's own ss can see the connection
 PAGE = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n" + b"update " * 128
 
 
@@ -84,7 +85,8 @@ class World(_Child):
 class Caller(_Child):
     """Calls on a guest's servers again and again, ends after `seconds` or `count` calls.
 
-    A call is: connect, send a line that is also an HTTP request, read to the end, close. `pause_s` is between calls.
+    A call is: connect, send a line that is also an HTTP request, read to the end, close. `pause_s` is between calls,
+    `hold_s` between connecting and sending.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class Caller(_Child):
         seconds: float = 10.0,
         count: int = 1_000_000,
         pause_s: float = 0.0,
+        hold_s: float = 0.0,
         threads: int = 1,
     ) -> None:
-        bounds = {"seconds": seconds, "count": count, "pause_s": pause_s}
+        bounds = {"seconds": seconds, "count": count, "pause_s": pause_s, "hold_s": hold_s}
         orders = json.dumps([addresses, tcp, udp, threads, bounds])
         super().__init__(network.enter(sys.executable, "-I", __file__, "call", orders, world=True))
 
@@ -135,6 +138,7 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def _page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(THINK_S)
         writer.write(PAGE)
         await writer.drain()
     except (OSError, EOFError, asyncio.LimitOverrunError):
@@ -187,7 +191,7 @@ class _Dns(_UdpEcho):
 
 
 def _call(
-    addresses: list[str], tcp: list[int], udp: list[int], *, seconds: float, count: int, pause_s: float
+    addresses: list[str], tcp: list[int], udp: list[int], *, seconds: float, count: int, pause_s: float, hold_s: float
 ) -> Counter[str]:
     kinds = ((socket.SOCK_STREAM, tcp), (socket.SOCK_DGRAM, udp))
     targets = [(address, port, kind) for address in addresses for kind, ports in kinds for port in ports]
@@ -197,16 +201,17 @@ def _call(
         for address, port, kind in targets:
             if time.monotonic() >= end or result.total() >= count:
                 return result
-            result[_call_once(address, port, kind)] += 1
+            result[_call_once(address, port, kind, hold_s)] += 1
             time.sleep(pause_s)
 
 
-def _call_once(address: str, port: int, kind: socket.SocketKind) -> str:
+def _call_once(address: str, port: int, kind: socket.SocketKind, hold_s: float) -> str:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, kind) as sock:
         sock.settimeout(5 if kind == socket.SOCK_STREAM else 0.5)
         try:
             sock.connect((address, port))
+            time.sleep(hold_s)
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
             while sock.recv(4096) and kind == socket.SOCK_STREAM:
                 pass
