@@ -56,7 +56,7 @@ def next_look_ns(case: Case) -> int | None:
     if finding.final or finding.match in (Match.EXACT, Match.KERNEL, Match.UNCONNECTED) or case.ended:
         return None
     if finding.match is Match.LISTENER:
-        schedule = ACCEPT_RETRIES_NS
+        schedule: tuple[int, ...] = ACCEPT_RETRIES_NS
     elif finding.reason in (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY):
         return None
     else:

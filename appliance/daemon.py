@@ -29,7 +29,7 @@ from appliance.engine import (
     Tick,
 )
 from appliance.errors import GuestError, GuestGone, HostError, ParasightError, UsageError
-from appliance.flow.names import DnsNames
+from appliance.flow.names import Names
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
 from appliance.guest.attach import attach
@@ -38,8 +38,9 @@ from appliance.hosts.targets import resolve
 from appliance.memory.file import open_file
 from appliance.memory.qemu import open_qemu
 from appliance.model import Evidence, Finding, GuestInfo, Match, Reason, TapStats, Verdict
-from appliance.ports import GuestEye, PacketTap
-from appliance.tap.merged import open_ports
+from appliance.ports import GuestEye, GuestMemory, PacketTap
+from appliance.tap.af_packet import PortSource
+from appliance.tap.merged import MergedSource
 from appliance.tap.pcap import PcapSource
 
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
@@ -170,6 +171,7 @@ class GuestWatch:
 def open_eye(info: GuestInfo, *, registers: bool = False) -> GuestEye:
     """Attach to a guest's memory. Raises GuestError, HostError or UsageError with what to do."""
     target = info.id.target
+    memory: GuestMemory
     if target.startswith("file:"):
         memory = open_file(Path(target.removeprefix("file:")))
     elif info.pid is not None:
@@ -261,7 +263,9 @@ def _open_watch(info: GuestInfo, judge: Judge, offer: Callable[[Verdict], None],
     eye = _open_eye_or_say(info, tell) if info.pid is not None else None
     try:
         macs = [port.mac for port in info.ports if port.mac]
-        tap = TrackedTap(info.id, open_ports(info.ports), FlowTable(info.id, macs), time.time_ns)
+        tap = TrackedTap(
+            info.id, MergedSource([PortSource(port) for port in info.ports]), FlowTable(info.id, macs), time.time_ns
+        )
     except BaseException:
         if eye is not None:
             eye.close()
@@ -280,4 +284,4 @@ def _open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:
 
 
 def _engine(judge: Judge, eye: GuestEye | None) -> Engine:
-    return Engine(judge, DnsNames(), os="linux" if eye is not None else "")
+    return Engine(judge, Names(), os="linux" if eye is not None else "")

@@ -30,6 +30,7 @@ from appliance.model import (
     FlowPayload,
     FlowStarted,
     GuestProcess,
+    IpAddress,
     Judgement,
     Match,
     Owner,
@@ -65,7 +66,7 @@ class Names(Protocol):
         """Learn from one payload."""
         ...
 
-    def names_of(self, ip: object, at_ns: int) -> tuple[str, ...]:
+    def names_of(self, ip: IpAddress, at_ns: int) -> tuple[str, ...]:
         """Names by which the guest knows an address at that time."""
         ...
 
