@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from appliance.guest.kernel import Image
@@ -25,8 +26,10 @@ IMAGE_BASE = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map
 IMAGE_SPAN = 128 << 20  # how far behind its first byte the image's page tables are looked for
 MAX_IMAGE = 256 << 20
 _KERNPG = 0x063
-_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25")  # [mov %rsi,%r15;] lea ...(%rip),%rsp
-_BATCH = 1 << 15
+# The image begins with startup_64 ([mov %rsi,%r15;] lea ...(%rip),%rsp) or, lately, with padding before a function.
+_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{8}|\xcc{8}|\xf3\x0f\x1e\xfa")
+_KERNPG_BYTE = re.compile(rb"[\x63\x67]")
+_BATCH = 4096
 _PTI_USER = 1 << 12
 
 
@@ -88,15 +91,19 @@ def _slots(memory: GuestMemory, regions: tuple[Region, ...]) -> Iterator[int]:
 
 
 def _scan(memory: GuestMemory, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Look at the last two entries of every page."""
+    """Look at the last two entries of every page: flags 0x063 or 0x067 in both, table addresses below 2^48."""
+    packed = getattr(memory, "readv_packed", None)
     for batch in range(-(-start // PAGE) * PAGE, end, _BATCH * PAGE):
         tails = range(batch + PAGE - 16, min(batch + _BATCH * PAGE, end) - 15, PAGE)
-        for at, tail in zip(tails, memory.readv([(at, 16) for at in tails]), strict=True):
-            # Flags 0x063 or 0x067 in both entries, and table addresses below 2^48.
-            if tail and tail[0] & 0xFB == tail[8] & 0xFB == _KERNPG and not (tail[1] & 15 or tail[9] & 15):
-                page, level2 = at + 16 - PAGE, int.from_bytes(tail[:8], "little") & ADDRESS
+        spans = zip(tails, repeat(16), strict=False)
+        found = packed(array("Q", chain.from_iterable(spans))) if packed else memory.readv(list(spans))
+        data = b"".join([tail or bytes(16) for tail in found])
+        for hit in _KERNPG_BYTE.finditer(data[0::16]):
+            tail = data[16 * hit.start() : 16 * hit.start() + 16]
+            if tail[8] & 0xFB == _KERNPG and not (tail[1] & 15 or tail[9] & 15 or tail[6] or tail[7]):
+                page, level2 = tails[hit.start()] + 16 - PAGE, int.from_bytes(tail[:8], "little") & ADDRESS
                 rest = memory.readv([(page, PAGE - 16)])[0]
-                if rest and level2 >> 48 == 0 and not any(rest):
+                if rest and not any(rest):
                     yield page, level2
 
 

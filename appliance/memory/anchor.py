@@ -20,8 +20,10 @@ SLOT = 2 << 20  # CONFIG_PHYSICAL_ALIGN
 IMAGE_SPAN = 64 << 20  # how far behind the first byte of the image its page tables are looked for
 TABLE_PAGE = 0x000F_FFFF_FFFF_F000
 _KERNPG = 0x063  # present, writable, accessed, dirty
-_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25")  # startup_64: [mov %rsi,%r15;] lea ...(%rip),%rsp
-_BATCH = 8192
+# The image begins with startup_64 ([mov %rsi,%r15;] lea ...(%rip),%rsp) or, lately, with padding before a function.
+_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{8}|\xcc{8}|\xf3\x0f\x1e\xfa")
+_KERNPG_BYTE = re.compile(rb"[\x63\x67]")
+_BATCH = 4096
 
 
 def find_tables(memory: ProcessMemory, start: int, end: int, *, quick: bool = False) -> Iterator[tuple[int, int]]:
@@ -39,17 +41,15 @@ def find_tables(memory: ProcessMemory, start: int, end: int, *, quick: bool = Fa
 
 
 def _scan(memory: ProcessMemory, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Look at the last two entries of every page: flags 0x063 or 0x067 in both, table addresses below 2^46."""
     for batch in range(start, end, _BATCH * PAGE):
-        pages = list(range(batch, min(batch + _BATCH * PAGE, end) - PAGE + 1, PAGE))
-        tails = memory.read_scattered((page + PAGE - 16 for page in pages), 16)
-        for page, tail in zip(pages, tails, strict=True):
-            if tail and _looks_like_tail(tail):
-                yield from _pair(memory, page, tail)
-
-
-def _looks_like_tail(tail: bytes) -> bool:
-    # Flags 0x063 or 0x067 in both entries, and page addresses below 2^46.
-    return tail[0] & 0xFB == tail[8] & 0xFB == _KERNPG and not (tail[1] & 15 or tail[9] & 15 or tail[6] or tail[7])
+        tails = range(batch + PAGE - 16, min(batch + _BATCH * PAGE, end) - 15, PAGE)
+        found = memory.read_scattered(tails, 16)
+        data = b"".join([tail or bytes(16) for tail in found])
+        for hit in _KERNPG_BYTE.finditer(data[0::16]):
+            tail = data[16 * hit.start() : 16 * hit.start() + 16]
+            if tail[8] & 0xFB == _KERNPG and not (tail[1] & 15 or tail[9] & 15 or tail[6] or tail[7]):
+                yield from _pair(memory, tails[hit.start()] + 16 - PAGE, tail)
 
 
 def _pair(memory: ProcessMemory, page: int, tail: bytes) -> Iterator[tuple[int, int]]:
