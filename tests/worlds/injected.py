@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from appliance.errors import UnreadableMemory, UnsupportedGuest
 from appliance.guest.kernel import Field, Pte
 from appliance.guest.linux import facts, injection_facts
+from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.injection import Injection
 from appliance.model import Evidence, GuestProcess, ProcessKey, Region
 
@@ -115,6 +116,9 @@ class FakeKernel:
         self.memory, self.types, self.symbols = FakeMemory(), types, FakeSymbols()
         self.vmemmap = bytearray(RAM // PAGE * 64)
         self.user: dict[int, int] = {}  # page -> gpa
+
+    def forget(self) -> None:
+        pass
 
     def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
         return [self._one(va, size) for va, size in spans]
@@ -294,10 +298,10 @@ class World:
         ranges.append((MAX, 0))
         leaves = [ranges[at : at + per_leaf] for at in range(0, len(ranges), per_leaf)]
         nodes = [(leaf[-1][0], self.node(leaf, 1)) for leaf in leaves]
-        return nodes[0][1] if len(nodes) == 1 else self.node(nodes, kind)
+        return (nodes[0][1] if len(nodes) == 1 else self.node(nodes, kind)) | 2
 
     def node(self, ranges: Sequence[tuple[int, int]], kind: int) -> int:
-        """One maple node; returns it marked with its type, as slots and roots hold it."""
+        """One maple node; returns it marked with its type, as slots hold it (mt_mk_node)."""
         va = self.make("maple_node", 4)
         shape = "arange" if kind == 3 else "range"
         pivot, slot = self.types.field(f"maple_{shape}_64.pivot"), self.types.field(f"maple_{shape}_64.slot")
@@ -306,7 +310,7 @@ class World:
             if number < pivot.length and not (number == len(ranges) - 1 and last == MAX):
                 self.write(va + pivot.offset + 8 * number, last.to_bytes(8, "little"))
             self.write(va + slot.offset + 8 * number, entry.to_bytes(8, "little"))
-        return va | kind << 3 | 4 | 2
+        return va | kind << 3 | 4
 
     def close(self) -> None:
         """Link what was made: the memory map and the threads."""
@@ -329,4 +333,4 @@ class World:
     def look(self, clock: Sequence[float] = ()) -> tuple[Evidence, ...]:
         """Close the world and look at its process."""
         self.close()
-        return Injection(self.kernel).find(self.process)
+        return Injection(self.kernel, Facts(self.kernel)).find(self.process)

@@ -39,19 +39,20 @@ PRELOADS: Final = (b"LD_PRELOAD=", b"LD_AUDIT=")  # ld.so(8)
 class Injection:
     """Looks into processes of one guest."""
 
-    def __init__(self, kernel: Kernel, facts: Facts | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, kernel: Kernel, facts: Facts, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises UnsupportedGuest naming what this kernel's types lack."""
         self._kernel, self._clock = kernel, clock
         self._facts = InjectionFacts(kernel)
         self._task = self._facts.record("task")
         self._maps = MemoryMaps(kernel, self._facts)
-        self._files = Files(kernel, self._facts, Paths(kernel, facts or Facts(kernel)))
+        self._files = Files(kernel, self._facts, Paths(kernel, facts))
         self._pages = Pages(kernel, self._facts)
         self._threads = Threads(kernel, self._facts)
         self._texts = Texts(kernel, self._pages)
 
     def find(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """Everything foreign in a process, the heaviest first. Raises GuestError, and nothing else."""
+        self._kernel.forget()  # kernel stacks lie in vmalloc space and are reused
         budget = Budget(MAX_PAGES, MAX_SECONDS, self._clock)
         mine, kernel_thread = self._identify(process)
         if not mine:
@@ -132,11 +133,11 @@ class Injection:
             at += len(entry) + 1
 
 
-def find_foreign(kernel: Kernel, process: GuestProcess) -> tuple[Evidence, ...]:
-    """What in this process is foreign. Resolves the kernel's facts once. Raises GuestError, and nothing else."""
+def find_foreign(kernel: Kernel, facts: Facts, process: GuestProcess) -> tuple[Evidence, ...]:
+    """What in this process is foreign. Resolves its own facts once per kernel. Raises GuestError, and nothing else."""
     injection = _known.get(kernel)
     if injection is None:
-        injection = _known[kernel] = Injection(kernel)
+        injection = _known[kernel] = Injection(kernel, facts)
     return injection.find(process)
 
 

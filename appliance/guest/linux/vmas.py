@@ -37,7 +37,7 @@ NAME_LIMIT: Final = 80  # include/linux/mm.h: ANON_VMA_NAME_MAX_LEN
 
 
 class Vma(NamedTuple):
-    """One ``vm_area_struct``. ``file`` is its ``struct file``; where there is none (0), ``label`` is what maps shows."""
+    """One ``vm_area_struct``. ``file`` is its ``struct file``; where that is 0, ``label`` is what maps shows."""
 
     start: int
     end: int
@@ -131,7 +131,7 @@ def parse_node(raw: bytes, shape: NodeShape, low: int, high: int) -> list[Range]
 
 
 def is_node(entry: int) -> bool:
-    """xa_is_node: an internal entry that is an address (include/linux/xarray.h)."""
+    """Whether the root is a node, and not an only entry (xa_is_node, include/linux/xarray.h; mte_mk_root)."""
     return entry & 3 == 2 and entry > PAGE
 
 
@@ -165,6 +165,8 @@ class MemoryMaps:
             torn += moved
         if moved:
             gaps.append(Gap("memory map", mm, f"changed {TRIES} times while read: {moved} entries contradict it"))
+        if not vmas:
+            gaps.append(Gap("memory map", mm, "it is empty"))
         vmas.sort()
         return MemoryMap(tuple(vmas), pgd, exe_file, env_start, env_end, tuple(gaps), torn)
 
@@ -215,7 +217,9 @@ class MemoryMaps:
                 if kind == LEAF_64:
                     leaves += ranges
                 else:
-                    following += [child for child in ranges if is_node(child.entry)]
+                    children = [child for child in ranges if is_object(child.entry & ~0xFF)]
+                    torn += len(ranges) - len(children)
+                    following += children
             if len(leaves) > MAX_VMAS:
                 break
             level = following

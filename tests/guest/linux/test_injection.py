@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import GuestError
+from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.injection import Injection, find_foreign
 from appliance.guest.linux.injection_files import find_runtime, odd_place
 from appliance.guest.linux.injection_threads import is_call
@@ -229,16 +230,17 @@ def test_a_process_that_ended_is_told_and_a_kernel_thread_has_nothing() -> None:
 def test_the_facts_are_resolved_once_for_each_kernel() -> None:
     world = World()
     world.close()
-    assert find_foreign(world.kernel, world.process) == ()
+    known = Facts(world.kernel)
+    assert find_foreign(world.kernel, known, world.process) == ()
     world.kernel.types.fields.clear()
-    assert find_foreign(world.kernel, world.process) == ()
+    assert find_foreign(world.kernel, known, world.process) == ()
 
 
 def test_an_unknown_task_is_an_error_of_the_guest() -> None:
     world = World()
     world.task = 0
     with pytest.raises(GuestError):
-        Injection(world.kernel).find(world.process)
+        Injection(world.kernel, Facts(world.kernel)).find(world.process)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_whatever_a_page_holds_the_look_ends(data: st.DataObject) -> None:
             )
             world.kernel.memory.ram[page : page + PAGE] = b"".join(word.to_bytes(8, "little") for word in words)
     try:
-        found = Injection(world.kernel).find(world.process)
+        found = Injection(world.kernel, Facts(world.kernel)).find(world.process)
     except GuestError:
         return
     assert all(isinstance(one, Evidence) for one in found)

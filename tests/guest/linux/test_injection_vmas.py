@@ -4,6 +4,7 @@ import pytest
 
 from appliance.errors import GuestError, Implausible
 from appliance.guest.kernel import Field
+from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.injection import Injection
 from appliance.guest.linux.vmas import MemoryMap, NodeShape, parse_node
 from tests.worlds.injected import DIRECT, MAX, PAGE, World
@@ -18,7 +19,7 @@ def node(pivots: list[int], slots: list[int]) -> bytes:
 
 def read(world: World) -> MemoryMap:
     world.close()
-    return Injection(world.kernel).read_map(world.process)[0]
+    return Injection(world.kernel, Facts(world.kernel)).read_map(world.process)[0]
 
 
 def test_a_node_gives_the_ranges_that_hold_something() -> None:
@@ -50,7 +51,7 @@ def test_a_tree_of_two_levels_lists_every_mapping_in_order(kind: int) -> None:
         world.vma(0x7F00_0000_0000 + number * 3 * PAGE, 1 + number % 3)
     world.close()
     world.put(world.mm, "mm_struct.mm_mt.ma_root", world.tree(10, kind))
-    memory, _ = Injection(world.kernel).read_map(world.process)
+    memory, _ = Injection(world.kernel, Facts(world.kernel)).read_map(world.process)
     assert [(vma.start, vma.end) for vma in memory.vmas] == sorted((start, end) for start, end, _ in world.vmas)
     assert (memory.gaps, memory.torn) == ((), 0)
 
@@ -69,7 +70,7 @@ def test_a_list_that_runs_in_a_circle_ends_with_a_gap() -> None:
     last = world.vma(0x7F00_0000_0000, 1)
     world.close()
     world.put(last, "vm_area_struct.vm_next", world.vmas[0][2])
-    memory, _ = Injection(world.kernel).read_map(world.process)
+    memory, _ = Injection(world.kernel, Facts(world.kernel)).read_map(world.process)
     assert len(memory.vmas) == 2
     assert len(memory.gaps) == 1
 
@@ -77,12 +78,12 @@ def test_a_list_that_runs_in_a_circle_ends_with_a_gap() -> None:
 def test_a_tree_that_contains_itself_ends_with_a_gap() -> None:
     world = World()
     world.close()
-    leaf = world.tree()
+    leaf = world.tree() & ~2
     ranges = [(0xFFF, leaf), (MAX, 0)]
-    root = world.node(ranges, 3)
+    root = world.node(ranges, 3) | 2
     world.write((root & ~0xFF) + 80 + 8, root.to_bytes(8, "little"))
     world.put(world.mm, "mm_struct.mm_mt.ma_root", root)
-    memory, _ = Injection(world.kernel).read_map(world.process)
+    memory, _ = Injection(world.kernel, Facts(world.kernel)).read_map(world.process)
     assert memory.gaps
     assert memory.torn
 
@@ -97,7 +98,7 @@ def test_a_removed_node_and_a_mapping_that_moved_are_torn_and_told() -> None:
             world.write(root & ~0xFF, (root & ~0xFF).to_bytes(8, "little"))
         else:
             world.put(world.vmas[0][2], "vm_area_struct.vm_end", world.vmas[0][1] + PAGE)
-        memory, _ = Injection(world.kernel).read_map(world.process)
+        memory, _ = Injection(world.kernel, Facts(world.kernel)).read_map(world.process)
         assert memory.torn
         assert "changed 3 times" in memory.gaps[0].why
 
@@ -112,7 +113,9 @@ def test_an_empty_tree_is_an_empty_map() -> None:
     world = World()
     world.close()
     world.put(world.mm, "mm_struct.mm_mt.ma_root", 0)
-    assert Injection(world.kernel).read_map(world.process)[0].vmas == ()
+    memory, _ = Injection(world.kernel, Facts(world.kernel)).read_map(world.process)
+    assert memory.vmas == ()
+    assert memory.gaps[0].why == "it is empty"
 
 
 def test_page_tables_in_user_space_are_implausible() -> None:
@@ -120,7 +123,7 @@ def test_page_tables_in_user_space_are_implausible() -> None:
     world.close()
     world.put(world.mm, "mm_struct.pgd", 0x1000)
     with pytest.raises(GuestError):
-        Injection(world.kernel).read_map(world.process)
+        Injection(world.kernel, Facts(world.kernel)).read_map(world.process)
 
 
 def test_an_address_is_found_in_its_mapping() -> None:
