@@ -13,13 +13,21 @@ from appliance.model import Binding, Direction, Finding, Flow, Match, Owner, Rea
 MS = 1_000_000
 
 # When to ask again after a miss, counted from the first packet. Connections of a busy guest live some 30 ms, so the
-# first tries are close together; the last one is what tells a hidden connection from a short one.
-MISS_RETRIES_NS = (1 * MS, 3 * MS, 10 * MS, 30 * MS, 100 * MS, 400 * MS, 1200 * MS)
+# first tries are close together; the last two tell a hidden connection from a short one.
+TCP_RETRIES_NS = (1 * MS, 5 * MS, 30 * MS, 150 * MS, 1200 * MS, 2000 * MS)
+UDP_RETRIES_NS = (1 * MS, 10 * MS, 2000 * MS)
 
-# An incoming connection is first owned by its listener; the process that accepts it holds it a moment later.
-ACCEPT_RETRIES_NS = (2 * MS, 6 * MS, 15 * MS, 40 * MS, 100 * MS)
+# An incoming connection is first owned by its listener; the process that accepts it holds it a moment later. The guest's
+# first answer makes one more look, and a better one: by then the connection was accepted.
+ACCEPT_RETRIES_NS = (3 * MS, 15 * MS, 100 * MS)
+
+PROMPT_NS = 20 * MS  # an answer that took longer says nothing of the moment it was asked about
+BEHIND_NS = 50 * MS  # so far behind, asking again soon would only put us further behind
+SETTLED_NS = 200 * MS  # by then a flow is no longer one question and one answer
+OLD_NS = 1000 * MS  # a socket cannot be gone from a TCP connection of this age that has not ended
 
 _ANSWER_RANK = {Match.EXACT: 4, Match.KERNEL: 3, Match.LISTENER: 2, Match.UNCONNECTED: 2, Match.NONE: 0}
+_LASTING_MISSES = (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY, Reason.TIME_WAIT, Reason.ORPHAN, Reason.RAW)
 
 
 @dataclass(slots=True)
@@ -30,20 +38,31 @@ class Case:
     best: Finding | None = None
     best_at_ns: int = 0
     attempts: int = 0
+    retries: int = 0  # looks made because of their time
     torn: int = 0
     ended: bool = False
-    fresh_misses: int = 0  # answers "no socket" given right after the guest itself sent something
     sent: int = 0  # payloads the guest sent
     received: int = 0
+    settled_misses: int = 0  # "no socket", found right after the guest sent something on a settled flow
+    old_misses: int = 0  # "no socket", found on a flow of some age
+    first_lag_ns: int = 0
+    asked_ns: int = 0  # the moment the look under way asks about
+    on_packet: bool = False  # it was made because the guest has just sent something
     looking: bool = False
+    due_ns: int = 0  # when the next look is due by time
     judged: bool = field(default=False)
 
-    def learn(self, finding: Finding, at_ns: int, *, fresh: bool) -> None:
+    def learn(self, finding: Finding, at_ns: int) -> None:
         """Take one answer in; the best answer so far stays."""
+        lag_ns = at_ns - self.asked_ns
+        if self.attempts == 0:
+            self.first_lag_ns = lag_ns
         self.attempts += 1
         self.torn += finding.torn
-        if fresh and finding.match is Match.NONE and finding.reason is None:
-            self.fresh_misses += 1
+        if finding.match is Match.NONE and finding.reason in (None, Reason.HIDDEN) and lag_ns <= PROMPT_NS:
+            age_ns = self.asked_ns - self.flow.started_ns
+            self.settled_misses += self.on_packet and age_ns >= SETTLED_NS
+            self.old_misses += age_ns >= OLD_NS
         if self.best is None or _better(finding, self.best):
             self.best, self.best_at_ns = finding, at_ns
 
@@ -57,13 +76,16 @@ def next_look_ns(case: Case) -> int | None:
         return None
     if finding.match is Match.LISTENER:
         schedule: tuple[int, ...] = ACCEPT_RETRIES_NS
-    elif finding.reason in (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY):
+    elif finding.reason in _LASTING_MISSES:
         return None
     else:
-        schedule = MISS_RETRIES_NS
-    if case.attempts > len(schedule):
+        tcp = case.flow.tuple.protocol is Transport.TCP
+        schedule = TCP_RETRIES_NS if tcp else UDP_RETRIES_NS
+        if case.first_lag_ns > BEHIND_NS:
+            schedule = schedule[-2:] if tcp else schedule[-1:]
+    if case.retries >= len(schedule):
         return None
-    return case.flow.started_ns + schedule[case.attempts - 1]
+    return case.flow.started_ns + schedule[case.retries]
 
 
 def tie(case: Case, remembered: tuple[Owner, ...] = ()) -> Binding:
@@ -73,7 +95,7 @@ def tie(case: Case, remembered: tuple[Owner, ...] = ()) -> Binding:
     match, reason, owners = finding.match, finding.reason, finding.owners
     if match is Match.NONE and remembered and reason in (None, Reason.TIME_WAIT, Reason.ORPHAN):
         match, reason, owners = Match.EXACT, None, remembered
-    if match is Match.NONE and reason is None:
+    if match is Match.NONE and reason in (None, Reason.HIDDEN):
         reason = _miss(case)
     elif len({owner.process.path for owner in owners}) > 1:
         reason = Reason.AMBIGUOUS
@@ -89,14 +111,17 @@ def _better(new: Finding, old: Finding) -> bool:
 
 
 def _miss(case: Case) -> Reason:
-    """Say why no socket was ever seen: too late, or hidden.
+    """Say why no process was ever found: too late, or hidden.
 
-    Hidden needs a connection that demonstrably lives on: it has not ended, the guest sent data on it after the first
-    look, and every later look, also those made right after such a packet, found nothing.
+    Hidden needs a connection that demonstrably lives on without one: data both ways on a TCP connection that has not
+    ended, and no socket in the guest's tables at two moments, both long after its beginning; or a UDP conversation in
+    which the guest keeps sending, and no socket right after each packet.
     """
-    talks = case.sent >= 1 and (case.received >= 1 or case.flow.tuple.protocol is not Transport.TCP)
-    looked_long = case.attempts > len(MISS_RETRIES_NS)
-    if not case.ended and looked_long and talks and case.fresh_misses >= 2:
+    if case.flow.tuple.protocol is Transport.TCP:
+        hidden = not case.ended and bool(case.sent and case.received) and case.old_misses >= 2
+    else:
+        hidden = case.settled_misses >= 2
+    if hidden:
         return Reason.HIDDEN
     if case.flow.direction is Direction.IN and case.sent == 0:
         return Reason.CLOSED

@@ -7,6 +7,7 @@ command line, that knows every room.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -44,6 +45,7 @@ from appliance.tap.merged import MergedSource
 from appliance.tap.pcap import PcapSource
 
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
+SWITCH_S = 0.0005  # a guest's thread must not wait 5 ms, Python's default, while a verdict is printed
 POLL_S = 0.1  # how long a quiet guest is waited for before the engine's timers and the stop flag are looked at
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
 
@@ -129,14 +131,14 @@ class GuestWatch:
 
     def _do(self, command: Command) -> Event | None:
         match command:
-            case LookUp(flow, fresh):
+            case LookUp(flow):
                 finding = _NO_EYE
                 if self._eye is not None:
                     finding = Finding(Match.NONE, reason=Reason.TORN)
                     with self._guest_errors("look-up"):
                         finding = self._eye.find_owner(flow)
                 self.summary.torn += finding.torn
-                return LookedUp(flow.id, finding, self._clock(), fresh)
+                return LookedUp(flow.id, finding, self._clock())
             case GatherEvidence(flow_id, process):
                 evidence: tuple[Evidence, ...] = ()
                 if self._eye is not None:
@@ -201,6 +203,7 @@ def watch(
     ``report`` is called in the caller's thread, ``ready`` once every tap sees packets, ``tell`` with one line for a
     person. Raises UsageError or HostError when a target cannot be watched at all from the start.
     """
+    sys.setswitchinterval(SWITCH_S)
     queue: Queue[Verdict] = Queue(MAX_QUEUED)
     dropped = Counter[str]()
 

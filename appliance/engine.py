@@ -79,7 +79,6 @@ class LookUp:
     """Ask the guest eye who owns this flow now; answer with LookedUp."""
 
     flow: Flow
-    fresh: bool  # the guest has just sent something on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,6 @@ class LookedUp:
     flow: FlowId
     finding: Finding
     at_ns: int
-    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +163,9 @@ class Engine:
         match event:
             case FlowStarted(flow, at_ns):
                 self._cases[flow.id] = Case(flow)
-                yield from self._look(self._cases[flow.id], at_ns, fresh=flow.direction is Direction.OUT)
-            case LookedUp(flow_id, finding, at_ns, fresh):
-                yield from self._answered(flow_id, finding, at_ns, fresh=fresh)
+                yield from self._look(self._cases[flow.id], at_ns, on_packet=flow.direction is Direction.OUT)
+            case LookedUp(flow_id, finding, at_ns):
+                yield from self._answered(flow_id, finding, at_ns)
             case FlowPayload():
                 yield from self._payload(event)
             case FlowEnded(flow_id, _, _, at_ns):
@@ -179,28 +177,31 @@ class Engine:
             case Tick(at_ns):
                 while self._due and self._due[0][0] <= at_ns:
                     _, _, flow_id = heapq.heappop(self._due)
-                    if (due := self._cases.get(flow_id)) and not due.judged and not due.looking:
-                        yield from self._look(due, at_ns, fresh=False)
+                    if (due := self._cases.get(flow_id)) is not None and not due.judged:
+                        due.retries, due.due_ns = due.retries + 1, 0
+                        if not due.looking:  # else the answer under way sets the next time
+                            yield from self._look(due, at_ns, on_packet=False)
 
     # -- binding --
 
-    def _look(self, case: Case, at_ns: int, *, fresh: bool) -> Iterator[Command]:
-        case.looking = True
-        yield LookUp(case.flow, fresh)
+    def _look(self, case: Case, at_ns: int, *, on_packet: bool) -> Iterator[Command]:
+        case.looking, case.asked_ns, case.on_packet = True, at_ns, on_packet
+        yield LookUp(case.flow)
 
-    def _answered(self, flow_id: FlowId, finding: Finding, at_ns: int, *, fresh: bool) -> Iterator[Command]:
+    def _answered(self, flow_id: FlowId, finding: Finding, at_ns: int) -> Iterator[Command]:
         case = self._cases.get(flow_id)
         if case is None or case.judged:
             return
         case.looking = False
-        case.learn(finding, at_ns, fresh=fresh)
+        case.learn(finding, at_ns)
         again_ns = next_look_ns(case)
         if again_ns is None:
             yield from self._judge_case(case, at_ns)
             if case.ended:
                 del self._cases[flow_id]
-        else:
-            heapq.heappush(self._due, (max(again_ns, at_ns), flow_id.number, flow_id))
+        elif case.due_ns != again_ns:
+            case.due_ns = again_ns
+            heapq.heappush(self._due, (again_ns, flow_id.number, flow_id))
 
     def _payload(self, event: FlowPayload) -> Iterator[Command]:
         case = self._cases.get(event.flow)
@@ -211,8 +212,8 @@ class Engine:
         case.sent += outgoing
         case.received += not outgoing
         # What the guest just sent, a socket holds now: the best moment to find the process that accepted it.
-        if not case.judged and not case.looking and (outgoing or case.flow.direction is Direction.IN):
-            yield from self._look(case, event.at_ns, fresh=outgoing)
+        if outgoing and not case.judged and not case.looking and event.at_ns > case.asked_ns:
+            yield from self._look(case, event.at_ns, on_packet=True)
 
     def _ended(self, flow_id: FlowId, at_ns: int) -> Iterator[Command]:
         case = self._cases.get(flow_id)

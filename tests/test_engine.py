@@ -40,7 +40,7 @@ def ended(flow_, at_ns):
 
 def test_a_new_flow_is_looked_up_judged_and_reported_in_that_order():
     one, first = engine(), flow()
-    assert say(one, started(first)) == [LookUp(first, fresh=True)]
+    assert say(one, started(first)) == [LookUp(first)]
     (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),)), first.started_ns + 300_000))
     assert isinstance(report, Report)
     assert report.verdict.binding.process.pid == 100
@@ -103,7 +103,7 @@ def test_a_young_miss_is_asked_again_and_bound_when_the_socket_shows():
     assert say(one, LookedUp(first.id, Finding(Match.NONE), first.started_ns)) == []
     due_ns = one.next_due_ns
     assert say(one, Tick(due_ns - 1)) == []
-    assert say(one, Tick(due_ns)) == [LookUp(first, fresh=False)]
+    assert say(one, Tick(due_ns)) == [LookUp(first)]
     (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),)), due_ns + 1))
     assert report.verdict.binding.match is Match.EXACT
     assert report.verdict.binding.attempts == 2
@@ -125,7 +125,7 @@ def run_to_the_end(one, first, finding):
         while waiting:
             command = waiting.pop(0)
             if isinstance(command, LookUp):
-                waiting += say(one, LookedUp(first.id, finding, at_ns, command.fresh))
+                waiting += say(one, LookedUp(first.id, finding, at_ns))
             elif isinstance(command, Report):
                 reports.append(command.verdict)
         at_ns += 100 * MS
@@ -139,6 +139,33 @@ def run_to_the_end(one, first, finding):
 def test_a_connection_that_lives_on_without_any_socket_is_hidden():
     (verdict,) = run_to_the_end(engine(), flow(), Finding(Match.NONE))
     assert verdict.binding.reason is Reason.HIDDEN
+
+
+def test_one_question_and_its_answer_are_late_and_never_hidden():
+    one, first = engine(), flow(protocol=Transport.UDP, remote_port=53)
+    reports, at_ns = [], first.started_ns
+    script = [
+        started(first),
+        FlowPayload(first.id, Direction.OUT, 0, b"q", at_ns),
+        FlowPayload(first.id, Direction.OUT, 1, b"q", at_ns + MS),
+        FlowPayload(first.id, Direction.IN, 0, b"a", at_ns + 2 * MS),
+        *(Tick(at_ns + step * 50 * MS) for step in range(80)),
+    ]
+    for event in script:
+        at_ns = max(at_ns, getattr(event, "at_ns", 0))
+        for command in say(one, event):
+            answers = (
+                say(one, LookedUp(first.id, Finding(Match.NONE), at_ns)) if isinstance(command, LookUp) else [command]
+            )
+            reports += [answer.verdict for answer in answers]
+    assert [verdict.binding.reason for verdict in reports] == [Reason.LATE]
+
+
+def test_an_appliance_that_is_behind_does_not_fall_further_behind_by_asking_again():
+    one, first = engine(), flow()
+    say(one, started(first))
+    say(one, LookedUp(first.id, Finding(Match.NONE), first.started_ns + 300 * MS))
+    assert one.next_due_ns >= first.started_ns + 1000 * MS
 
 
 def test_every_flow_is_reported_exactly_once_whatever_the_eye_says():

@@ -120,10 +120,10 @@ class UserIs:
         return user in wanted or user.rpartition("\\")[2] in wanted
 
     def meets(self, other: Condition) -> bool:
-        """Whether one process can satisfy both: a name and a number always may be the same user."""
+        """Whether one process can satisfy both: a name and a number may be the same user, but for root and 0."""
         if not isinstance(other, UserIs):
             return True
-        mixed = (self.uids and other.names) or (self.names and other.uids)
+        mixed = (self.uids - {0} and other.names) or (self.names and other.uids - {0})
         same_name = {name.lower() for name in self.names} & {name.lower() for name in other.names}
         return bool(mixed or self.uids & other.uids or same_name)
 

@@ -97,13 +97,19 @@ def parse(text: str, file: str) -> Document:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        hint = "write blanks, not tabs" if "'\\t'" in what or "tab" in what else None
+        hint = "write blanks, not tabs" if _is_tab(text, line, column) else None
         document.problems.append(Problem(file, line, column, f"this is not YAML: {what}", hint))
         document.data = None
     except yaml.reader.ReaderError as error:
         document.problems.append(_unreadable(text, file, error))
         document.data = None
     return document
+
+
+def _is_tab(text: str, line: int, column: int) -> bool:
+    """Whether a tab stands there, or as the very first thing of that line."""
+    (found,) = text.split("\n")[line - 1 : line] or [""]
+    return found[column - 1 : column] == "\t" or found[:1] == "\t"
 
 
 def _unreadable(text: str, file: str, error: yaml.reader.ReaderError) -> Problem:

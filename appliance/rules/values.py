@@ -54,7 +54,7 @@ def parse_ports(value: object) -> PortRange:
     """Read ``80`` or ``"8000-8080"``."""
     found = re.fullmatch(r"([0-9]{1,5})(?:\s*-\s*([0-9]{1,5}))?", str(value)) if not isinstance(value, bool) else None
     if found is None:
-        raise wrong(f"a port is a number or a range like 8000-8080, not '{value}'")
+        raise wrong(f"a port is a number or a range like 8000-8080, not '{str(value).lower()}'")
     if len(found[1]) > 1 and found[1].startswith("0"):
         raise wrong(f"'{value}' could be octal", f"write {int(found[1])}")
     low, high = int(found[1]), int(found[2] or found[1])

@@ -8,7 +8,7 @@ that, and the bucket is walked again, three times at most.
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
@@ -23,11 +23,11 @@ _EVEN = bytes(0 if byte & 1 else 1 for byte in range(256))  # 1 where the byte i
 
 
 class Node(NamedTuple):
-    """One member of a chain, its record parsed."""
+    """One member of a chain: where it is, and the bytes of its record."""
 
     bucket: int
     va: int
-    fields: tuple[Any, ...]  # Record.parse; the first one is the link
+    raw: bytes
 
 
 class Chains(NamedTuple):
@@ -39,10 +39,10 @@ class Chains(NamedTuple):
 
 
 class ChainWalker:
-    """Walks hash tables of one guest. The first field of every record must be its link."""
+    """Walks hash tables of one guest."""
 
     def __init__(self, kernel: Kernel, name: str, record: Record, link: int) -> None:
-        """``link`` is the offset of the list node in the object: chains point to nodes, not to objects."""
+        """``link`` is the offset of the list node in the object, within the record: chains point to nodes."""
         self._kernel, self._name, self._record, self._link = kernel, name, record, link
 
     def walk(self, base: int, count: int, stride: int, head: int, nulls: bool) -> Chains:
@@ -76,7 +76,9 @@ class ChainWalker:
         gaps: list[Gap] = []
         bad: set[int] = set()
         seen: set[int] = set()
-        low, size, parse, link = self._record.low - self._link, self._record.size, self._record.parse, self._link
+        link, size = self._link, self._record.size
+        low = self._record.low - link
+        follow = Struct("<Q").unpack_from
         for _ in range(MAX_LEVELS):
             if not level:
                 return Chains(nodes, gaps, 0), bad
@@ -90,9 +92,8 @@ class ChainWalker:
                     bad.add(bucket)
                     continue
                 seen.add(node)
-                fields = parse(raw)
-                nodes.append(Node(bucket, node - link, fields))
-                after = fields[0]
+                nodes.append(Node(bucket, node - link, raw))
+                (after,) = follow(raw, -low)
                 if nulls and after & 1:
                     if after >> 1 not in (bucket, bucket + LISTENING_NULLS_BASE):
                         bad.add(bucket)

@@ -20,8 +20,8 @@ from appliance.guest.linux.namespaces import Namespaces
 from appliance.guest.linux.owners import Owners
 from appliance.guest.linux.probe import Probe
 from appliance.guest.linux.record import is_object
-from appliance.guest.linux.sockets import Common, Raw, Sockets
-from appliance.model import Evidence, Finding, Flow, Gap, GuestProcess, Owner, ProcessKey, Snapshot
+from appliance.guest.linux.sockets import Raw, Sockets
+from appliance.model import Evidence, Finding, Flow, Gap, GuestProcess, GuestSocket, Owner, ProcessKey, Snapshot
 
 TRIES = 3
 MAX_GAPS = 256  # named one by one; more are summed up
@@ -44,6 +44,7 @@ class LinuxEye:
         probe = Probe(kernel, self._facts, self._namespaces, self._sockets)
         self._lookup = Lookup(self._namespaces, self._sockets, probe, self._holding)
         self._socket = self._facts.record("socket")
+        self._built: dict[int, tuple[Raw, GuestSocket]] = {}
 
     def read_snapshot(self) -> Snapshot:
         """Walk everything: a full look."""
@@ -56,7 +57,7 @@ class LinuxEye:
         files = self._files(walked.found)
         kept, owners, torn, more = self._resolve(walked.found, files)
         gaps += more
-        sockets = tuple(self._sockets.build(raw, owners.get(files.get(raw.va, 0), ())) for raw in kept)
+        sockets = self._build(kept, owners, files)
         took = self._clock_ns() - began
         return Snapshot(began, self._processes(), sockets, _bounded(gaps), walked.torn + torn, took)
 
@@ -131,26 +132,39 @@ class LinuxEye:
 
     def _unchanged(self, found: list[Raw], files: dict[int, int]) -> list[Raw]:
         """The sockets that still are what they were: tuple, ``sk_socket`` and file."""
-        spans: list[tuple[int, int]] = []
         common, tail = self._sockets.common, self._sockets.tail
-        for raw in found:
-            spans.append(common.span(raw.va))
-            if raw.va in files:
-                spans.append(tail.span(raw.va))
-                spans.append(self._socket.span(raw.sk_socket))
-        values = iter(self._kernel.readv(spans))
+        size, cut = tail.low + tail.size - common.low, tail.low - common.low
+        spans = [(raw.va + common.low, size) if raw.va in files else common.span(raw.va) for raw in found]
+        links = [self._socket.span(raw.sk_socket) for raw in found if raw.va in files]
+        values, held = self._kernel.readv(spans), iter(self._kernel.readv(links))
         alive: list[Raw] = []
-        for raw in found:
-            first = next(values)
-            same = first is not None and Common(*common.parse(first)).tuple == raw.common.tuple
+        for raw, data in zip(found, values, strict=True):
+            link = next(held) if raw.va in files else None
+            if data is None:
+                continue
+            if raw.data != data[: common.size] and self._sockets.parse(data[: common.size]).tuple != raw.common.tuple:
+                continue
             if raw.va in files:
-                second, third = next(values), next(values)
-                same = same and second is not None and tail.parse(second)[0] == raw.sk_socket
-                file = self._socket.parse(third)[0] if third is not None else 0
-                same = same and file in (files[raw.va], 0)
-            if same:
-                alive.append(raw)
+                moved = raw.more != data[cut:] and tail.parse(data[cut:])[0] != raw.sk_socket
+                file = self._socket.parse(link)[0] if link is not None else 0
+                if moved or file not in (files[raw.va], 0):
+                    continue
+            alive.append(raw)
         return alive
+
+    def _build(
+        self, kept: list[Raw], owners: dict[int, tuple[Owner, ...]], files: dict[int, int]
+    ) -> tuple[GuestSocket, ...]:
+        """Public sockets; those of the look before where nothing changed."""
+        built: dict[int, tuple[Raw, GuestSocket]] = {}
+        for raw in kept:
+            own = owners.get(files.get(raw.va, 0), ())
+            last = self._built.get(raw.va)
+            if last is None or last[0] is not raw or last[1].owners != own:
+                last = raw, self._sockets.build(raw, own)
+            built[raw.va] = last
+        self._built = built
+        return tuple(socket for _, socket in built.values())
 
     def _processes(self) -> tuple[GuestProcess, ...]:
         leaders = [self._owners.effective(task) for task in self._owners.tasks.leaders]

@@ -185,6 +185,7 @@ OFFSETS: Final[dict[str, str]] = {
 
 # sizes of structures that stand in arrays
 SIZES: Final[dict[str, str]] = {
+    "seqcount": "seqcount_raw_spinlock|seqcount",  # include/linux/seqlock.h: larger with PREEMPT_RT
     "inet_ehash_bucket": "inet_ehash_bucket",
     "inet_listen_hashbucket": "inet_listen_hashbucket",
     "udp_hslot": "udp_hslot",
@@ -228,7 +229,6 @@ NEW_SYN_RECV: Final = 12
 AF_INET: Final = 2
 AF_INET6: Final = 10
 LISTENING_NULLS_BASE: Final = 1 << 29  # include/net/inet_hashtables.h
-SEQCOUNT_SIZE: Final = 8  # kernel/time/timekeeping.c: tk_core = { seqcount, timekeeper aligned to 8 }
 
 
 class Facts:
@@ -302,8 +302,9 @@ class Facts:
         return None
 
     def _size(self, struct: str) -> int:
-        if self._types.has(struct):
-            return self._types.size(struct)
+        for name in struct.split("|"):
+            if self._types.has(name):
+                return self._types.size(name)
         self.missing.append(f"type information of struct {struct}")
         return 0
 

@@ -91,7 +91,7 @@ class Namespaces:
             except UnreadableMemory:
                 gaps.append(Gap("network namespaces", node, "unreadable link"))
                 break
-        self.all = found
+        self.all = {va: fresh if self.all.get(va) != fresh else self.all[va] for va, fresh in found.items()}
         if found[self._init].tcp is None:
             gaps.append(Gap("TCP sockets", self._init, "no TCP table found"))
         if found[self._init].udp is None:

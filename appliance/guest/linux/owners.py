@@ -16,11 +16,12 @@ from appliance.guest.linux.descriptors import Descriptors, Holder, HoldingTask
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.processes import Processes
 from appliance.guest.linux.tasks import Task, TaskList, Tasks
-from appliance.model import Gap, Owner
+from appliance.model import Gap, GuestProcess, Owner
 
 MAX_CONFIRMED = 1024  # holders confirmed for one file
 MAX_USERS = 256  # processes that share one descriptor table (CLONE_FILES)
 MAX_SETTLED = 4096
+MAX_OWNERS = 65_536
 
 Span = tuple[int, int]
 
@@ -54,6 +55,7 @@ class Owners:
         self._f_count = reference
         self.tasks = Tasks([], {}, [], 0)
         self.parents: dict[int, int] = {}  # task VA -> tgid
+        self._owner_cache: dict[tuple[int, int], Owner] = {}
         self._settled: dict[int, tuple[int, frozenset[tuple[int, int]]]] = {}
 
     def look(self) -> list[Gap]:
@@ -195,34 +197,42 @@ class Owners:
 
     def bulk(self, files: Iterable[int], doubtful: set[int]) -> dict[int, tuple[Owner, ...]]:
         """Owners of many files from the index of the last look."""
-        users, index = self.descriptors.users, self.descriptors.index
-        found: dict[int, list[tuple[Holder, Task]]] = {}
-        leaders: dict[int, Task] = {}
-        for file in files:
-            held = [
-                (holder, user.leader)
-                for holder in index.get(file, ())
-                if holder.table.files not in doubtful
-                for user in users.get(holder.table.files, ())
-            ]
-            if held:
-                found[file] = held
-                leaders.update((leader.va, leader) for _, leader in held)
-        tasks = list(leaders.values())
-        described = self.processes.describe([self.effective(task) for task in tasks], self.parents)
-        process = {task.va: text for task, text in zip(tasks, described, strict=True)}
+        index = self.descriptors.index
+        users = {
+            files: [user.leader for user in self.descriptors.users.get(files, ())]
+            for files in self.descriptors.tables
+            if files not in doubtful
+        }
+        process = self._describe_all(users)
         owners: dict[int, tuple[Owner, ...]] = {}
-        for file, held in found.items():
-            if len(held) == 1:
-                holder, leader = held[0]
-                owners[file] = (Owner(process[leader.va], (holder.number,)),)
-                continue
+        for file in files:
+            holders = index.get(file, ())
             numbers: dict[int, set[int]] = {}
-            for holder, leader in held:
-                numbers.setdefault(leader.va, set()).add(holder.number)
-            order = sorted(numbers, key=lambda va: (leaders[va].start_ns, leaders[va].tgid))
-            owners[file] = tuple(Owner(process[va], tuple(sorted(numbers[va]))) for va in order)
+            for holder in holders:
+                for leader in users.get(holder.table.files, ()):
+                    if len(holders) == 1 and len(users[holder.table.files]) == 1:
+                        owners[file] = (self._owner(process[leader.va], holder.number),)
+                    else:
+                        numbers.setdefault(leader.va, set()).add(holder.number)
+            if numbers:
+                held = [Owner(process[va], tuple(sorted(fds))) for va, fds in numbers.items()]
+                owners[file] = tuple(sorted(held, key=lambda owner: (owner.process.key.started_ns, owner.process.pid)))
         return owners
+
+    def _describe_all(self, users: dict[int, list[Task]]) -> dict[int, GuestProcess]:
+        leaders = {leader.va: leader for group in users.values() for leader in group}
+        described = self.processes.describe([self.effective(task) for task in leaders.values()], self.parents)
+        return dict(zip(leaders, described, strict=True))
+
+    def _owner(self, process: GuestProcess, number: int) -> Owner:
+        """The same object for the same process and descriptor: a walk makes a thousand of them."""
+        key = process.task_va, number
+        known = self._owner_cache.get(key)
+        if known is None or known.process is not process:
+            if len(self._owner_cache) >= MAX_OWNERS:
+                self._owner_cache.clear()
+            known = self._owner_cache[key] = Owner(process, (number,))
+        return known
 
 
 def _same(user: HoldingTask, leader: Task, via: Task, files: int) -> bool:

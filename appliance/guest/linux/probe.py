@@ -146,7 +146,7 @@ class Probe:
             nodes = self._sockets.walk_ehash(namespace.tcp).nodes
             self._sockets.calibrate(nodes, self._namespaces.all)
             for node in nodes:
-                c = Common(*node.fields)
+                c = self._sockets.parse(node.raw)
                 owner = self._namespaces.all.get(c.net)
                 if owner is not None and _matches(c, key):
                     return self.read(node.va, owner)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
-from appliance.guest.linux.facts import SEQCOUNT_SIZE, Facts
+from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.passwd import Passwd
 from appliance.guest.linux.paths import Path, Paths, text_of
 from appliance.guest.linux.record import is_object
@@ -216,7 +216,7 @@ class Processes:
         base = self._facts.symbol("tk_core") or self._facts.symbol("timekeeper_data")
         if base is None:
             return None
-        start = base + (self._facts.find("tk_data.timekeeper") or SEQCOUNT_SIZE)
+        start = base + (self._facts.find("tk_data.timekeeper") or -(-self._facts.size("seqcount") // 8) * 8)
         try:
             real, boot = record.parse(self._kernel.read(*record.span(start)))
         except UnreadableMemory:

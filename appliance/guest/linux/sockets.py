@@ -58,6 +58,9 @@ class Raw(NamedTuple):
     mapped: bool  # an IPv4 connection of an AF_INET6 socket
     sk_socket: int = 0  # struct socket, 0 for mini sockets and for connections not yet accepted
     uid: int | None = None
+    bucket: int = 0
+    data: bytes = b""  # the bytes behind ``common``
+    more: bytes = b""  # the bytes behind ``sk_socket`` and ``uid``, or behind the substate
 
     @property
     def full(self) -> bool:
@@ -86,6 +89,7 @@ class Sockets:
         self._substate = facts.offset("tw.substate")
         self._walker = {t: ChainWalker(kernel, f"{t} sockets", self.common, self._link) for t in Transport}
         self._endpoints: dict[tuple[int | bytes, int], Endpoint] = {}
+        self._last: dict[int, Raw] = {}  # what the walk before found: unchanged bytes need no second look
 
     def walk(self, namespaces: dict[int, Namespace]) -> RawSockets:
         """Read everything."""
@@ -97,7 +101,9 @@ class Sockets:
             found += raws
             gaps += more
             torn += lost
-        return RawSockets(self._complete(found, gaps), gaps, torn)
+        found = self._complete(found, gaps)
+        self._last = {raw.va: raw for raw in found}
+        return RawSockets(found, gaps, torn)
 
     def walk_rare(self, namespaces: dict[int, Namespace]) -> list[Raw]:
         """Raw, ping and packet sockets only."""
@@ -139,7 +145,7 @@ class Sockets:
         v4: list[Sample] = []
         v6: list[Sample] = []
         for node in nodes:
-            c = Common(*node.fields)
+            c = self.parse(node.raw)
             namespace = namespaces.get(c.net)
             if namespace is None:
                 continue
@@ -210,15 +216,26 @@ class Sockets:
                     found.append(raw)
         return found, gaps, torn
 
+    def _known(self, node: Node, namespaces: dict[int, Namespace], transport: Transport) -> Raw | None:
+        """What the walk before made of the very same bytes at the same place."""
+        last = self._last.get(node.va)
+        if last is None or last.data != node.raw or last.bucket != node.bucket or last.transport is not transport:
+            return None
+        return last if namespaces.get(last.namespace.va) is last.namespace else None
+
     def _connection(self, node: Node, namespaces: dict[int, Namespace], mask: int) -> Raw | None:
-        c = Common(*node.fields)
+        known = self._known(node, namespaces, Transport.TCP)
+        if known is not None:
+            return known
+        c = self.parse(node.raw)
         namespace = namespaces.get(c.net)
         if namespace is None or c.state not in TCP_STATES:
             return None
         mapped = self.confirm(c, namespace.mix, node.bucket, mask)
         if mapped is None:
             return None
-        return Raw(Transport.TCP, node.va, c, namespace, c.state, mapped or _mapped(c))
+        mapped = mapped or _mapped(c)
+        return Raw(Transport.TCP, node.va, c, namespace, c.state, mapped, bucket=node.bucket, data=node.raw)
 
     def _again(self, node: Node, namespaces: dict[int, Namespace], mask: int) -> Raw | None:
         """Read a torn entry once more: recycled for another connection it is found there, freed it is gone."""
@@ -226,7 +243,7 @@ class Sockets:
             (raw,) = self._kernel.readv([self.common.span(node.va)])
             if raw is None:
                 return None
-            again = self._connection(Node(node.bucket, node.va, self.common.parse(raw)), namespaces, mask)
+            again = self._connection(Node(node.bucket, node.va, raw), namespaces, mask)
             if again is not None:
                 return again
         return None
@@ -247,10 +264,10 @@ class Sockets:
             gaps += chains.gaps
             torn += chains.torn
             for node in chains.nodes:
-                c = Common(*node.fields)
+                c = self.parse(node.raw)
                 namespace = namespaces.get(c.net)
                 if c.state == LISTEN and namespace is not None:
-                    found.append(Raw(Transport.TCP, node.va, c, namespace, c.state, mapped=False))
+                    found.append(_plain(Transport.TCP, node, c, namespace))
                 else:
                     torn += 1
         return found, gaps, torn
@@ -262,7 +279,7 @@ class Sockets:
         chains = walker.walk(table.lhash2, table.lhash2_mask + 1, stride, head, nulls=False)
         raws = self._kernel.readv([self.common.span(node.va) for node in chains.nodes])
         pairs = zip(chains.nodes, raws, strict=True)
-        nodes = [Node(node.bucket, node.va, self.common.parse(raw)) for node, raw in pairs if raw is not None]
+        nodes = [Node(node.bucket, node.va, raw) for node, raw in pairs if raw is not None]
         return Chains(nodes, chains.gaps, chains.torn)
 
     def _udp(self, namespaces: dict[int, Namespace]) -> tuple[list[Raw], list[Gap], int]:
@@ -276,10 +293,14 @@ class Sockets:
             gaps += chains.gaps
             torn += chains.torn
             for node in chains.nodes:
-                c = Common(*node.fields)
+                known = self._known(node, namespaces, Transport.UDP)
+                if known is not None:
+                    found.append(known)
+                    continue
+                c = self.parse(node.raw)
                 namespace = namespaces.get(c.net)
                 if namespace is not None and (c.num + namespace.mix) & table.mask == node.bucket:  # udp_hashfn
-                    found.append(Raw(Transport.UDP, node.va, c, namespace, c.state, mapped=False))
+                    found.append(_plain(Transport.UDP, node, c, namespace))
                 else:
                     torn += 1
         return found, gaps, torn
@@ -307,10 +328,10 @@ class Sockets:
             gaps += chains.gaps
             torn += chains.torn
             for node in chains.nodes:
-                c = Common(*node.fields)
+                c = self.parse(node.raw)
                 namespace = namespaces.get(c.net)
                 if namespace is not None:
-                    found.append(Raw(transport, node.va, c, namespace, c.state, mapped=False))
+                    found.append(_plain(transport, node, c, namespace))
                 else:
                     torn += 1
         return found, gaps, torn
@@ -333,9 +354,9 @@ class Sockets:
             chains = self._walker[Transport.PACKET].walk(namespace.va + offset, 1, 8, 0, nulls=False)
             gaps += chains.gaps
             for node in chains.nodes:
-                c = Common(*node.fields)
+                c = self.parse(node.raw)
                 if c.net == namespace.va:
-                    found.append(Raw(Transport.PACKET, node.va, c, namespace, c.state, mapped=False))
+                    found.append(_plain(Transport.PACKET, node, c, namespace))
         return found, gaps, 0
 
     def _complete(self, found: list[Raw], gaps: list[Gap]) -> list[Raw]:
@@ -348,21 +369,22 @@ class Sockets:
             elif raw.common.state == TIME_WAIT:
                 spans.append((raw.va + self._substate, 1))
         values = iter(self._kernel.readv(spans))
-        complete = []
+        complete: list[Raw] = []
         for raw in found:
-            if raw.full:
-                data = next(values)
-                if data is None:
-                    gaps.append(Gap(f"{raw.transport} sockets", raw.va, "unreadable"))
-                    continue
-                sk_socket, uid = tail.parse(data)
-                complete.append(raw._replace(sk_socket=sk_socket, uid=uid))
-            elif raw.common.state == TIME_WAIT:
-                data = next(values)
-                state = data[0] if data is not None and data[0] in TCP_STATES else TIME_WAIT
-                complete.append(raw._replace(state=state))
-            else:
+            if raw.common.state == NEW_SYN_RECV and not raw.full:
                 complete.append(raw)
+                continue
+            data = next(values)
+            if data is None and raw.full:
+                gaps.append(Gap(f"{raw.transport} sockets", raw.va, "unreadable"))
+            elif data is None or data == raw.more:
+                complete.append(raw)
+            elif raw.full:
+                sk_socket, uid = tail.parse(data)
+                complete.append(raw._replace(sk_socket=sk_socket, uid=uid, more=data))
+            else:
+                state = data[0] if data[0] in TCP_STATES else TIME_WAIT
+                complete.append(raw._replace(state=state, more=data))
         return complete
 
 
@@ -372,6 +394,10 @@ def _distinct(
     """The tables of all namespaces, each one once."""
     tables = (table(namespace) for namespace in namespaces.values())
     return list({key(found): found for found in tables if found is not None and is_object(key(found))}.values())
+
+
+def _plain(transport: Transport, node: Node, c: Common, namespace: Namespace) -> Raw:
+    return Raw(transport, node.va, c, namespace, c.state, mapped=False, bucket=node.bucket, data=node.raw)
 
 
 def _mapped(c: Common) -> bool:
