@@ -29,8 +29,6 @@ s = socket.socket()
 s.bind(("127.0.0.1", 4321))
 print("READY", flush=True)
 time.sleep(1e6)"""
-    "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 4321)); print('READY', flush=True); time.sleep(1e6)"
-)
 TRANSPORTS = {1: Transport.TCP, 2: Transport.UDP, 3: Transport.RAW}  # by socket type
 TCP_CLOSE = 7  # include/net/tcp_states.h
 
