@@ -70,7 +70,12 @@ def test_a_default_deny_says_what_happened_in_one_sentence():
 
 @pytest.mark.parametrize(
     ("spec", "profile", "enforced"),
-    [("monitor", "", False), ("enforce", "", True), ("monitor", "mode: enforce", True), ("enforce", "mode: monitor", False)],
+    [
+        ("monitor", "", False),
+        ("enforce", "", True),
+        ("monitor", "mode: enforce", True),
+        ("enforce", "mode: monitor", False),
+    ],
 )
 def test_a_profile_may_override_the_mode(spec, profile, enforced):
     rules = book(f"""
@@ -192,7 +197,9 @@ def test_windows_looks_at_no_case_and_finds_the_service_on_the_command_line():
           - {name: user, match: {user: system, name: 'A.EXE'}, default: deny}
     """)
     svchost = process(
-        r"c:\windows\system32\SVCHOST.EXE", command=r"svchost.exe -k NetworkService -p -s DNSCACHE", cgroup=Missing.UNKNOWN
+        r"c:\windows\system32\SVCHOST.EXE",
+        command=r"svchost.exe -k NetworkService -p -s DNSCACHE",
+        cgroup=Missing.UNKNOWN,
     )
     assert rules.judge(subject(svchost, flow=flow(), os="windows")).rule.profile == "dns"
     system = process(r"C:\a.exe", name="a.exe", user=r"NT AUTHORITY\SYSTEM", uid=1)
@@ -230,9 +237,11 @@ def test_a_kernel_thread_has_no_image_and_is_no_doubt():
 
 
 def test_a_path_longer_than_any_path_is_a_doubt():
-    assert book("processes: [{name: t, match: {image: '/tmp/**'}, default: deny}]").judge(
-        subject(process("/usr/" + "x" * 9000), flow=flow())
-    ).alert
+    assert (
+        book("processes: [{name: t, match: {image: '/tmp/**'}, default: deny}]")
+        .judge(subject(process("/usr/" + "x" * 9000), flow=flow()))
+        .alert
+    )
 
 
 @pytest.mark.parametrize(
@@ -393,7 +402,9 @@ def test_every_condition_of_an_entry(entry, given, covered):
 
 
 def test_an_entry_ends_with_its_last_day_by_the_flow_s_own_time():
-    rules = book("processes: [{name: a, match: {name: nginx}, default: deny, allow: [{ports: 80, expires: 2026-11-22}]}]")
+    rules = book(
+        "processes: [{name: a, match: {name: nginx}, default: deny, allow: [{ports: 80, expires: 2026-11-22}]}]"
+    )
     midnight = 1_795_392_000 * 1_000_000_000  # 2026-11-23 00:00 UTC
     assert rules.judge(subject(process(), flow=flow(port=80, at_ns=midnight - 1))).decision is ALLOW
     assert rules.judge(subject(process(), flow=flow(port=80, at_ns=midnight))).decision is DENY
