@@ -29,10 +29,10 @@ _BATCH = 4096
 def find_tables(memory: ProcessMemory, start: int, end: int, *, quick: bool = False) -> Iterator[tuple[int, int]]:
     """Yield pairs of a host address in [start, end) and the guest-physical address that kernel tables give to it.
 
-    First behind every 2 MiB boundary that looks like the start of a kernel, then (unless ``quick``) everywhere. Bounded
-    by the range; about 0.1 s per GiB for the second pass.
+    First behind every 2 MiB (counted from ``start``) that look like the start of a kernel, then (unless ``quick``)
+    everywhere. Bounded by the range; 0.2 s per GiB for the second pass.
     """
-    slots = list(range(-(-start // SLOT) * SLOT, end - 8, SLOT))
+    slots = range(start, end - 8, SLOT)
     for slot, head in zip(slots, memory.read_scattered(slots, 8), strict=True):
         if head and _STARTUP.match(head):
             yield from _scan(memory, slot, min(slot + IMAGE_SPAN, end))

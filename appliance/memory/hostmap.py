@@ -119,8 +119,11 @@ def _find(
     ]
     wide = [run for run in runs if run.end - run.start > size]
     quick = len(exact) == 1
+    if quick and exact[0].inode:
+        return exact[0].start, "the only mapping of its file", exact[0].inode
     for run in (*exact, *wide):
-        for hva, gpa in find_tables(process, run.start, run.end, quick=quick):
+        start = run.start if run in exact or run.inode else -(-run.start // SLOT) * SLOT
+        for hva, gpa in find_tables(process, start, run.end, quick=quick):
             base = _base(hva, gpa, offset, size, layout)
             if (
                 base is not None

@@ -29,6 +29,8 @@ from appliance.model import Region, VcpuState
 
 MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h: never take huge pages for us
 
+COPY_FROM = 1 << 16  # larger reads are copied by the kernel, which spares a page fault for each page of them
+
 
 class QemuMemory:
     """Guest-physical RAM of one QEMU process. ``proof`` says how the map was found."""
@@ -174,6 +176,10 @@ class SharedQemuMemory(QemuMemory):
 
     def _read_mapped(self, hva: int, size: int) -> bytes:
         start = hva - self._base
+        if size > COPY_FROM:
+            data = os.pread(self._fd, size, start)
+            if len(data) == size:
+                return data
         return self._map[start : start + size]
 
     def _read_many(self, spans: array[int]) -> list[bytes | None]:
