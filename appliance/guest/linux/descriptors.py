@@ -118,6 +118,10 @@ class Descriptors:
                 at = table.raw.find(needle, at + 1)
         return holders
 
+    def is_embedded(self, table: Table) -> bool:
+        """Whether the table lies within its ``files_struct``, as it does for up to 64 descriptors."""
+        return table.fd == table.files + self._array and table.fdt == table.files + self._fdtab
+
     def checks(self, holder: Holder) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """What to read again to confirm a holder: ``files->fdt``, ``fdt->fd`` and the slot itself."""
         table = holder.table

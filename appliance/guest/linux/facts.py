@@ -46,6 +46,7 @@ RECORDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
             "task_struct.thread_pid",
             "task_struct.cgroups?",
             "task_struct.fs",
+            "task_struct.self_exec_id?",
         ),
     ),
     "mm": (
@@ -56,6 +57,7 @@ RECORDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
         "include/linux/fs.h",
         ("file.__f_path.mnt|file.f_path.mnt", "file.__f_path.dentry|file.f_path.dentry"),
     ),
+    "file": ("include/linux/fs.h", ("file.f_ref|file.f_count", "file.private_data")),
     "dentry": (
         "include/linux/dcache.h",
         (
@@ -154,7 +156,6 @@ OFFSETS: Final[dict[str, str]] = {
     "fdtable.fd": "fdtable.fd",
     "file.private_data": "file.private_data",  # include/linux/fs.h
     "file.f_ref": "file.f_ref?",
-    "file.f_count": "file.f_count?",
     "socket.file": "socket.file",  # include/linux/net.h
     "socket.sk": "socket.sk",
     "sk.node": "sock_common.skc_nulls_node",  # the same place as skc_node: a union

@@ -49,10 +49,9 @@ class Owners:
         self.descriptors = Descriptors(kernel, facts)
         self.processes = Processes(kernel, facts)
         self._init = facts.needed("init_task")
-        reference, self._bias = facts.find("file.f_ref"), 1
-        if reference is None:
-            reference, self._bias = facts.find("file.f_count"), 0
-        self._f_count = reference
+        self._file = facts.record("file")
+        self._bias = 0 if facts.find("file.f_ref") is None else 1  # file_ref counts from 0
+        self._files = facts.record("files")
         self.tasks = Tasks([], {}, [], 0)
         self.parents: dict[int, int] = {}  # task VA -> tgid
         self._owner_cache: dict[tuple[int, int], Owner] = {}
@@ -70,6 +69,37 @@ class Owners:
             self.parents.update((thread.va, thread.tgid) for thread in group)
         self._settled.clear()
         return self.tasks.gaps + self.descriptors.look(self.tasks)
+
+    def find_quickly(self, file: int, socket: int) -> Owner | None:
+        """The one holder of a file, where the index has one and a few reads confirm that there is no other.
+
+        The chain is read from the process towards the socket: task, table and slot, file, ``private_data``. None says
+        nothing; :meth:`find` then looks properly. Raises UnreadableMemory.
+        """
+        known = self.descriptors.index.get(file)
+        if known is None or len(known) != 1:
+            return None
+        table, number = known[0]
+        users = self.descriptors.users.get(table.files)
+        if users is None or len(users) != 1 or not self.descriptors.is_embedded(table):
+            return None
+        user = users[0]
+        if user.via is not user.leader:
+            return None
+        read = self._kernel.read
+        leader = self.task_list.parse(user.leader.va, read(*self.task_list.span(user.leader.va)))
+        fdt, _, fd, slots = self._files.parse(read(*self._files.span(table.files)))
+        references, private = self._file.parse(read(*self._file.span(file)))
+        if (
+            not _same(user, leader, leader, table.files)
+            or (fdt, fd) != (table.fdt, table.fd)
+            or int.from_bytes(slots[8 * number : 8 * number + 8], "little") != file
+            or private != socket
+            or references + self._bias != 1
+        ):
+            return None
+        process = self.processes.describe_quickly(leader)
+        return None if process is None else self._owner(process, number)
 
     def find(self, file: int, guards: Sequence[Span]) -> Held | None:
         """Everybody who holds ``file`` now; None when nobody does, after a full look. ``guards`` are read alongside."""
@@ -111,8 +141,7 @@ class Owners:
                 if via is not leader:
                     spans.append(span(via.va))
             spans.extend(self.descriptors.checks(holder))
-        if self._f_count is not None:
-            spans.append((file + self._f_count, 8))
+        spans.append(self._file.span(file))
         spans.append(self.task_list.tail_span())
         spans.extend(guards)
         raws = self._kernel.readv(spans)
@@ -131,9 +160,8 @@ class Owners:
             links = _number(next(values)), _number(next(values)), _number(next(values))
             if links == (table.fdt, table.fd, file):
                 found += [(holder, leader) for leader in alive]
-        references = 0
-        if self._f_count is not None:
-            references = (_number(next(values)) + self._bias) & 0xFFFF_FFFF
+        value = next(values)
+        references = 0 if value is None else (self._file.parse(value)[0] + self._bias) & 0xFFFF_FFFF
         tail = _number(next(values))
         return _Confirmed(found, references, tail, raws[len(raws) - len(guards) :] if guards else ())
 

@@ -42,11 +42,27 @@ class Task(NamedTuple):
     thread_pid: int
     cgroups: int
     fs: int
+    exec_id: int  # counts the programs it has run
 
     @property
     def kernel_thread(self) -> bool:
         """It has no program of its own (PF_KTHREAD)."""
         return bool(self.flags & PF_KTHREAD)
+
+    @property
+    def description(self) -> tuple[object, ...]:
+        """What points to all that describes it; unchanged, its description is too."""
+        return (
+            self.tgid,
+            self.start_ns,
+            self.comm,
+            self.mm,
+            self.exec_id,
+            self.cred,
+            self.parent,
+            self.nsproxy,
+            self.cgroups,
+        )
 
 
 class Tasks(NamedTuple):
