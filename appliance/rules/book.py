@@ -36,6 +36,11 @@ class RuleSet:
     cases: tuple[suite.TestCase, ...] = ()
     enforce: bool = False
 
+    @property
+    def profile_names(self) -> tuple[str, ...]:
+        """The profiles as the author wrote them; ``profiles`` holds one for each of their image patterns."""
+        return tuple(dict.fromkeys(profile.section.name for profile in self.profiles))
+
     def applies(self, os: str, tags: Iterable[str]) -> bool:
         """Whether it is for such a guest; a guest whose system is not known gets every system's rules."""
         if self.os is not None and os and os != self.os:

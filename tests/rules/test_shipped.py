@@ -41,6 +41,11 @@ def test_the_shipped_sets_load_together():
     assert len(load([ROOT / "rules"]).sets) == len(FILES) >= 2
 
 
+def test_a_set_names_its_profiles_once():
+    names = load([ROOT / "rules" / "debian-server.yaml"]).sets[0].profile_names
+    assert len(names) == len(set(names)) == 22
+
+
 def test_ids_are_unique():
     ids = [found for file in FILES for found in re.findall(r"\bid: (\S+)", file.read_text())]
     assert len(ids) == len(set(ids)) > 30
