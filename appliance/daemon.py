@@ -103,8 +103,9 @@ class GuestWatch:
             self._seed()
             while not stop() and not self._tap.exhausted:
                 for event in self._tap.poll(self._wait_s()):
+                    self._tick(event.at_ns)
                     self._carry_out(event)
-                self._carry_out(Tick(self._clock()))
+                self._tick(self._clock())
         except ParasightError as error:  # the boundary: this guest's watch ends, the others go on
             self.summary.ended = str(error)
             self._tell(f"{self.info.id.target}: the watch has ended: {error}")
@@ -115,6 +116,11 @@ class GuestWatch:
     def _wait_s(self) -> float:
         due_ns = self._engine.next_due_ns
         return POLL_S if due_ns is None else min(POLL_S, max(0.0, (due_ns - self._clock()) / 1e9))
+
+    def _tick(self, at_ns: int) -> None:
+        due_ns = self._engine.next_due_ns
+        if due_ns is not None and due_ns <= at_ns:
+            self._carry_out(Tick(at_ns))
 
     def _seed(self) -> None:
         """Learn the processes and the connections that are already open."""
@@ -277,12 +283,13 @@ def _open_watch(info: GuestInfo, judge: Judge, offer: Callable[[Verdict], None],
 
 
 def _open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:
+    start_s = time.monotonic()
     try:
         eye = open_eye(info)
     except GuestError as error:
         tell(f"{info.id.target}: {error}; watching its packets only")
         return None
-    tell(f"{info.id.target}: {eye.describe}")
+    tell(f"{info.id.target}: {eye.describe}, attached in {time.monotonic() - start_s:.2f} s")
     return eye
 
 
