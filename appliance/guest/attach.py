@@ -10,11 +10,15 @@ arch/x86/include/asm/page_64_types.h (__PAGE_OFFSET_BASE_L4/L5), kernel/vmcore_i
 from __future__ import annotations
 
 import re
+import zlib
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from appliance.errors import Implausible, UnreadableMemory, UnsupportedGuest
+from appliance.errors import GuestError, GuestGone, Implausible, UnreadableMemory, UnsupportedGuest
+from appliance.guest import profile
 from appliance.guest.image import Found, find_images
-from appliance.guest.kallsyms import KallsymsTable, find_tables
+from appliance.guest.kallsyms import KallsymsTable, find_tables, is_sorted, load_tables
 from appliance.guest.kernel import Kernel
 from appliance.guest.layout import BtfTypes, find_blob
 from appliance.guest.paging import ADDRESS, translate
@@ -24,52 +28,102 @@ MAX_CANDIDATES = 16
 PAGE_OFFSET_L4 = 0xFFFF_8880_0000_0000
 PAGE_OFFSET_L5 = 0xFF11_0000_0000_0000
 _BANNER = re.compile(rb"Linux version (\S{1,64}) [^\n\0]{10,400}")
-_NOTE = re.compile(rb"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0(.{20})", re.DOTALL)
 _VMCOREINFO_LIMIT = 4096
 
 
-def attach(memory: GuestMemory, *, cr3: int | None = None, cache_dir: Path | None = None) -> Kernel:
-    """Attach to the Linux kernel in this RAM. Raises UnsupportedGuest (each lack named), Implausible, GuestGone."""
-    lacks: tuple[str, ...] = ("no running x86-64 Linux kernel was found in its memory",)
-    for number, found in enumerate(find_images(memory, cr3)):
-        if number >= MAX_CANDIDATES:
-            break
+def attach(memory: GuestMemory, *, cr3: int | None = None, cache_dir: Path | None = None, cache: bool = True) -> Kernel:
+    """Attach to the Linux kernel in this RAM.
+
+    Profiles are kept in ``cache_dir``, by default in the user's cache. Raises UnsupportedGuest (each lack named),
+    Implausible, UnreadableMemory, GuestGone.
+    """
+    folder = (cache_dir or profile.default_folder()) if cache else None
+    trouble: GuestError = UnsupportedGuest(("no running x86-64 Linux kernel was found in its memory",))
+    for found in islice(find_images(memory, cr3), MAX_CANDIDATES):
         try:
-            return _attach_to(memory, found)
-        except UnsupportedGuest as error:
-            lacks = error.missing
-    raise UnsupportedGuest(lacks)
+            return (folder and _attach_warm(memory, found, folder)) or _attach_cold(memory, found, folder)
+        except GuestGone:
+            raise
+        except GuestError as error:
+            trouble = error
+    raise trouble
 
 
-def _attach_to(memory: GuestMemory, found: Found) -> Kernel:
+def _attach_cold(memory: GuestMemory, found: Found, folder: Path | None) -> Kernel:
     data = memory.read(found.rodata.gpa, found.rodata.size)
     tables = find_tables(data, found.image.va)
     symbols = KallsymsTable(tables) if tables else None
-    blob = _find_types(data, found, symbols)
-    if symbols is None or blob is None:
-        raise UnsupportedGuest(tuple(_lacks(data, symbols, blob)))
-    return _assemble(memory, found, symbols, BtfTypes(blob), data)
+    where = _find_types(data, found, symbols)
+    if tables is None or symbols is None or where is None:
+        raise UnsupportedGuest(tuple(_lacks(data, symbols, where)))
+    blob = data[where[0] : where[0] + where[1]]
+    types = BtfTypes(blob)
+    kernel = _assemble(memory, found, symbols, types)
+    kernel.release, kernel.build_id = _identity(kernel, data)
+    note = data.find(profile.NOTE + bytes.fromhex(kernel.build_id)) if kernel.build_id else -1
+    if folder and note >= 0:
+        rodata_at = found.rodata.va - found.image.va
+        profile.save(
+            folder,
+            profile.Profile(
+                release=kernel.release,
+                build_id=kernel.build_id,
+                note_at=rodata_at + note,
+                rodata_at=rodata_at,
+                rodata_size=found.rodata.size,
+                symbols=tables.places,
+                types_at=where[0],
+                types_size=where[1],
+                types_crc=zlib.crc32(blob),
+                index=types.index,
+                order=symbols.order(),
+            ),
+        )
+    return kernel
 
 
-def _find_types(data: bytes, found: Found, symbols: KallsymsTable | None) -> bytes | None:
+def _attach_warm(memory: GuestMemory, found: Found, folder: Path) -> Kernel | None:
+    """Attach by a remembered profile; None where there is none, or where the guest does not bear it out."""
+    known = profile.load(folder, memory, found.image)
+    if known is None or known.rodata_at + known.rodata_size > found.image.size:
+        return None
+    start = found.image.gpa + known.rodata_at
+    try:
+        blob = memory.read(start + known.types_at, known.types_size)
+        tables = load_tables(lambda at, size: memory.read(start + at, size), known.symbols, found.image.va)
+        if tables is None or not known.matches(blob):
+            return None
+        if tables.seqs is None and known.order is not None:
+            tables = replace(tables, seqs=known.order)
+            if not is_sorted(tables):
+                return None
+        kernel = _assemble(memory, found, KallsymsTable(tables), BtfTypes(blob, known.index))
+    except (Implausible, UnsupportedGuest, UnreadableMemory):
+        return None
+    kernel.release, kernel.build_id = known.release, known.build_id
+    return kernel
+
+
+def _find_types(data: bytes, found: Found, symbols: KallsymsTable | None) -> tuple[int, int] | None:
+    """Offset and size of the BTF blob in the read-only data."""
     start, end = (symbols.find(name) if symbols else None for name in ("__start_BTF", "__stop_BTF"))
     if start and end and found.rodata.va <= start < end <= found.rodata.va + found.rodata.size:
-        return data[start - found.rodata.va : end - found.rodata.va]
+        return start - found.rodata.va, end - start
     return find_blob(data)
 
 
-def _lacks(data: bytes, symbols: KallsymsTable | None, blob: bytes | None) -> list[str]:
+def _lacks(data: bytes, symbols: KallsymsTable | None, types: tuple[int, int] | None) -> list[str]:
     banner = _BANNER.search(data)
     name = f"Linux {banner[1].decode('ascii', 'replace')}" if banner else "its kernel"
     lacks = []
     if symbols is None:
         lacks.append(f"{name} has no symbol table in memory (CONFIG_KALLSYMS)")
-    if blob is None:
+    if types is None:
         lacks.append(f"{name} has no type information in memory (CONFIG_DEBUG_INFO_BTF)")
     return lacks
 
 
-def _assemble(memory: GuestMemory, found: Found, symbols: KallsymsTable, types: BtfTypes, data: bytes) -> Kernel:
+def _assemble(memory: GuestMemory, found: Found, symbols: KallsymsTable, types: BtfTypes) -> Kernel:
     """Put the pieces together, checking one against the other."""
     image = found.image
 
@@ -89,7 +143,7 @@ def _assemble(memory: GuestMemory, found: Found, symbols: KallsymsTable, types: 
     page_offset = read("page_offset_base") or (PAGE_OFFSET_L5 if la57 else PAGE_OFFSET_L4)
     if translate(memory, root, page_offset + image.gpa, levels) != image.gpa:
         raise Implausible("the guest's direct map is not where its kernel says")
-    kernel = Kernel(
+    return Kernel(
         memory,
         image=image,
         root=root,
@@ -100,8 +154,6 @@ def _assemble(memory: GuestMemory, found: Found, symbols: KallsymsTable, types: 
         vmemmap_base=read("vmemmap_base") or 0,
         vmalloc_base=read("vmalloc_base") or 0,
     )
-    kernel.release, kernel.build_id = _identity(kernel, data)
-    return kernel
 
 
 def _identity(kernel: Kernel, data: bytes) -> tuple[str, str]:
@@ -117,6 +169,6 @@ def _identity(kernel: Kernel, data: bytes) -> tuple[str, str]:
     build_id = re.search(rb"^BUILD-ID=([0-9a-f]{40})$", text, re.MULTILINE)
     if release is None:
         raise Implausible("the guest's kernel does not say its release")
-    note = _NOTE.search(data)
-    identity = build_id[1].decode() if build_id else note[1].hex() if note else ""
+    note = data.find(profile.NOTE) + len(profile.NOTE)
+    identity = build_id[1].decode() if build_id else data[note : note + 20].hex() if note >= len(profile.NOTE) else ""
     return release[1].decode("ascii", "replace"), identity

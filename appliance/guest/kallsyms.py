@@ -19,22 +19,38 @@ import re
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 from appliance.errors import Implausible, UnsupportedGuest
 
 MAX_SYMBOLS = 1 << 21
-MIN_SYMBOLS = 256
+MIN_SYMBOLS = 512
+MAX_NAMES = 64 << 20
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _DIGIT_TOKEN = 0x30
 _TOKEN_LIMIT = 128  # bytes of one token
+MAX_TOKENS = 256 * _TOKEN_LIMIT + 1024
 _STATIC_LOCAL = re.compile(rb"\.\d+$")
+
+
+class Places(NamedTuple):
+    """Where the tables lie in the copy of memory they were found in. ``seqs_at`` is -1 where the kernel has none."""
+
+    total: int
+    names_at: int
+    markers_at: int
+    tokens_at: int
+    tokens_size: int  # of token_table and token_index
+    offsets_at: int
+    seqs_at: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The raw tables. ``signed`` says which of the two meanings the offsets have."""
+    """The raw tables. ``signed`` says which of the two meanings the offsets have; ``seqs`` lists the names in order."""
 
     base: int
     count: int
@@ -44,6 +60,7 @@ class Tables:
     offsets: array[int]
     seqs: bytes | None
     signed: bool
+    places: Places
 
 
 class KallsymsTable:
@@ -53,6 +70,7 @@ class KallsymsTable:
         self.tables = tables
         self._known: dict[str, int | None] = {}
         self._all: dict[bytes, int] | None = None
+        self._listed: list[bytes] = []
 
     def __len__(self) -> int:
         return self.tables.count
@@ -116,10 +134,21 @@ class KallsymsTable:
             raise Implausible("the kernel's symbol table contradicts itself") from None
         return b"".join(map(self.tables.tokens.__getitem__, names[position : position + length]))[1:]
 
+    def name_at(self, place: int) -> bytes:
+        """The name that is at ``place`` of the names in order."""
+        return self.name(self._at(place))
+
+    def order(self) -> bytes | None:
+        """What seqs would be, where the kernel has none and all names were decoded anyway."""
+        if self._all is None or self.tables.seqs is not None:
+            return None
+        names = sorted(range(self.tables.count), key=self._listed.__getitem__)
+        return b"".join(index.to_bytes(3, "big") for index in names)
+
     def _index(self, name: bytes) -> int | None:
         if self.tables.seqs is None:
             return self._everything().get(name)
-        place = bisect_left(range(self.tables.count), name, key=lambda place: self.name(self._at(place)))
+        place = bisect_left(range(self.tables.count), name, key=self.name_at)
         if place < self.tables.count:
             index = self._at(place)
             if self.name(index) == name:
@@ -138,7 +167,7 @@ class KallsymsTable:
         if self.tables.seqs is None:
             yield from ((name, index) for name, index in self._everything().items() if name.startswith(prefix))
             return
-        place = bisect_left(range(self.tables.count), prefix, key=lambda place: self.name(self._at(place)))
+        place = bisect_left(range(self.tables.count), prefix, key=self.name_at)
         while place < self.tables.count:
             index = self._at(place)
             name = self.name(index)
@@ -167,48 +196,81 @@ class KallsymsTable:
             except IndexError:
                 raise Implausible("the kernel's symbol table contradicts itself") from None
             text = b"".join(pieces[:position]).split(b"\n")[1:]
-            self._all = {name[1:]: index for index, name in reversed(list(enumerate(text)))}
+            self._listed = [name[1:] for name in text]
+            self._all = {name: index for index, name in reversed(list(enumerate(self._listed)))}
         return self._all
 
 
 def find_tables(data: bytes, text_va: int) -> Tables | None:
     """Find the symbol table in a copy of the kernel's read-only data, whose ``_text`` is at ``text_va``."""
     base = struct.pack("<Q", text_va)
-    for start, tokens, end in _token_tables(data):
-        found = _find_new(data, base, start, end, tokens) or _find_old(data, base, start, tokens)
-        if found:
-            return found
+    for start, end in _token_tables(data):
+        places = _find_new(data, base, start, end) or _find_old(data, base, start, end)
+        tables = load_tables(lambda at, size: data[at : at + size], places, text_va) if places else None
+        if tables:
+            return tables
     return None
 
 
-def _token_tables(data: bytes) -> Iterator[tuple[int, tuple[bytes, ...], int]]:
-    """Candidates for token_table: its start, its 256 tokens, and the end of token_index behind it."""
+def load_tables(read: Callable[[int, int], bytes], places: Places, text_va: int) -> Tables | None:
+    """Load the tables from known places; None when they are not there (any more)."""
+    if not MIN_SYMBOLS <= places.total <= MAX_SYMBOLS or not 0 < places.markers_at - places.names_at <= MAX_NAMES:
+        return None
+    count, marker_count = places.total, _marker_count(places.total)
+    tokens = _parse_tokens(read(places.tokens_at, min(places.tokens_size, MAX_TOKENS)))
+    names = read(places.names_at, places.markers_at - places.names_at)
+    markers, offsets = array("I"), array("i")
+    markers.frombytes(read(places.markers_at, 4 * marker_count))
+    offsets.frombytes(read(places.offsets_at, 4 * count))
+    complete = len(markers) == marker_count and len(offsets) == count and not markers[0]
+    if tokens is None or not complete or not _check_names(names, markers[1]):
+        return None
+    seqs = read(places.seqs_at, 3 * count) if places.seqs_at >= 0 else None
+    # Where per-CPU symbols are absolute, nearly all others are negative; otherwise none is (an image is below 2 GiB).
+    signed = offsets[count // 2] < 0
+    tables = Tables(text_va, count, names, markers, tokens, offsets, seqs, signed, places)
+    return tables if is_sorted(tables) else replace(tables, seqs=None)
+
+
+def is_sorted(tables: Tables) -> bool:
+    """Whether seqs really lists the names in order: a sample of them."""
+    if tables.seqs is None or len(tables.seqs) != 3 * tables.count:
+        return False
+    table = KallsymsTable(tables)
+    try:
+        sample = [table.name_at(place) for place in range(0, tables.count, max(1, tables.count // 64))]
+    except (Implausible, IndexError):
+        return False
+    return sample == sorted(sample)
+
+
+def _token_tables(data: bytes) -> Iterator[tuple[int, int]]:
+    """Candidates for token_table: its start, and the end of token_index behind it."""
     hit = data.find(_DIGITS)
     while hit >= 0:
         start = hit
         for _ in range(_DIGIT_TOKEN):
-            start = data.rfind(b"\0", max(0, start - _TOKEN_LIMIT), start - 1) + 1
+            start = data.rfind(b"\0", max(0, start - _TOKEN_LIMIT), max(start - 1, 0)) + 1
             if start <= 0:
                 break
         if start > 0:
-            tokens = tuple(data[start : start + 256 * _TOKEN_LIMIT].split(b"\0", 256)[:256])
-            index = list(_cumulate(tokens))
-            for alignment in (8, 4):
-                end = _align(start + index[-1] + len(tokens[-1]) + 1, alignment)
-                if len(tokens) == 256 and data[end : end + 512] == struct.pack("<256H", *(i & 0xFFFF for i in index)):
-                    yield start, tokens, end + 512
-                    break
+            window = data[start : start + MAX_TOKENS]
+            length = sum(len(token) + 1 for token in window.split(b"\0", 256)[:256])
+            for end in {_align(start + length, alignment) + 512 for alignment in (8, 4)}:
+                if _parse_tokens(data[start:end]) is not None:
+                    yield start, end
         hit = data.find(_DIGITS, hit + 1)
 
 
-def _cumulate(tokens: tuple[bytes, ...]) -> Iterator[int]:
-    total = 0
-    for token in tokens:
-        yield total
-        total += len(token) + 1
+def _parse_tokens(data: bytes) -> tuple[bytes, ...] | None:
+    """The 256 tokens of a token_table, if the token_index that ends ``data`` agrees."""
+    tokens = tuple(data.split(b"\0", 256)[:256])
+    ends = accumulate((len(token) + 1 for token in tokens[:-1]), initial=0)
+    index = struct.pack(f"<{len(tokens)}H", *(start & 0xFFFF for start in ends))
+    return tokens if len(tokens) == 256 and data[-512:] == index else None
 
 
-def _find_new(data: bytes, base: bytes, token_table: int, end: int, tokens: tuple[bytes, ...]) -> Tables | None:
+def _find_new(data: bytes, base: bytes, token_table: int, end: int) -> Places | None:
     """offsets, relative_base and seqs follow token_index; markers lie directly before token_table."""
     offsets_at = _align(end, 8)
     base_at = data.find(base, offsets_at + 4 * MIN_SYMBOLS, offsets_at + 4 * MAX_SYMBOLS)
@@ -218,8 +280,8 @@ def _find_new(data: bytes, base: bytes, token_table: int, end: int, tokens: tupl
                 markers_at = token_table - _align(4 * _marker_count(count), 8)
                 names_at = _names_before(data, count, markers_at)
                 if names_at is not None:
-                    seqs = data[base_at + 8 : base_at + 8 + 3 * count]
-                    return _tables(data, base, count, names_at, markers_at, tokens, offsets_at, seqs)
+                    size = end - token_table
+                    return Places(count, names_at, markers_at, token_table, size, offsets_at, base_at + 8)
         base_at = data.find(base, base_at + 1, offsets_at + 4 * MAX_SYMBOLS)
     return None
 
@@ -228,83 +290,57 @@ def _names_before(data: bytes, count: int, markers_at: int) -> int | None:
     """Where names begin: 8 bytes behind a num_syms whose first 256 names are as long as the markers say."""
     if markers_at < 0:
         return None
-    wanted = struct.pack("<I", count)
+    wanted, second = struct.pack("<I", count), _second_marker(data, markers_at)
     limit = max(0, markers_at - 48 * count)
     at = data.rfind(wanted, limit, markers_at)
     while at >= 0:
-        if _check_names(data, at + 8, markers_at):
+        if _check_names(data[at + 8 : min(at + 8 + second, markers_at)], second):
             return at + 8
         at = data.rfind(wanted, limit, at + 3)
     return None
 
 
-def _find_old(data: bytes, base: bytes, token_table: int, tokens: tuple[bytes, ...]) -> Tables | None:
+def _find_old(data: bytes, base: bytes, token_table: int, end: int) -> Places | None:
     """offsets, relative_base, num_syms, names and markers precede token_table, perhaps with seqs in between."""
     base_at = data.rfind(base, 0, token_table)
     while base_at >= 0:
-        count = struct.unpack_from("<I", data, base_at + 8)[0]
+        count = int.from_bytes(data[base_at + 8 : base_at + 12], "little")
         names_at, offsets_at = base_at + 16, base_at - _align(4 * count, 8)
         if MIN_SYMBOLS <= count <= MAX_SYMBOLS and offsets_at >= 0:
             markers, seqs = _align(4 * _marker_count(count), 8), _align(3 * count, 8)
-            for markers_at, sorted_names in ((token_table - markers, 0), (token_table - seqs - markers, 3 * count)):
-                if markers_at > names_at and _check_names(data, names_at, markers_at):
-                    start = markers_at + markers
-                    between = data[start : start + sorted_names]
-                    return _tables(data, base, count, names_at, markers_at, tokens, offsets_at, between)
+            for markers_at, seqs_at in (
+                (token_table - markers, -1),
+                (token_table - seqs - markers, token_table - seqs),
+            ):
+                second = _second_marker(data, markers_at) if markers_at > names_at else 0
+                if second and _check_names(data[names_at : min(names_at + second, markers_at)], second):
+                    return Places(count, names_at, markers_at, token_table, end - token_table, offsets_at, seqs_at)
         base_at = data.rfind(base, 0, base_at + 7)
     return None
 
 
-def _check_names(data: bytes, names_at: int, markers_at: int) -> bool:
+def _second_marker(data: bytes, markers_at: int) -> int:
+    return int.from_bytes(data[markers_at + 4 : markers_at + 8], "little")
+
+
+def _check_names(names: bytes, second: int) -> bool:
     """Whether the first 256 names end where the second marker points."""
-    if markers_at + 8 > len(data):
-        return False
-    zero, second = (int(marker) for marker in struct.unpack_from("<II", data, markers_at))
-    if zero or not 256 <= second <= 256 * 512 or names_at + second > markers_at:
+    if not 256 <= second <= min(256 * 512, len(names)):
         return False
     position = 0
-    for _ in range(256):
-        length = data[names_at + position]
-        position += 1
-        if length >= 0x80:
-            length = length & 0x7F | data[names_at + position] << 7
-            position += 1
-        position += length
-        if not length or position > second:
-            return False
-    return position == second
-
-
-def _tables(
-    data: bytes,
-    base: bytes,
-    count: int,
-    names_at: int,
-    markers_at: int,
-    tokens: tuple[bytes, ...],
-    offsets_at: int,
-    seqs: bytes,
-) -> Tables:
-    markers, offsets = array("I"), array("i")
-    markers.frombytes(data[markers_at : markers_at + 4 * _marker_count(count)])
-    offsets.frombytes(data[offsets_at : offsets_at + 4 * count])
-    # Where per-CPU symbols are absolute, nearly all others are negative; otherwise none is (an image is below 2 GiB).
-    signed = offsets[count // 2] < 0
-    names = data[names_at:markers_at]
-    tables = Tables(int.from_bytes(base, "little"), count, names, markers, tokens, offsets, seqs or None, signed)
-    return tables if _sorted(tables) else replace(tables, seqs=None)
-
-
-def _sorted(tables: Tables) -> bool:
-    """Whether seqs really lists the names in order: a sample of them."""
-    if tables.seqs is None or len(tables.seqs) != 3 * tables.count:
-        return False
-    table = KallsymsTable(tables)
     try:
-        sample = [table.name(table._at(place)) for place in range(0, tables.count, max(1, tables.count // 64))]
-    except Implausible:
+        for _ in range(256):
+            length = names[position]
+            position += 1
+            if length >= 0x80:
+                length = length & 0x7F | names[position] << 7
+                position += 1
+            position += length
+            if not length or position > second:
+                return False
+    except IndexError:
         return False
-    return sample == sorted(sample)
+    return position == second
 
 
 def _marker_count(count: int) -> int:

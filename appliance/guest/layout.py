@@ -234,8 +234,8 @@ class _Steps(dict[int, int]):
         return self[info]
 
 
-def find_blob(data: bytes) -> bytes | None:
-    """Find a BTF blob in a copy of the kernel's read-only data: by its header, and lengths that fit."""
+def find_blob(data: bytes) -> tuple[int, int] | None:
+    """Offset and size of a BTF blob in a copy of the kernel's read-only data: by its header, and lengths that fit."""
     at = data.find(HEADER)
     while at >= 0:
         if at + 24 <= len(data):
@@ -243,6 +243,6 @@ def find_blob(data: bytes) -> bytes | None:
             total = header + text_at + text_size
             fits = header == 24 and type_at == 0 and text_at == type_size and text_size
             if fits and 1 << 16 < total <= min(MAX_BLOB, len(data) - at) and data[at + header + text_at] == 0:
-                return data[at : at + total]
+                return at, total
         at = data.find(HEADER, at + 4)
     return None
