@@ -59,7 +59,8 @@ class Names:
             return
         if message.flags & dns.flags.QR and message.rcode() == dns.rcode.NOERROR and message.question:
             self.answers += 1
-            self._learn(message.question[0].name, message.answer[:MAX_RECORDS], payload.at_ns)
+            answer = [rrset for rrset in message.answer[:MAX_RECORDS] if rrset.rdclass == dns.rdataclass.IN]
+            self._learn(message.question[0].name, answer, payload.at_ns)
 
     def names_of(self, ip: IpAddress, at_ns: int) -> tuple[str, ...]:
         """The names whose answers gave this address, newest first."""

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from struct import unpack_from
 from typing import Final
 
@@ -62,7 +63,7 @@ class PortSource:
             return
         if not self._ring.ready:
             ready = self._poll.poll(max(0.0, timeout_s) * 1000)
-            if any(mask & ~select.POLLIN for _, mask in ready):
+            if not ready or ready[0][1] & ~select.POLLIN:  # deleted while it was down: no event tells
                 self._check_port()
         yield from self._ring.frames(BATCH)
 
@@ -123,7 +124,8 @@ def _open(port: GuestPort) -> socket.socket:
     except OSError as error:
         raise _explain(error, port) from error
     try:
-        index = socket.if_nametoindex(port.ifname)
+        if (index := _find_index(port.ifname)) is None:
+            raise OSError(errno.ENODEV, "no such interface")
         if port.ifindex is not None and port.ifindex != index:
             raise HostError(f"port {port.ifname} is another interface by now (index {index}, not {port.ifindex})")
         program = Program(build_filter(SNAP))
@@ -135,6 +137,12 @@ def _open(port: GuestPort) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _find_index(ifname: str) -> int | None:
+    with suppress(OSError):  # without errno
+        return socket.if_nametoindex(ifname)
+    return None
 
 
 def _explain(error: OSError, port: GuestPort) -> Exception:

@@ -37,12 +37,11 @@ class PcapSource:
         except ValueError as error:
             raise UsageError(f"the guest's addresses for {path}: {error}") from error
         self._capture = CaptureFile(self._file, str(path))
-        packets = self._capture.packets()
-        first = list(islice(packets, 1))  # so that a file that is no capture is refused here
-        for packet in first:
-            if to_ethernet(packet.link_type, packet.data) is None:
-                raise ConfigError(f"{path}: packets of link type {packet.link_type} are not supported")
-        self._packets = chain(first, packets)
+        try:
+            self._packets = self._open()
+        except ConfigError:
+            self._file.close()
+            raise
         self.exhausted = False
 
     @property
@@ -55,7 +54,8 @@ class PcapSource:
         if self.exhausted:
             return
         batch = list(islice(self._packets, BATCH))
-        self.exhausted = len(batch) < BATCH
+        if len(batch) < BATCH:
+            self.close()
         for packet in batch:
             if (frame := self._convert(packet)) is not None:
                 yield frame
@@ -72,6 +72,15 @@ class PcapSource:
         """Close the file."""
         self.exhausted = True
         self._file.close()
+
+    def _open(self) -> Iterator[Captured]:
+        """Read the first packet at once, so that a file that is no capture is refused at once."""
+        packets = self._capture.packets()
+        first = list(islice(packets, 1))
+        for packet in first:
+            if to_ethernet(packet.link_type, packet.data) is None:
+                raise ConfigError(f"{self._path}: packets of link type {packet.link_type} are not supported")
+        return chain(first, packets)
 
     def _convert(self, packet: Captured) -> CapturedFrame | None:
         found = to_ethernet(packet.link_type, packet.data)

@@ -112,7 +112,11 @@ def read_pair(data: bytes) -> Pair | None:
 
 
 def _is_private(packed: bytes) -> bool:
-    return ip_address(packed).is_private
+    """RFC 1918, RFC 4193, loopback and link-local; not what else ``ipaddress`` calls private (documentation nets)."""
+    if len(packed) == 4:
+        first, second = packed[0], packed[1]
+        return first in {10, 127} or packed[:2] in {b"\xc0\xa8", b"\xa9\xfe"} or (first == 172 and second & 0xF0 == 16)
+    return packed[0] & 0xFE == 0xFC or (packed[0] == 0xFE and packed[1] & 0xC0 == 0x80) or packed == bytes(15) + b"\1"
 
 
 def _is_unicast(packed: bytes) -> bool:
