@@ -319,7 +319,7 @@ def test_whatever_a_page_of_the_guest_holds_the_look_ends(guest: Guest, trick: C
     look.injection.find(process)
     pages, chaos = sorted(memory.seen), random.Random(7)
     slowest = 0.0
-    for round_ in range(300):
+    for round_ in range(150):
         memory.page = chaos.choice(pages)
         if round_ % 2:
             memory.content = chaos.randbytes(4096)

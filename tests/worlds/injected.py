@@ -114,7 +114,7 @@ class FakeKernel:
 
     def __init__(self, types: FakeTypes) -> None:
         self.memory, self.types, self.symbols = FakeMemory(), types, FakeSymbols()
-        self.vmemmap = bytearray(RAM // PAGE * 64)
+        self.vmemmap = RAM - RAM // PAGE * 64  # where in RAM the struct pages are
         self.user: dict[int, int] = {}  # page -> gpa
 
     def forget(self) -> None:
@@ -126,9 +126,9 @@ class FakeKernel:
     def _one(self, va: int, size: int) -> bytes | None:
         assert 0 <= va <= MAX, "an address of more than 64 bits"
         assert 0 <= size <= RAM, "a size nobody clamped"
-        for base, content in ((DIRECT, self.memory.ram), (VMEMMAP, self.vmemmap)):
-            if base <= va and va + size <= base + len(content):
-                return bytes(content[va - base : va - base + size])
+        for base, start in ((DIRECT, 0), (VMEMMAP, self.vmemmap)):
+            if base <= va and va + size <= base + RAM - start:
+                return bytes(self.memory.ram[start + va - base : start + va - base + size])
         return None
 
     def read(self, va: int, size: int) -> bytes:
@@ -161,6 +161,9 @@ class FakeKernel:
 
     def walk_user_pages(self, pgd: int, start: int, end: int) -> Iterator[Pte]:
         assert end - start <= 1 << 30
+        if start == VMEMMAP:
+            yield Pte(start, self.vmemmap, 2 << 20, True, True, False, True, True, True, 0x80)
+            return
         for va in sorted(self.user):
             if start <= va < end:
                 yield Pte(va, self.user[va], PAGE, True, False, True, False, True, False, self.user[va] | 1)
@@ -235,8 +238,8 @@ class World:
         """A page of RAM with its struct page; returns its gpa."""
         gpa, self._page = self._page, self._page + PAGE
         self.write(DIRECT + gpa, content.ljust(PAGE, b"\0"))
-        at = gpa // PAGE * 64
-        struct.pack_into("<QQ", self.kernel.vmemmap, at + 24, mapping, index)
+        at = self.kernel.vmemmap + gpa // PAGE * 64
+        struct.pack_into("<QQ", self.kernel.memory.ram, at + 24, mapping, index)
         return gpa
 
     def struct_page(self, gpa: int) -> int:

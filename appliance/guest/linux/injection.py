@@ -93,7 +93,7 @@ class Injection:
         evidence, suspects = judge_code(Code.of(memory, files, pages, starts), self._pages, memory.pgd, budget)
         yield from evidence
         mapped = [(vma, files.get(vma.file), pages[vma.start]) for vma in code if vma.special or vma.file in files]
-        yield from self._texts.find(mapped, budget)
+        yield from self._texts.find(memory.pgd, mapped, budget)
         yield from judge_threads(started, memory, suspects, self._threads)
         yield from self._tracers(threads)
         yield from self._preloads(memory)

@@ -49,9 +49,9 @@ class Texts:
     def __init__(self, kernel: Kernel, pages: Pages) -> None:
         self._kernel, self._pages = kernel, pages
 
-    def find(self, mapped: Sequence[Mapped], budget: Budget) -> Iterator[Evidence]:
+    def find(self, pgd: int, mapped: Sequence[Mapped], budget: Budget) -> Iterator[Evidence]:
         """Changed pages of private executable mappings."""
-        changes = self._changes(mapped)
+        changes = self._changes(pgd, mapped, budget)
         relocated: dict[int, bool] = {}
         for number, change in enumerate(changes):
             if number >= MAX_COMPARED or budget.over:
@@ -67,11 +67,13 @@ class Texts:
         if len(changes) > MAX_TOLD:
             yield Evidence(f"{len(changes)} pages of code are copies of this process", "modified-text")
 
-    def _changes(self, mapped: Sequence[Mapped]) -> list[Change]:
+    def _changes(self, pgd: int, mapped: Sequence[Mapped], budget: Budget) -> list[Change]:
         private = [one for one in mapped if not one[0].flags & VM_MAYSHARE]
         candidates = [Change(vma, file, page) for vma, file, pages in private for page in pages]
-        owners = self._pages.owners([change.page for change in candidates])
+        owners = self._pages.owners(pgd, [change.page for change in candidates])
         found: list[Change] = []
+        if None in owners:
+            budget.cut_off(f"whose {owners.count(None)} of {len(owners)} pages of code are")
         for change, mapping in zip(candidates, owners, strict=True):
             if mapping is None:
                 continue

@@ -198,8 +198,8 @@ def test_a_page_of_a_large_folio_is_judged_by_its_head() -> None:
     libc = world.file("/usr/lib/libc.so.6")
     head = world.page(b"head", mapping=world.mapping_of(libc))
     tail = world.page(b"tail", mapping=0xDEAD_0000_0000_0401)
-    at = tail // PAGE * 64
-    world.kernel.vmemmap[at + 8 : at + 16] = (world.struct_page(head) + 1).to_bytes(8, "little")
+    at = world.kernel.vmemmap + tail // PAGE * 64
+    world.kernel.memory.ram[at + 8 : at + 16] = (world.struct_page(head) + 1).to_bytes(8, "little")
     world.vma(LIBRARY, 2, RX, libc, [head, tail])
     assert world.look() == ()
 
