@@ -13,6 +13,7 @@ from typing import Any
 
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
+from appliance.guest.linux.fast import FastPath
 from appliance.guest.linux.hashes import TupleHash
 from appliance.guest.linux.holding import Holding
 from appliance.guest.linux.lookup import Lookup
@@ -42,7 +43,8 @@ class LinuxEye:
         self._owners = Owners(kernel, self._facts)
         self._holding = Holding(kernel, self._facts, self._sockets, self._owners)
         probe = Probe(kernel, self._facts, self._namespaces, self._sockets)
-        self._lookup = Lookup(self._namespaces, self._sockets, probe, self._holding)
+        fast = FastPath(kernel, self._facts, self._namespaces, self._sockets, self._owners, self._hashes)
+        self._lookup = Lookup(self._namespaces, self._sockets, probe, self._holding, fast)
         self._socket = self._facts.record("socket")
         self._built: dict[int, tuple[Raw, GuestSocket]] = {}
 

@@ -49,6 +49,21 @@ RECORDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
             "task_struct.self_exec_id?",
         ),
     ),
+    "identity": (  # a task's own: what makes it this process, running this program, as this user
+        "include/linux/sched.h",
+        (
+            "task_struct.tgid",
+            "task_struct.start_boottime|task_struct.real_start_time",
+            "task_struct.files",
+            "task_struct.mm",
+            "task_struct.self_exec_id?",
+            "task_struct.real_cred",
+            "task_struct.real_parent",
+            "task_struct.nsproxy",
+            "task_struct.cgroups?",
+            "task_struct.comm",
+        ),
+    ),
     "mm": (
         "include/linux/mm_types.h",
         ("mm_struct.exe_file", "mm_struct.arg_start", "mm_struct.arg_end", "mm_struct.pgd"),

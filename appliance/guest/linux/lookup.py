@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from appliance.guest.linux.facts import AF_INET, AF_INET6, LISTEN, NEW_SYN_RECV, SOCK_DEAD, TIME_WAIT
+from appliance.guest.linux.fast import FastPath
 from appliance.guest.linux.holding import Holding, TornError, ambiguous, everybody
 from appliance.guest.linux.namespaces import Namespaces
 from appliance.guest.linux.probe import Key, Probe, key_of
@@ -24,7 +25,10 @@ PROTOCOL_NUMBER = {Transport.TCP: 6, Transport.UDP: 17}  # IANA
 class Lookup:
     """Answers "who owns this tuple?" for one guest."""
 
-    def __init__(self, namespaces: Namespaces, sockets: Sockets, probe: Probe, holding: Holding) -> None:
+    def __init__(
+        self, namespaces: Namespaces, sockets: Sockets, probe: Probe, holding: Holding, fast: FastPath
+    ) -> None:
+        self._fast = fast
         self._namespaces = namespaces
         self._sockets = sockets
         self._probe = probe
@@ -32,6 +36,10 @@ class Lookup:
 
     def find(self, flow: Flow) -> Finding:
         """Who owns this flow's tuple now."""
+        if flow.tuple.protocol is Transport.TCP:
+            quick = self._fast.find(flow)
+            if quick is not None:
+                return quick
         self._probe.torn = torn = 0
         key = key_of(flow)
         for _ in range(TRIES):

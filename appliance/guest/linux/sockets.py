@@ -234,7 +234,7 @@ class Sockets:
         mapped = self.confirm(c, namespace.mix, node.bucket, mask)
         if mapped is None:
             return None
-        mapped = mapped or _mapped(c)
+        mapped = mapped or is_mapped(c)
         return Raw(Transport.TCP, node.va, c, namespace, c.state, mapped, bucket=node.bucket, data=node.raw)
 
     def _again(self, node: Node, namespaces: dict[int, Namespace], mask: int) -> Raw | None:
@@ -400,5 +400,6 @@ def _plain(transport: Transport, node: Node, c: Common, namespace: Namespace) ->
     return Raw(transport, node.va, c, namespace, c.state, mapped=False, bucket=node.bucket, data=node.raw)
 
 
-def _mapped(c: Common) -> bool:
+def is_mapped(c: Common) -> bool:
+    """Whether it is an IPv4 connection of an AF_INET6 socket."""
     return c.family == AF_INET6 and c.v6_daddr.startswith(V4_MAPPED)
