@@ -47,7 +47,7 @@ def rules_check(paths: PathsArgument, output: OutputOption = Output.TABLE) -> No
     body = {
         "ok": True,
         "version": book.version,
-        "profiles": sum(len(one.profiles) for one in book.sets),
+        "profiles": sum(len(one.profile_names) for one in book.sets),
         "warnings": [str(w) for w in book.warnings],
     }
     if output is Output.TABLE:
