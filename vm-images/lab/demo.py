@@ -43,7 +43,7 @@ class Watch:
 
     def __init__(self, target: str, home: Path) -> None:
         command = [sys.executable, "-m", "appliance.cli", "watch", target]
-        command += ["--rules", str(ROOT / "rules" / "debian-server.yaml"), "--output", "jsonl"]
+        command += ["--rules", "rules/debian-server.yaml", "--output", "jsonl"]
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
