@@ -18,9 +18,18 @@ _MASK: Final = 0xFFFFFFFF
 _HALF: Final = 0x80000000
 
 
+def wants_more(record: Record, side: int) -> bool:
+    """Whether a further payload of this side would be told."""
+    told = record.payloads[side]
+    if told < MAX_PAYLOADS:
+        return True
+    _, protocol, _, _, _, remote_port = record.key
+    return remote_port == 53 and protocol == UDP and told < MAX_DNS
+
+
 def read_payload(record: Record, side: int, packet: Decoded, data: bytes) -> bytes | None:
     """Return the bytes of this packet that are a new first payload of the flow, else None."""
-    if (record.payloads[side] >= MAX_PAYLOADS and not _is_dns(record, side)) or packet.payload_len <= 0:
+    if packet.payload_len <= 0 or not wants_more(record, side):
         return None
     skip, stop = (0, packet.payload_len) if packet.protocol != TCP else _fresh(record, side, packet)
     stop = min(stop, skip + MAX_BYTES, len(data) - packet.payload_at)
@@ -28,11 +37,6 @@ def read_payload(record: Record, side: int, packet: Decoded, data: bytes) -> byt
         return None
     record.payloads[side] += 1
     return data[packet.payload_at + skip : packet.payload_at + stop]
-
-
-def _is_dns(record: Record, side: int) -> bool:
-    _, protocol, _, _, _, remote_port = record.key
-    return remote_port == 53 and protocol == UDP and record.payloads[side] < MAX_DNS
 
 
 def _fresh(record: Record, side: int, packet: Decoded) -> tuple[int, int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Final
 
 from appliance.flow.table import FlowTable
-from appliance.model import FlowEnd, FlowEvent, GuestId, TapStats
-from appliance.ports import FrameSource
+from appliance.model import FlowEnd, FlowEvent, FlowStarted, GuestId, TapStats
+from appliance.ports import Frame, FrameSource
+
+SWEEP_NS: Final = 250_000_000
 
 
 class TrackedTap:
@@ -25,21 +28,33 @@ class TrackedTap:
         self._clock = clock
         self._live = source.fileno() >= 0
         self._closed = False
+        self._frames: Iterator[Frame] | None = None  # of the batch at hand
+        self._next_sweep_ns = 0
 
     def poll(self, timeout_s: float) -> list[FlowEvent]:
-        """Wait at most ``timeout_s`` for packets, then return the events they make (one batch of frames)."""
+        """Wait at most ``timeout_s`` for packets, then return the events they make.
+
+        Handles a batch of frames, but returns as soon as a flow has started: its process may not live for long.
+        """
         events: list[FlowEvent] = []
         feed = self.table.feed
-        for frame in self._source.frames(timeout_s):
-            events += feed(frame)
-        if self._clock is not None:
-            events += self.table.sweep(self._clock())
+        frames = self._source.frames(timeout_s) if self._frames is None else self._frames
+        self._frames = None
+        for frame in frames:
+            if told := feed(frame):
+                events += told
+                if any(type(event) is FlowStarted for event in told):
+                    self._frames = frames
+                    break
+        if self._clock is not None and (now_ns := self._clock()) >= self._next_sweep_ns:
+            self._next_sweep_ns = now_ns + SWEEP_NS
+            events += self.table.sweep(now_ns)
         return events
 
     @property
     def exhausted(self) -> bool:
         """No further event will come: the end of a file, or the port is gone."""
-        return self._source.exhausted
+        return self._frames is None and self._source.exhausted
 
     def fileno(self) -> int:
         """A descriptor that is readable when ``poll`` has work; -1 for a source that is always ready."""
