@@ -185,6 +185,18 @@ def test_a_map_of_many_mappings_equals_the_guests_own(guest: Guest, look: Look) 
     assert mine == its
 
 
+def test_expressions_compiled_by_pcre_are_unusual_and_no_more(guest: Guest, look: Look) -> None:
+    config = guest.get("/opt/demo/nginx.conf").decode().replace("/run/nginx.pid", "/run/pcre.pid")
+    config = config.replace("80", "8080").replace("events", "pcre_jit on; events")
+    config = config.replace("root /opt", "location ~ ^/a(b|c)+d$ { return 204; } root /opt")
+    guest.put("/opt/pcre.conf", config.encode())
+    assert guest.run("/usr/sbin/nginx -c /opt/pcre.conf").returncode == 0
+    found = look.find(int(guest.get("/run/pcre.pid")))
+    guest.run("kill $(cat /run/pcre.pid)")
+    assert [(one.kind, one.weight) for one in found] == [("anon-exec", 1)]
+    assert "PCRE" in found[0].claim
+
+
 @pytest.mark.parametrize(("name", "protection"), [("rwx", "rwxp"), ("rx", "r-xp")])
 def test_executable_memory_of_no_file_is_found(
     look: Look, trick: Callable[..., tuple[int, int]], name: str, protection: str

@@ -8,6 +8,7 @@ is mapped, that counts less, unless the memory holds an ELF image or a thread be
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from struct import Struct
 from typing import Final, NamedTuple
 
 from appliance.guest.linux.injection_facts import VM_GROWSDOWN, VM_WRITE
@@ -19,6 +20,7 @@ from appliance.model import Evidence
 
 ELF_MAGIC: Final = b"\x7fELF"
 REGEX_CHUNK: Final = 64 << 10  # sljit allocates executable memory in multiples of it (sljitExecAllocatorCore.c)
+_BLOCK = Struct("<5Q")  # struct block_header and, of a free block, the rest of struct free_block
 JIT_FILES: Final = ("/memfd:doublemapper", "/memfd:libffi", "/memfd:JITCode")  # .NET, libffi, Qt
 
 
@@ -147,11 +149,11 @@ def _anonymous(vma: Vma, digest: Digest, code: Code, runtime: str | None) -> Odd
 
 
 def _is_regex_code(vma: Vma, digest: Digest, code: Code) -> bool:
-    """A chunk of sljit: its first block's header says its size, and that no block lies before it."""
+    """A chunk of sljit begins with a block's header: its size (0: a free block, whose size follows), none before it."""
     if not has_regex_compiler(code.paths) or (vma.end - vma.start) % REGEX_CHUNK or digest.first_va != vma.start:
         return False
-    size, before = int.from_bytes(digest.first[:8], "little"), int.from_bytes(digest.first[8:16], "little")
-    return 0 < size <= vma.end - vma.start and before == 0
+    size, before, _, _, free = _BLOCK.unpack_from(digest.head)
+    return 0 < (size or free) < vma.end - vma.start and before == 0 and (size or free) % 16 == 0
 
 
 def _name(vma: Vma, file: MappedFile | None) -> str:

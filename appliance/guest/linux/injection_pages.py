@@ -28,7 +28,8 @@ NODE_ABOVE: Final = 4096  # xa_is_node: smaller internal entries are siblings, r
 XA_SLOTS: Final = 64
 MAPPING_ANON: Final = 1  # PAGE_MAPPING_ANON
 MAPPING_FLAGS: Final = 3
-FIRST_BYTES: Final = 16
+FIRST_BYTES: Final = 16  # shown
+HEAD_BYTES: Final = 64  # kept
 GPA_MASK: Final = (1 << 52) - 1
 
 
@@ -68,9 +69,14 @@ class Digest(NamedTuple):
     total: int
     hashed: int
     sha256: str | None
-    first: bytes  # of the first resident page
+    head: bytes  # the beginning of the first resident page
     first_va: int
     blank: bool  # all bytes read are 0
+
+    @property
+    def first(self) -> bytes:
+        """The first bytes, as many as people are shown."""
+        return self.head[:FIRST_BYTES]
 
     def __str__(self) -> str:
         text = f"{self.resident} of {self.total} pages resident"
@@ -122,7 +128,7 @@ class Pages:
     def digest(self, pages: Sequence[Page], start: int, end: int, budget: Budget) -> Digest:
         """Read and hash the resident pages of ``[start, end)``."""
         sha, hashed, blank = hashlib.sha256(), 0, True
-        first, first_va = b"", 0
+        head, first_va = b"", 0
         small = [Page(p.va + at, p.gpa + at, min(PAGE, p.size - at)) for p in pages for at in range(0, p.size, PAGE)]
         for chunk in range(0, len(small), XA_SLOTS):
             if budget.over:
@@ -132,14 +138,14 @@ class Pages:
             for page, raw in zip(part, self.read(part), strict=True):
                 if raw is None:
                     continue
-                if not first:
-                    first, first_va = raw[:FIRST_BYTES], page.va
+                if not head:
+                    head, first_va = raw[:HEAD_BYTES], page.va
                 sha.update(raw)
                 hashed += 1
                 blank = blank and not raw.strip(b"\0")
             budget.spend(len(part))
         digest = sha.hexdigest() if hashed else None
-        return Digest(len(small), (end - start) // PAGE, hashed, digest, first, first_va, blank)
+        return Digest(len(small), (end - start) // PAGE, hashed, digest, head, first_va, blank)
 
     def read(self, pages: Sequence[Page]) -> list[bytes | None]:
         """The bytes of pages."""

@@ -66,6 +66,7 @@ def test_a_jit_may_have_executable_memory_but_no_elf_image_and_no_thread_in_it(
 def test_pcre_may_have_a_chunk_of_its_own_form_only() -> None:
     for size, header, weight in (
         (16, (640).to_bytes(8, "little"), 1),
+        (16, bytes(32) + (0xFAC0).to_bytes(8, "little"), 1),
         (1, (640).to_bytes(8, "little"), 2),
         (16, b"\x90" * 16, 2),
     ):
