@@ -18,6 +18,7 @@ from tests.against.drgn_types import BtfFinder, add_symbols
 from tests.against.symbols import read_vmcoreinfo
 
 AF_INET, AF_INET6, AF_PACKET = 2, 10, 17
+End = tuple[IPv4Address | IPv6Address, int]
 FAMILIES = (AF_INET, AF_INET6, AF_PACKET)
 VARIABLES = {
     "init_task": "struct task_struct",
@@ -38,8 +39,8 @@ class Held:
     kind: int  # SOCK_STREAM 1, SOCK_DGRAM 2, SOCK_RAW 3
     protocol: int
     state: int
-    local: tuple[IPv4Address | IPv6Address, int] | None = None
-    remote: tuple[IPv4Address | IPv6Address, int] | None = None
+    local: End | None = None
+    remote: End | None = None
     netns: int = 0
 
 
@@ -85,8 +86,17 @@ def list_processes(prog: Program) -> dict[int, str]:
 
 def list_sockets(prog: Program) -> list[Held]:
     """Every internet and packet socket of every descriptor of every process."""
+    return list(walk_sockets(prog))
+
+
+def find_socket(prog: Program, local: End, remote: End) -> Held | None:
+    """Who holds a connection: the walk ends where it is found."""
+    return next((held for held in walk_sockets(prog) if held.local == local and held.remote == remote), None)
+
+
+def walk_sockets(prog: Program) -> Iterator[Held]:
+    """Yield them one by one."""
     operations = prog["socket_file_ops"].address_
-    found: list[Held] = []
     for task in walk_processes(prog):
         if not task.files:
             continue
@@ -94,8 +104,7 @@ def list_sockets(prog: Program) -> list[Held]:
             if file.f_op.value_() == operations:
                 sock = cast("struct socket *", file.private_data).sk
                 if sock and sock.__sk_common.skc_family.value_() in FAMILIES:
-                    found.append(_held(task, fd, sock))
-    return found
+                    yield _held(task, fd, sock)
 
 
 def _held(task: Object, fd: int, sock: Object) -> Held:
