@@ -20,11 +20,13 @@ class MergedSource:
 
     def frames(self, timeout_s: float) -> Iterator[Frame]:
         """Wait at most ``timeout_s``, then yield one batch of each source that has frames."""
-        for descriptor, _ in self._epoll.poll(max(0.0, timeout_s)):
+        ready = [descriptor for descriptor, _ in self._epoll.poll(max(0.0, timeout_s))]
+        for descriptor in ready or list(self._watched):  # silence may mean that a port is gone: let each one look
             source = self._watched[descriptor]
             yield from source.frames(0)
             if source.exhausted:
                 self._epoll.unregister(descriptor)
+                del self._watched[descriptor]
 
     @property
     def exhausted(self) -> bool:

@@ -160,8 +160,12 @@ def test_a_full_ring_counts_what_it_loses(world) -> None:
         assert guest_packets >= 600
 
 
-def test_a_port_that_disappears_ends_the_tap(world) -> None:
-    with tapping(world) as tap:
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_port_that_disappears_ends_the_tap(world, merged: bool) -> None:
+    with tapping(world) as single:
+        tap = single
+        if merged:
+            tap = TrackedTap(VM, MergedSource([PortSource(GuestPort(PORT, None, world.host_path))]), clock=time.time_ns)
         guest = call_in_netns(world.guest_path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         with guest:
             guest.sendto(b"x", (HOST_IP, 9999))
