@@ -41,7 +41,7 @@ class CommandLine:
     ram_size: int
     blocks: tuple[Backend, ...]
     max_below_4g: int | None = None
-    hotplug: tuple[str, ...] = ()  # ids of memory devices whose place is not fixed by the command line
+    hotplug: tuple[str, ...] = ()  # blocks of memory devices, whose place the command line does not fix
     monitors: tuple[str, ...] = ()  # QMP sockets that no manager owns
     name: str | None = None
     uuid: str | None = None
@@ -182,7 +182,7 @@ def _memory_devices(options: Sequence[tuple[str, str]]) -> Iterator[str]:
         if key == "device":
             device = _options(text, "driver")
             if device.get("driver", "").startswith(("pc-dimm", "virtio-mem", "virtio-pmem", "nvdimm")):
-                yield device.get("id", device["driver"])
+                yield device.get("memdev") or device.get("id") or device["driver"]
 
 
 def _monitors(options: Sequence[tuple[str, str]]) -> Iterator[str]:

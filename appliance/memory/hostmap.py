@@ -60,27 +60,57 @@ class Mapping(NamedTuple):
     path: str
 
 
+class _Wanted(NamedTuple):
+    """A block that is looked for; ``offset`` is its place in the machine's linear RAM."""
+
+    backend: Backend
+    size: int
+    offset: int
+
+
+class _Place(NamedTuple):
+    hva: int
+    inode: int
+    proof: str
+
+
 def locate(process: ProcessMemory, line: CommandLine) -> HostMap:
     """Find every block. Raises HostError when one cannot be found, PermissionRefused, GuestGone."""
     maps = read_maps(process.pid)
     layout = extents(line, above_start(line, _is_amd()))
-    blocks: list[Block] = []
-    taken: list[int] = []
-    proofs: list[str] = []
+    wanted = list(_wanted(line))
+    places: dict[_Wanted, _Place] = {}
+    for quick in (True, False):  # the thorough search only where the quick one leaves a doubt
+        for block in wanted:
+            if block not in places and (proven := _prove(process, block, maps, layout, places, quick=quick)):
+                places[block] = proven
+        while settled := _settle([block for block in wanted if block not in places], maps, places):
+            places.update(settled)
+    for block in wanted:
+        if block not in places:
+            raise HostError(
+                f"the {block.size >> 20} MiB of RAM behind {block.backend.id!r} cannot be told apart among the "
+                f"mappings of QEMU process {process.pid}, and no Linux kernel in it settles the matter; "
+                "a QMP socket of the guest would"
+            )
+    blocks = []
+    for block in wanted:
+        place = places[block]
+        shared = block.backend.shared and len(wanted) == 1
+        fd = _open_shared(process.pid, place.inode, block.size) if place.inode and shared else None
+        blocks.append(Block(place.hva, block.size, block.offset, fd))
+    proofs = dict.fromkeys(place.proof for place in places.values())
+    return HostMap(tuple(blocks), tuple(_spans(blocks, layout)), "; ".join(proofs))
+
+
+def _wanted(line: CommandLine) -> Iterator[_Wanted]:
     offset = 0
     for backend in line.blocks:
         size = backend.size or line.ram_size
-        hva, proof, inode = _find(process, backend, size, offset, maps, layout, taken)
-        fd = _open_shared(process.pid, inode, size) if inode and backend.shared and len(line.blocks) == 1 else None
-        blocks.append(Block(hva, size, offset, fd))
-        taken.append(hva)
-        proofs.append(proof)
+        yield _Wanted(backend, size, offset)
         offset += size
     if offset < line.ram_size:
-        raise HostError(
-            f"QEMU's command line asks for {line.ram_size:#x} bytes of RAM, but its blocks have {offset:#x}"
-        )
-    return HostMap(tuple(blocks), tuple(_spans(blocks, layout)), "; ".join(dict.fromkeys(proofs)))
+        raise HostError(f"QEMU was asked for {line.ram_size:#x} bytes of RAM, but its blocks have {offset:#x}")
 
 
 def read_maps(pid: int) -> list[Mapping]:
@@ -102,47 +132,53 @@ def _parse(entry: str) -> Mapping:
     return Mapping(start, end, flags, int(offset, 16), device, int(inode), path[0] if path else "")
 
 
-def _find(
+def _prove(
     process: ProcessMemory,
-    backend: Backend,
-    size: int,
-    offset: int,
+    block: _Wanted,
     maps: Sequence[Mapping],
     layout: Sequence[Extent],
-    taken: Sequence[int],
-) -> tuple[int, str, int]:
-    """Host address of a block, how it is known, and the inode behind it (0: none)."""
-    runs = list(_runs(backend, maps))
-    exact = [run for run in runs if run.end - run.start == size and run.start not in taken]
-    exact += [
-        m for m in maps if _fits(backend, m) and m.end - m.start == size and m.start not in taken and m not in exact
-    ]
-    wide = [run for run in runs if run.end - run.start > size]
-    quick = len(exact) == 1
-    if quick and exact[0].inode:
-        return exact[0].start, "the only mapping of its file", exact[0].inode
-    for run in (*exact, *wide):
-        start = run.start if run in exact or run.inode else -(-run.start // SLOT) * SLOT
+    places: dict[_Wanted, _Place],
+    *,
+    quick: bool,
+) -> _Place | None:
+    """The place of a block that the page tables of the kernel inside give away."""
+    for run in _free(block, maps, places):
+        if quick and run.inode:
+            continue  # a file's name and size say enough, and reading here and there would fill its holes
+        aligned = run.end - run.start == block.size or run.inode
+        start = run.start if aligned else -(-run.start // SLOT) * SLOT
         for hva, gpa in find_tables(process, start, run.end, quick=quick):
-            base = _base(hva, gpa, offset, size, layout)
-            if (
-                base is not None
-                and run.start <= base
-                and base + size <= run.end
-                and (run not in exact or base == run.start)
-            ):
-                return base, "proven by the guest's kernel page tables", run.inode
-    if len(exact) == 1:
-        return exact[0].start, "the only mapping of that size", exact[0].inode
-    if exact and all(run.inode for run in exact):  # equal blocks of a NUMA guest: QEMU creates them in order
-        return exact[0].start, "by order among equal blocks", exact[0].inode
-    if len(wide) == 1 and not exact and wide[0].start % SLOT == 0 and wide[0].inode:
-        return wide[0].start, "the start of the only mapping that is large enough", wide[0].inode
-    raise HostError(
-        f"the {size >> 20} MiB of RAM behind {backend.id!r} cannot be told apart among {len(exact) + len(wide)} "
-        f"mappings of QEMU process {process.pid}, and no Linux kernel in it settles the matter; "
-        "give its QMP socket to ask QEMU itself"
-    )
+            base = _base(hva, gpa, block.offset, block.size, layout)
+            if base is not None and run.start <= base and base + block.size <= run.end:
+                return _Place(base, run.inode, "proven by the guest's kernel page tables")
+    return None
+
+
+def _settle(
+    missing: Sequence[_Wanted], maps: Sequence[Mapping], places: dict[_Wanted, _Place]
+) -> dict[_Wanted, _Place]:
+    """The first block for which exactly one mapping of its size is left, or the first of equal files."""
+    for block in missing:
+        exact = [run for run in _free(block, maps, places) if run.end - run.start == block.size]
+        if len(exact) == 1 and sum(other.size == block.size for other in missing) == 1:
+            return {block: _Place(exact[0].start, exact[0].inode, "the only mapping of that size")}
+        if len(exact) > 1 and all(run.inode for run in exact):
+            first = min(exact, key=lambda run: run.inode)  # QEMU opens the files of equal nodes in their order
+            return {block: _Place(first.start, first.inode, "by order among equal files")}
+    return {}
+
+
+def _free(block: _Wanted, maps: Sequence[Mapping], places: dict[_Wanted, _Place]) -> list[Mapping]:
+    """Where the block may lie: runs of mappings, and single mappings of just its size, less what is taken."""
+    runs = list(_runs(block.backend, maps))
+    whole = {(run.start, run.end) for run in runs}
+    runs += [m for m in maps if _fits(block.backend, m) and m.end - m.start == block.size and m[:2] not in whole]
+    for taken, place in places.items():
+        end = place.hva + taken.size
+        cut = [(run, run.start, min(run.end, place.hva)) for run in runs]
+        cut += [(run, max(run.start, end), run.end) for run in runs if run.end > end]
+        runs = [run._replace(start=start, end=stop) for run, start, stop in cut if start < stop]
+    return [run for run in dict.fromkeys(runs) if run.end - run.start >= block.size]
 
 
 def _base(hva: int, gpa: int, offset: int, size: int, layout: Sequence[Extent]) -> int | None:

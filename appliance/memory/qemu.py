@@ -202,7 +202,8 @@ def largest(sizes: array[int]) -> int:
 def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = True) -> QemuMemory:
     """Open the RAM of a running QEMU.
 
-    ``monitor`` names a QMP socket; with ``passive=False`` one found on the command line is used too, for registers.
+    ``monitor`` names a QMP socket; with ``passive=False`` one found on the command line is used too. It is asked for
+    registers, and for the map where that cannot be found passively (memory devices, mappings that look alike).
     Raises UsageError (no such process, no QEMU), PermissionRefused, HostError (no x86, RAM not found), GuestGone.
     """
     line = read_command_line(pid)
@@ -211,7 +212,14 @@ def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = Tr
         socket = f"/proc/{pid}/root{line.monitors[0]}"
     process = ProcessMemory(pid)
     try:
-        found = locate(process, line)
+        if socket and line.hotplug:
+            return QemuMemory(process, ask_monitor(socket, line), monitor=socket, proof="told by QEMU")
+        try:
+            found = locate(process, line)
+        except HostError:
+            if socket is None:
+                raise
+            return QemuMemory(process, ask_monitor(socket, line), monitor=socket, proof="told by QEMU")
         block = found.blocks[0]
         if block.fd is not None:
             return SharedQemuMemory(process, found.spans, block, block.fd, monitor=socket, proof=found.proof)
@@ -219,6 +227,20 @@ def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = Tr
     except BaseException:
         process.close()
         raise
+
+
+def ask_monitor(socket: str, line: CommandLine) -> list[Span]:
+    """The map of RAM as QEMU itself tells it. Raises HostError."""
+    names = {"pc.ram", "microvm.ram", *line.hotplug, *(block.id for block in line.blocks)}
+    spans = []
+    with qmp.Monitor(socket) as monitor:
+        for region, name, _ in qmp.parse_flat_view(monitor.human("info mtree -f")):
+            hva = qmp.parse_host_address(monitor.human(f"gpa2hva {region.gpa:#x}")) if name in names else None
+            if hva is not None:
+                spans.append(Span(region.gpa, region.gpa + region.size, hva))
+    if not spans:
+        raise HostError(f"QEMU's monitor {socket} names no RAM")
+    return spans
 
 
 def read_command_line(pid: int) -> CommandLine:
