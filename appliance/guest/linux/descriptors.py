@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from struct import Struct, pack
 from typing import NamedTuple
 
+from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.record import is_object
@@ -20,6 +21,8 @@ from appliance.model import Gap
 MAX_FDS = 1 << 20  # fs/file.c: sysctl_nr_open, the default ceiling of RLIMIT_NOFILE
 MAX_TABLE_BYTES = 64 << 20  # of all descriptor tables in one look
 MAX_HOLDERS = 4096  # descriptors of one file
+MAX_RECENT = 8  # processes whose tables are tried first: who connected lately is likely to connect again
+MAX_RECENT_BYTES = 64 << 10  # of one such table
 
 
 class Table(NamedTuple):
@@ -59,13 +62,59 @@ class Descriptors:
         self.users: dict[int, list[HoldingTask]] = {}  # files_struct -> who uses it
         self.tables: dict[int, Table] = {}
         self.index: dict[int, list[Holder]] = {}
+        self._recent: dict[int, None] = {}  # files_structs, the latest last
 
-    def look(self, tasks: Tasks) -> list[Gap]:
-        """Read the tables of all tasks and rebuild the index."""
+    def look(self, tasks: Tasks, index: bool) -> list[Gap]:
+        """Read the tables of all tasks; rebuild the index or leave it as the hint it is."""
         self.users = _users(tasks)
         gaps = self.refresh()
-        self.index = _index(self.tables.values())
+        if index:
+            self.index = _index(self.tables.values())
         return gaps
+
+    def remember(self, files: int) -> None:
+        """Note that this table's process has just been found to hold a socket."""
+        self._recent.pop(files, None)
+        self._recent[files] = None
+        if len(self._recent) > MAX_RECENT:
+            del self._recent[next(iter(self._recent))]
+
+    def find_recent(self, file: int) -> Holder | None:
+        """Look for a file in the tables of the processes found lately, one small read each."""
+        needle = pack("<Q", file)
+        for files in reversed(self._recent):
+            try:
+                table = self._read_one(files)
+            except UnreadableMemory:
+                continue
+            at = table.raw.find(needle) if table is not None else -1
+            if table is not None and at >= 0 and not at & 7:
+                return Holder(table, at >> 3)
+        return None
+
+    def _read_one(self, files: int) -> Table | None:
+        fdt, _, fd, array = self._record.parse(self._kernel.read(*self._record.span(files)))
+        if fdt == files + self._fdtab and fd == files + self._array:
+            return Table(files, fdt, fd, array)
+        if not is_object(fdt):
+            return None
+        count, fd = self._fdtable.parse(self._kernel.read(*self._fdtable.span(fdt)))
+        if not is_object(fd) or not 0 < count * 8 <= MAX_RECENT_BYTES:
+            return None
+        return Table(files, fdt, fd, self._kernel.read(fd, count * 8))
+
+    def holds(self, holder: Holder, file: int) -> bool:
+        """Whether the slot holds the file now, and the table is still the one of its ``files_struct``."""
+        table, number = holder
+        fdt, _, fd, array = self._record.parse(self._kernel.read(*self._record.span(table.files)))
+        if fdt != table.fdt:
+            return False
+        if not self.is_embedded(table):
+            slot = self._kernel.u64(table.fd + 8 * number)
+            return bool(
+                self._fdtable.parse(self._kernel.read(*self._fdtable.span(fdt)))[1] == table.fd and slot == file
+            )
+        return bool(fd == table.fd and int.from_bytes(array[8 * number : 8 * number + 8], "little") == file)
 
     def refresh(self) -> list[Gap]:
         """Read the tables of the known tasks again; the index keeps what it knew."""

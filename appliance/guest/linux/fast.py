@@ -140,20 +140,16 @@ class FastPath:
     def _learn(self, sk: int, sk_socket: int) -> _Known | None:
         """Take the index's word for who holds the socket; the caller confirms it."""
         file, _ = self._socket.parse(self._read(*self._socket.span(sk_socket)))
-        holders = self._owners.descriptors.index.get(file)
-        if holders is None or len(holders) != 1:
+        owner = self._owners.find_quickly(file, sk_socket)
+        holders = self._owners.descriptors.index.get(file, ())
+        if owner is None or len(holders) != 1 or not self._owners.descriptors.is_embedded(holders[0].table):
             return None
         table, number = holders[0]
-        users = self._owners.descriptors.users.get(table.files)
-        if users is None or len(users) != 1 or not self._owners.descriptors.is_embedded(table):
+        task = self._identity.span(owner.process.task_va)
+        identity = self._identity.parse(self._read(*task))
+        if identity[:3] != (owner.process.pid, owner.process.key.started_ns, table.files):
             return None
-        leader = users[0].leader
-        task = self._identity.span(leader.va)
-        identity = self._identity.parse(self._read(*task))  # before it is described, so that both stay of one time
-        if identity[:3] != (leader.tgid, leader.start_ns, table.files):
-            return None
-        owner = self._owners.find_quickly(file, sk_socket)
-        if owner is None:
+        if self._owners.find_quickly(file, sk_socket) is not owner:  # described anew: it has changed meanwhile
             return None
         slot, expected = slice(8 * number, 8 * number + 8), file.to_bytes(8, "little")
         span, place = self._files.span(table.files), (table.fdt, table.fd)

@@ -42,11 +42,15 @@ class Lookup:
                 return quick
         self._probe.torn = torn = 0
         key = key_of(flow)
+        hidden = 0
         for _ in range(TRIES):
             try:
                 finding = self._find(flow, key)
             except TornError:
                 torn += 1
+                continue
+            if finding.reason is Reason.HIDDEN and hidden < TRIES - 1:
+                hidden += 1  # a descriptor is gone a moment before its socket is: only what stays so is hidden
                 continue
             torn += self._probe.torn
             return replace(finding, torn=torn) if torn else finding

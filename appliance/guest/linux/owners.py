@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.descriptors import Descriptors, Holder, HoldingTask
 from appliance.guest.linux.facts import Facts
@@ -51,24 +52,39 @@ class Owners:
         self._init = facts.needed("init_task")
         self._file = facts.record("file")
         self._bias = 0 if facts.find("file.f_ref") is None else 1  # file_ref counts from 0
-        self._files = facts.record("files")
         self.tasks = Tasks([], {}, [], 0)
         self.parents: dict[int, int] = {}  # task VA -> tgid
         self._owner_cache: dict[tuple[int, int], Owner] = {}
         self._settled: dict[int, tuple[int, frozenset[tuple[int, int]]]] = {}
 
-    def look(self) -> list[Gap]:
+    def look(self, index: bool = True) -> list[Gap]:
         """Walk all tasks and their descriptors afresh. Raises GuestError when there is nothing to walk."""
         self.tasks = self.task_list.walk()
         if not self.processes.users:
             self.processes.read_users(self.tasks.leaders)
+        self._note_tasks()
+        return self.tasks.gaps + self.descriptors.look(self.tasks, index)
+
+    def _extend(self) -> bool:
+        """Take in the processes started since the last look, if that is all that happened."""
+        try:
+            tasks = self.task_list.newcomers(self.tasks)
+        except UnreadableMemory:
+            return False
+        if tasks is None:
+            return False
+        self.tasks = tasks
+        self._note_tasks()
+        self.descriptors.look(tasks, index=False)
+        return True
+
+    def _note_tasks(self) -> None:
         self.parents = {self._init: 0}
         for leader in self.tasks.leaders:
             self.parents[leader.va] = leader.tgid
         for group in self.tasks.threads.values():
             self.parents.update((thread.va, thread.tgid) for thread in group)
         self._settled.clear()
-        return self.tasks.gaps + self.descriptors.look(self.tasks)
 
     def find_quickly(self, file: int, socket: int) -> Owner | None:
         """The one holder of a file, where the index has one and a few reads confirm that there is no other.
@@ -77,29 +93,32 @@ class Owners:
         nothing; :meth:`find` then looks properly. Raises UnreadableMemory.
         """
         known = self.descriptors.index.get(file)
-        if known is None or len(known) != 1:
+        if known is not None:
+            owner = self._confirm_quickly(known, file, socket)
+            if owner is not None or len(known) != 1:
+                return owner
+        recent = self.descriptors.find_recent(file)
+        if recent is None:
             return None
-        table, number = known[0]
-        users = self.descriptors.users.get(table.files)
-        if users is None or len(users) != 1 or not self.descriptors.is_embedded(table):
+        self.descriptors.index[file] = [recent]
+        return self._confirm_quickly([recent], file, socket)
+
+    def _confirm_quickly(self, known: list[Holder], file: int, socket: int) -> Owner | None:
+        users = self.descriptors.users.get(known[0].table.files)
+        if len(known) != 1 or users is None or len(users) != 1 or users[0].via is not users[0].leader:
             return None
-        user = users[0]
-        if user.via is not user.leader:
+        user, (table, number) = users[0], known[0]
+        leader = self.task_list.parse(user.leader.va, self._kernel.read(*self.task_list.span(user.leader.va)))
+        if not _same(user, leader, leader, table.files) or not self.descriptors.holds(known[0], file):
             return None
-        read = self._kernel.read
-        leader = self.task_list.parse(user.leader.va, read(*self.task_list.span(user.leader.va)))
-        fdt, _, fd, slots = self._files.parse(read(*self._files.span(table.files)))
-        references, private = self._file.parse(read(*self._file.span(file)))
-        if (
-            not _same(user, leader, leader, table.files)
-            or (fdt, fd) != (table.fdt, table.fd)
-            or int.from_bytes(slots[8 * number : 8 * number + 8], "little") != file
-            or private != socket
-            or references + self._bias != 1
-        ):
+        references, private = self._file.parse(self._kernel.read(*self._file.span(file)))
+        if private != socket or references + self._bias != 1:
             return None
+        self.descriptors.remember(table.files)
         process = self.processes.describe_quickly(leader)
-        return None if process is None else self._owner(process, number)
+        if process is None:
+            (process,) = self.processes.describe((self.effective(leader),), self.parents)
+        return self._owner(process, number)
 
     def find(self, file: int, guards: Sequence[Span]) -> Held | None:
         """Everybody who holds ``file`` now; None when nobody does, after a full look. ``guards`` are read alongside."""
@@ -108,10 +127,11 @@ class Owners:
             confirmed = self._confirm(file, known, guards)
             if confirmed.users and self._is_all(file, confirmed):
                 return self._held(confirmed)
-        self.descriptors.refresh()
+        if not (self.tasks.leaders and self._extend()):
+            self.look(index=not self.tasks.leaders)
         confirmed = self._confirm(file, self.descriptors.scan(file), guards)
         if not (confirmed.users and (self._is_all(file, confirmed) or confirmed.tail == self.tasks.tail)):
-            self.look()
+            self.look(index=False)
             confirmed = self._confirm(file, self.descriptors.scan(file), guards)
         holders = list(dict.fromkeys(holder for holder, _ in confirmed.users))
         if not holders:
@@ -121,6 +141,7 @@ class Owners:
         if len(self._settled) >= MAX_SETTLED:
             self._settled.clear()
         self._settled[file] = confirmed.references, _slots(confirmed)
+        self.descriptors.remember(holders[0].table.files)
         return self._held(confirmed)
 
     def _is_all(self, file: int, confirmed: _Confirmed) -> bool:

@@ -18,6 +18,7 @@ from appliance.model import Gap
 
 MAX_TASKS = 65_536  # processes looked at; PID_MAX_LIMIT is 4 Mi (include/linux/threads.h), no guest of ours has that
 MAX_THREADS = 131_072  # threads looked at, over all processes
+MAX_NEWCOMERS = 64  # processes started between two looks; more are worth a full walk
 TRIES = 3
 
 
@@ -99,6 +100,29 @@ class TaskList:
         self._known = [task.va for task in leaders] + [thread.va for group in threads.values() for thread in group]
         tail = leaders[-1].va + self._tasks if leaders else self._init + self._tasks
         return Tasks(leaders, threads, gaps, tail)
+
+    def newcomers(self, tasks: Tasks) -> Tasks | None:
+        """The same list with the processes added at its end since; None when it is not that simple.
+
+        Processes that ended meanwhile stay in it: whatever uses an entry confirms it anyway. Raises UnreadableMemory.
+        """
+        head = self._init + self._tasks
+        known = {task.va: task.start_ns for task in tasks.leaders}
+        fresh: list[Task] = []
+        tail = node = self._kernel.u64(head + 8)
+        while len(fresh) < MAX_NEWCOMERS:
+            if node == head or not is_object(node - self._tasks):
+                return None
+            task = self.read(node - self._tasks)
+            if known.get(task.va) == task.start_ns:
+                gone = {task.va for task in fresh}
+                leaders = [task for task in tasks.leaders if task.va not in gone] + fresh[::-1]
+                return Tasks(leaders, {**tasks.threads}, tasks.gaps, tail)
+            if task.thread_next != task.signal + self._head:
+                return None  # it has threads: a full walk finds them
+            fresh.append(task)
+            node = task.prev
+        return None
 
     def tail_span(self) -> tuple[int, int]:
         """Where ``init_task.tasks.prev`` is."""
