@@ -30,13 +30,13 @@ from tests.bench.report import Line
 SHIPPED = Path(__file__).resolve().parents[2] / "rules" / "debian-server.yaml"
 IMAGES = ("/usr/sbin/nginx", "/usr/sbin/sshd", "/usr/bin/python3.11", "/opt/app/bin/server", "/tmp/x")
 REMOTES = ("10.77.0.1", "203.0.113.9", "2001:db8::7", "192.168.1.5")
-ROUND = 200
+ROUND, MANY = 200, 300
 
 
 def run(lab: Lab) -> Iterator[Line]:
     subjects = list(make_subjects())
     batches = max(2, lab.sizes.items // ROUND)
-    for what, text in (("shipped debian-server", SHIPPED.read_text()), ("1,000 profiles", many_profiles(1000))):
+    for what, text in (("shipped debian-server", SHIPPED.read_text()), (f"{MANY} profiles", many_profiles(MANY))):
         book, naive = load_text(text), naive_judge(yaml.safe_load(text)["spec"])
         todo = [subjects[number % len(subjects)] for number in range(ROUND)]
         judge = book.judge
@@ -49,6 +49,9 @@ def run(lab: Lab) -> Iterator[Line]:
             )
         note = f"{1 / ours.p50:,.0f} judgements a second"
         yield Line("rules", f"one judgement, {what}", "us", ours, "naive fnmatch", theirs, note=note)
+    text = many_profiles(MANY)
+    loads, parses = interleave(2, lambda: load_text(text), lambda: yaml.safe_load(text))
+    yield Line("rules", f"load {MANY} profiles, checked", "ms", loads, "yaml.safe_load", parses)
 
 
 def make_subjects() -> Iterator[Subject]:
