@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from appliance.errors import GuestError, GuestGone, Implausible, UnreadableMemory, UnsupportedGuest
@@ -24,7 +23,6 @@ from appliance.guest.layout import BtfTypes, find_blob
 from appliance.guest.paging import ADDRESS, translate
 from appliance.ports import GuestMemory
 
-MAX_CANDIDATES = 16
 PAGE_OFFSET_L4 = 0xFFFF_8880_0000_0000
 PAGE_OFFSET_L5 = 0xFF11_0000_0000_0000
 _BANNER = re.compile(rb"Linux version (\S{1,64}) [^\n\0]{10,400}")
@@ -39,14 +37,30 @@ def attach(memory: GuestMemory, *, cr3: int | None = None, cache_dir: Path | Non
     """
     folder = (cache_dir or profile.default_folder()) if cache else None
     trouble: GuestError = UnsupportedGuest(("no running x86-64 Linux kernel was found in its memory",))
-    for found in islice(find_images(memory, cr3), MAX_CANDIDATES):
-        try:
-            return (folder and _attach_warm(memory, found, folder)) or _attach_cold(memory, found, folder)
-        except GuestGone:
-            raise
-        except GuestError as error:
-            trouble = error
+    for candidates in find_images(memory, cr3):
+        kernels = []
+        for found in candidates:
+            try:
+                kernels.append((folder and _attach_warm(memory, found, folder)) or _attach_cold(memory, found, folder))
+            except GuestGone:
+                raise
+            except GuestError as error:
+                trouble = error
+        if kernels:
+            return max(kernels, key=_wall_clock) if len(kernels) > 1 else kernels[0]
     raise trouble
+
+
+def _wall_clock(kernel: Kernel) -> int:
+    """The last second a kernel knew of: of several boots in one RAM the running one has the latest.
+
+    Source: kernel/time/timekeeping.c (tk_core: a sequence counter, then struct timekeeper).
+    """
+    try:
+        inner = kernel.types.offset("tk_data.timekeeper") if kernel.types.has("tk_data.timekeeper") else 8
+        return kernel.u64(kernel.symbols.get("tk_core") + inner + kernel.types.offset("timekeeper.xtime_sec"))
+    except (UnreadableMemory, UnsupportedGuest, Implausible):
+        return 0
 
 
 def _attach_cold(memory: GuestMemory, found: Found, folder: Path | None) -> Kernel:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 from typing import NamedTuple
 
@@ -23,8 +23,9 @@ from appliance.ports import GuestMemory
 
 SLOT = 2 << 20
 IMAGE_BASE = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map
-IMAGE_SPAN = 128 << 20  # how far behind its first byte the image's page tables are looked for
+IMAGE_SPAN = 64 << 20  # how far behind its first byte the image's page tables are looked for
 MAX_IMAGE = 256 << 20
+MAX_CANDIDATES = 16
 _KERNPG = 0x063
 # The image begins with startup_64 ([mov %rsi,%r15;] lea ...(%rip),%rsp) or, lately, with padding before a function.
 _STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{8}|\xcc{8}|\xf3\x0f\x1e\xfa")
@@ -41,27 +42,35 @@ class Found(NamedTuple):
     level3_gpa: int
 
 
-def find_images(memory: GuestMemory, cr3: int | None) -> Iterator[Found]:
-    """Yield candidates, the likeliest first. Bounded by the size of the guest's RAM."""
+def find_images(memory: GuestMemory, cr3: int | None) -> Iterator[list[Found]]:
+    """Yield candidates in three rounds: by the CR3, behind likely 2 MiB boundaries, and everywhere.
+
+    A round may hold several: RAM keeps the kernels of earlier boots. Bounded by the size of the guest's RAM.
+    """
+    if cr3 is not None:
+        yield list(_described(memory, _from_cr3(memory, cr3 & ADDRESS)))
+    data_regions = getattr(memory, "data_regions", None)
+    regions = data_regions() if data_regions else memory.regions
+    likely: list[Found] = []
+    scanned = 0
+    for slot in _slots(memory, regions):
+        if slot >= scanned:
+            found = next(_described(memory, _scan(memory, slot, slot + IMAGE_SPAN)), None)
+            likely += [found] if found else []
+            scanned = found.image.gpa + found.image.size if found else slot
+    yield likely
+    yield list(_described(memory, chain.from_iterable(_scan(memory, r.gpa, r.gpa + r.size) for r in regions)))
+
+
+def _described(memory: GuestMemory, tables: Iterable[tuple[int, int]]) -> Iterator[Found]:
+    """The candidates among pairs of level3_kernel_pgt and level2_kernel_pgt, each once."""
     seen: set[int] = set()
-    for level3, level2 in _tables(memory, cr3):
-        if level2 not in seen:
+    for level3, level2 in tables:
+        if level2 not in seen and len(seen) < MAX_CANDIDATES:
             seen.add(level2)
             found = _describe(memory, level3, level2)
             if found:
                 yield found
-
-
-def _tables(memory: GuestMemory, cr3: int | None) -> Iterator[tuple[int, int]]:
-    """Pairs of guest-physical addresses that may be level3_kernel_pgt and level2_kernel_pgt."""
-    if cr3 is not None:
-        yield from _from_cr3(memory, cr3 & ADDRESS)
-    data_regions = getattr(memory, "data_regions", None)
-    regions = data_regions() if data_regions else memory.regions
-    for slot in _slots(memory, regions):
-        yield from _scan(memory, slot, slot + IMAGE_SPAN)
-    for region in regions:
-        yield from _scan(memory, region.gpa, region.gpa + region.size)
 
 
 def _from_cr3(memory: GuestMemory, cr3: int) -> Iterator[tuple[int, int]]:
