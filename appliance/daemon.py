@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 
@@ -35,6 +36,7 @@ from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
 from appliance.guest.attach import attach
 from appliance.guest.linux.eye import LinuxEye
+from appliance.hosts.qemu import is_running
 from appliance.hosts.targets import resolve
 from appliance.memory.file import open_file
 from appliance.memory.qemu import open_qemu
@@ -46,6 +48,7 @@ from appliance.tap.pcap import PcapSource
 
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
 SWITCH_S = 0.0005  # a guest's thread must not wait 5 ms, Python's default, while a verdict is printed
+CHECK_NS = 1_000_000_000  # how often a guest is asked for its life
 POLL_S = 0.1  # how long a quiet guest is waited for before the engine's timers and the stop flag are looked at
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
 
@@ -91,9 +94,11 @@ class GuestWatch:
         clock: Clock,
         *,
         tell: Tell = lambda line: None,
+        runs: Callable[[], bool] = lambda: True,
     ) -> None:
         self.info, self._tap, self._eye, self._engine = info, tap, eye, engine
-        self._report, self._clock, self._tell = report, clock, tell
+        self._report, self._clock, self._tell, self._runs = report, clock, tell, runs
+        self._next_check_ns = 0
         self.summary = Summary(info.id.target)
 
     def run(self, stop: Callable[[], bool]) -> None:
@@ -106,6 +111,7 @@ class GuestWatch:
                     self._tick(event.at_ns)
                     self._carry_out(event)
                 self._tick(self._clock())
+                self._check_runs()
         except ParasightError as error:  # the boundary: this guest's watch ends, the others go on
             self.summary.ended = str(error)
             self._tell(f"{self.info.id.target}: the watch has ended: {error}")
@@ -121,6 +127,13 @@ class GuestWatch:
         due_ns = self._engine.next_due_ns
         if due_ns is not None and due_ns <= at_ns:
             self._carry_out(Tick(at_ns))
+
+    def _check_runs(self) -> None:
+        """Once a second: a guest that has ended sends no more packets, and its tap may stay."""
+        if self._clock() >= self._next_check_ns:
+            self._next_check_ns = self._clock() + CHECK_NS
+            if not self._runs():
+                raise GuestGone("the guest has ended")
 
     def _seed(self) -> None:
         """Learn the processes and the connections that are already open."""
@@ -279,7 +292,8 @@ def _open_watch(info: GuestInfo, judge: Judge, offer: Callable[[Verdict], None],
         if eye is not None:
             eye.close()
         raise
-    return GuestWatch(info, tap, eye, _engine(judge, eye), offer, time.time_ns, tell=tell)
+    runs = partial(is_running, info) if info.pid is not None else lambda: True
+    return GuestWatch(info, tap, eye, _engine(judge, eye), offer, time.time_ns, tell=tell, runs=runs)
 
 
 def _open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:

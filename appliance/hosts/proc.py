@@ -48,10 +48,11 @@ def read_argv(pid: int) -> list[str]:
 
 
 def read_start_time(pid: int) -> int | None:
-    """Start time in clock ticks since boot (field 22 of stat); with the pid it names one life."""
+    """Start time in clock ticks since boot (field 22 of stat); with the pid it names one life. None for a zombie."""
     with suppress(OSError, IndexError, ValueError):
         text = (PROC / str(pid) / "stat").read_text(errors="replace")
-        return int(text[text.rindex(")") + 2 :].split()[19])
+        fields = text[text.rindex(")") + 2 :].split()
+        return None if fields[0] in {"Z", "X"} else int(fields[19])
     return None
 
 

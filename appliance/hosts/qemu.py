@@ -72,6 +72,11 @@ def find_guest(pid: int) -> GuestInfo:
     return GuestInfo(guest, pid, arguments.memory_bytes, ports, ("qemu",), tuple(notes))
 
 
+def is_running(guest: GuestInfo) -> bool:
+    """Whether the very same QEMU process still runs; its pid may have been used again."""
+    return guest.pid is not None and guest.id.instance == f"{guest.pid}-{proc.read_start_time(guest.pid)}"
+
+
 def check_permission(guest: GuestInfo) -> None:
     """Raise PermissionRefused when the process of ``guest`` may not be looked into."""
     try:
