@@ -64,13 +64,16 @@ class Descriptors:
         self.index: dict[int, list[Holder]] = {}
         self._recent: dict[int, None] = {}  # files_structs, the latest last
 
-    def look(self, tasks: Tasks, index: bool) -> list[Gap]:
-        """Read the tables of all tasks; rebuild the index or leave it as the hint it is."""
+    def look(self, tasks: Tasks) -> list[Gap]:
+        """Read the tables of all tasks and rebuild the index."""
         self.users = _users(tasks)
-        gaps = self.refresh()
-        if index:
-            self.index = _index(self.tables.values())
+        gaps = self._refresh()
+        self.index = _index(self.tables.values())
         return gaps
+
+    def note(self, tasks: Tasks) -> None:
+        """Learn who uses which table, without reading any."""
+        self.users = _users(tasks)
 
     def remember(self, files: int) -> None:
         """Note that this table's process has just been found to hold a socket."""
@@ -84,22 +87,21 @@ class Descriptors:
         needle = pack("<Q", file)
         for files in reversed(self._recent):
             try:
-                table = self._read_one(files)
+                table = self._read_one(files, MAX_RECENT_BYTES)
             except UnreadableMemory:
                 continue
-            at = table.raw.find(needle) if table is not None else -1
-            if table is not None and at >= 0 and not at & 7:
-                return Holder(table, at >> 3)
+            for holder in _scan(table, needle):
+                return holder
         return None
 
-    def _read_one(self, files: int) -> Table | None:
+    def _read_one(self, files: int, limit: int) -> Table | None:
         fdt, _, fd, array = self._record.parse(self._kernel.read(*self._record.span(files)))
         if fdt == files + self._fdtab and fd == files + self._array:
             return Table(files, fdt, fd, array)
         if not is_object(fdt):
             return None
         count, fd = self._fdtable.parse(self._kernel.read(*self._fdtable.span(fdt)))
-        if not is_object(fd) or not 0 < count * 8 <= MAX_RECENT_BYTES:
+        if not is_object(fd) or not 0 < count * 8 <= limit:
             return None
         return Table(files, fdt, fd, self._kernel.read(fd, count * 8))
 
@@ -116,8 +118,7 @@ class Descriptors:
             )
         return bool(fd == table.fd and int.from_bytes(array[8 * number : 8 * number + 8], "little") == file)
 
-    def refresh(self) -> list[Gap]:
-        """Read the tables of the known tasks again; the index keeps what it knew."""
+    def _refresh(self) -> list[Gap]:
         wanted = [files for files in self.users if is_object(files)]
         gaps: list[Gap] = []
         tables: dict[int, Table] = {}
@@ -155,17 +156,37 @@ class Descriptors:
             else:
                 tables[files] = Table(files, fdt, fd, raw)
 
-    def scan(self, file: int) -> list[Holder]:
-        """Find a file in the tables read last, by its bytes."""
+    def search(self, file: int) -> list[Holder]:
+        """Find a file in the tables of all known tasks, read anew: one batch, and no look at tables without it."""
+        wanted = [files for files in self.users if is_object(files)]
+        known = [self.tables.get(files) for files in wanted]
+        large = [table for table in known if table is not None and not self.is_embedded(table)]
+        raws = self._readv(self._record.span(files) for files in wanted)
+        arrays = dict(zip((t.files for t in large), self._readv((t.fd, len(t.raw)) for t in large), strict=True))
         needle = pack("<Q", file)
         holders: list[Holder] = []
-        for table in self.tables.values():
-            at = table.raw.find(needle)
-            while at >= 0 and len(holders) < MAX_HOLDERS:
-                if not at & 7:
-                    holders.append(Holder(table, at >> 3))
-                at = table.raw.find(needle, at + 1)
-        return holders
+        for files, last, raw in zip(wanted, known, raws, strict=True):
+            if raw is None:
+                continue
+            array = arrays.get(files, b"")
+            if last is None or array is None or not raw.startswith(pack("<Q", last.fdt)):
+                holders += _scan(self._reread(files), needle)
+            elif needle in (array or raw):
+                holders += _scan(self._reread(files) if array else self._table(files, raw), needle)
+        return holders[:MAX_HOLDERS]
+
+    def _table(self, files: int, raw: bytes) -> Table | None:
+        fdt, _, fd, array = self._record.parse(raw)
+        return Table(files, fdt, fd, array) if fd == files + self._array else None
+
+    def _reread(self, files: int) -> Table | None:
+        try:
+            table = self._read_one(files, MAX_FDS * 8)
+        except UnreadableMemory:
+            return None
+        if table is not None:
+            self.tables[files] = table
+        return table
 
     def is_embedded(self, table: Table) -> bool:
         """Whether the table lies within its ``files_struct``, as it does for up to 64 descriptors."""
@@ -178,6 +199,17 @@ class Descriptors:
 
     def _readv(self, spans: Iterable[tuple[int, int]]) -> list[bytes | None]:
         return self._kernel.readv(list(spans))
+
+
+def _scan(table: Table | None, needle: bytes) -> list[Holder]:
+    """The descriptors of a table that hold a file, by its bytes."""
+    holders: list[Holder] = []
+    at = table.raw.find(needle) if table is not None else -1
+    while table is not None and at >= 0 and len(holders) < MAX_HOLDERS:
+        if not at & 7:
+            holders.append(Holder(table, at >> 3))
+        at = table.raw.find(needle, at + 1)
+    return holders
 
 
 def _users(tasks: Tasks) -> dict[int, list[HoldingTask]]:

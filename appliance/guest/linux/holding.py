@@ -39,11 +39,11 @@ class Holding:
         self._subflow = facts.record("subflow")
         self._ulp_data = facts.find("icsk.ulp_data") if self._subflow.size > 8 else None
 
-    def of_socket(self, raw: Raw, match: Match) -> Finding:
+    def of_socket(self, raw: Raw, match: Match, quick: bool = True) -> Finding:
         """Owners of a full socket. Raises TornError when it changed meanwhile."""
         if not is_object(raw.sk_socket):
             raise TornError
-        owner = self._quickly(raw)
+        owner = self._quickly(raw) if quick else None
         if owner is not None:
             final = match is Match.EXACT and raw.common.state != LISTEN
             owners = (owner,)

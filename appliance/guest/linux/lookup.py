@@ -73,7 +73,7 @@ class Lookup:
         if raw.common.state == NEW_SYN_RECV:
             finding = self._of_request(raw, key)
         elif raw.common.state != TIME_WAIT and raw.sk_socket:
-            return self._holding.of_socket(raw, Match.EXACT)
+            return self._holding.of_socket(raw, Match.EXACT, quick=False)  # the fast path has just tried
         else:
             # nobody holds it: not yet accepted, already closed, or over; what came in came to the listener
             waiting = raw.common.state != TIME_WAIT and not raw.common.flags >> SOCK_DEAD & 1

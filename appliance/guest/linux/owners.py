@@ -50,6 +50,7 @@ class Owners:
         self.descriptors = Descriptors(kernel, facts)
         self.processes = Processes(kernel, facts)
         self._init = facts.needed("init_task")
+        self._tail = self.task_list.tail_span()[0]
         self._file = facts.record("file")
         self._bias = 0 if facts.find("file.f_ref") is None else 1  # file_ref counts from 0
         self.tasks = Tasks([], {}, [], 0)
@@ -57,17 +58,19 @@ class Owners:
         self._owner_cache: dict[tuple[int, int], Owner] = {}
         self._settled: dict[int, tuple[int, frozenset[tuple[int, int]]]] = {}
 
-    def look(self, index: bool = True) -> list[Gap]:
+    def look(self) -> list[Gap]:
         """Walk all tasks and their descriptors afresh. Raises GuestError when there is nothing to walk."""
         self.tasks = self.task_list.walk()
         if not self.processes.users:
             self.processes.read_users(self.tasks.leaders)
         self._note_tasks()
-        return self.tasks.gaps + self.descriptors.look(self.tasks, index)
+        return self.tasks.gaps + self.descriptors.look(self.tasks)
 
     def _extend(self) -> bool:
         """Take in the processes started since the last look, if that is all that happened."""
         try:
+            if self._kernel.u64(self._tail) == self.tasks.tail:
+                return True
             tasks = self.task_list.newcomers(self.tasks)
         except UnreadableMemory:
             return False
@@ -75,7 +78,7 @@ class Owners:
             return False
         self.tasks = tasks
         self._note_tasks()
-        self.descriptors.look(tasks, index=False)
+        self.descriptors.note(tasks)
         return True
 
     def _note_tasks(self) -> None:
@@ -95,7 +98,7 @@ class Owners:
         known = self.descriptors.index.get(file)
         if known is not None:
             owner = self._confirm_quickly(known, file, socket)
-            if owner is not None or len(known) != 1:
+            if owner is not None:
                 return owner
         recent = self.descriptors.find_recent(file)
         if recent is None:
@@ -122,17 +125,19 @@ class Owners:
 
     def find(self, file: int, guards: Sequence[Span]) -> Held | None:
         """Everybody who holds ``file`` now; None when nobody does, after a full look. ``guards`` are read alongside."""
-        known = self.descriptors.index.get(file)
-        if known:
+        known = self.descriptors.index.get(file, ())
+        if len(known) > 1:
             confirmed = self._confirm(file, known, guards)
             if confirmed.users and self._is_all(file, confirmed):
                 return self._held(confirmed)
         if not (self.tasks.leaders and self._extend()):
-            self.look(index=not self.tasks.leaders)
-        confirmed = self._confirm(file, self.descriptors.scan(file), guards)
+            self.look()
+        confirmed = self._confirm(file, self.descriptors.search(file), guards)
         if not (confirmed.users and (self._is_all(file, confirmed) or confirmed.tail == self.tasks.tail)):
-            self.look(index=False)
-            confirmed = self._confirm(file, self.descriptors.scan(file), guards)
+            self.tasks = self.task_list.walk()
+            self._note_tasks()
+            self.descriptors.note(self.tasks)
+            confirmed = self._confirm(file, self.descriptors.search(file), guards)
         holders = list(dict.fromkeys(holder for holder, _ in confirmed.users))
         if not holders:
             self.descriptors.index.pop(file, None)
@@ -151,7 +156,7 @@ class Owners:
             return True
         return confirmed.tail == self.tasks.tail and self._settled.get(file) == (confirmed.references, slots)
 
-    def _confirm(self, file: int, holders: list[Holder], guards: Sequence[Span]) -> _Confirmed:
+    def _confirm(self, file: int, holders: Sequence[Holder], guards: Sequence[Span]) -> _Confirmed:
         holders = holders[:MAX_CONFIRMED]
         users = self.descriptors.users
         parse, span = self.task_list.parse, self.task_list.span
