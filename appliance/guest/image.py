@@ -25,7 +25,8 @@ SLOT = 2 << 20
 IMAGE_BASE = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map
 IMAGE_SPAN = 64 << 20  # how far behind its first byte the image's page tables are looked for
 MAX_IMAGE = 256 << 20
-MAX_CANDIDATES = 16
+MAX_RODATA = 96 << 20
+MAX_CANDIDATES = 8
 _KERNPG = 0x063
 # The image begins with startup_64 ([mov %rsi,%r15;] lea ...(%rip),%rsp) or, lately, with padding before a function.
 _STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{8}|\xcc{8}|\xf3\x0f\x1e\xfa")
@@ -149,8 +150,8 @@ def _rodata(memory: GuestMemory, entries: array[int], image: Image, present: lis
             if entry & PRESENT and _is_rodata(entry):
                 low, high = min(low, va + number * PAGE), max(high, va + (number + 1) * PAGE)
     if low >= high:
-        return image
-    return Image(low, image.gpa + low - image.va, high - low)
+        low, high = image.va, image.va + image.size
+    return Image(low, image.gpa + low - image.va, min(high - low, MAX_RODATA))
 
 
 def _is_rodata(entry: int) -> bool:

@@ -28,7 +28,9 @@ from appliance.errors import Implausible, UnsupportedGuest
 
 MAX_SYMBOLS = 1 << 21
 MIN_SYMBOLS = 512
-MAX_NAMES = 64 << 20
+MAX_NAMES = 8 << 20
+MAX_TEXT = 64 << 20  # bytes of all names decoded
+MAX_TRIES = 64  # look-alikes of one table that are tried: the guest decides how many there are
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _DIGIT_TOKEN = 0x30
 _TOKEN_LIMIT = 128  # bytes of one token
@@ -195,7 +197,11 @@ class KallsymsTable:
                     position += length
             except IndexError:
                 raise Implausible("the kernel's symbol table contradicts itself") from None
+            if sum(map(len, pieces)) > MAX_TEXT:
+                raise Implausible("the kernel's symbol table contradicts itself")
             text = b"".join(pieces[:position]).split(b"\n")[1:]
+            if len(text) != self.tables.count:
+                raise Implausible("the kernel's symbol table contradicts itself")
             self._listed = [name[1:] for name in text]
             self._all = {name: index for index, name in reversed(list(enumerate(self._listed)))}
         return self._all
@@ -247,7 +253,9 @@ def is_sorted(tables: Tables) -> bool:
 def _token_tables(data: bytes) -> Iterator[tuple[int, int]]:
     """Candidates for token_table: its start, and the end of token_index behind it."""
     hit = data.find(_DIGITS)
-    while hit >= 0:
+    for _ in range(MAX_TRIES):
+        if hit < 0:
+            break
         start = hit
         for _ in range(_DIGIT_TOKEN):
             start = data.rfind(b"\0", max(0, start - _TOKEN_LIMIT), max(start - 1, 0)) + 1
@@ -274,7 +282,9 @@ def _find_new(data: bytes, base: bytes, token_table: int, end: int) -> Places | 
     """offsets, relative_base and seqs follow token_index; markers lie directly before token_table."""
     offsets_at = _align(end, 8)
     base_at = data.find(base, offsets_at + 4 * MIN_SYMBOLS, offsets_at + 4 * MAX_SYMBOLS)
-    while base_at >= 0:
+    for _ in range(MAX_TRIES):
+        if base_at < 0:
+            break
         if base_at % 8 == offsets_at % 8:
             for count in ((base_at - offsets_at) // 4, (base_at - offsets_at) // 4 - 1):
                 markers_at = token_table - _align(4 * _marker_count(count), 8)
@@ -293,7 +303,9 @@ def _names_before(data: bytes, count: int, markers_at: int) -> int | None:
     wanted, second = struct.pack("<I", count), _second_marker(data, markers_at)
     limit = max(0, markers_at - 48 * count)
     at = data.rfind(wanted, limit, markers_at)
-    while at >= 0:
+    for _ in range(MAX_TRIES):
+        if at < 0:
+            break
         if _check_names(data[at + 8 : min(at + 8 + second, markers_at)], second):
             return at + 8
         at = data.rfind(wanted, limit, at + 3)
@@ -303,7 +315,9 @@ def _names_before(data: bytes, count: int, markers_at: int) -> int | None:
 def _find_old(data: bytes, base: bytes, token_table: int, end: int) -> Places | None:
     """offsets, relative_base, num_syms, names and markers precede token_table, perhaps with seqs in between."""
     base_at = data.rfind(base, 0, token_table)
-    while base_at >= 0:
+    for _ in range(MAX_TRIES):
+        if base_at < 0:
+            break
         count = int.from_bytes(data[base_at + 8 : base_at + 12], "little")
         names_at, offsets_at = base_at + 16, base_at - _align(4 * count, 8)
         if MIN_SYMBOLS <= count <= MAX_SYMBOLS and offsets_at >= 0:

@@ -16,7 +16,7 @@ from appliance.errors import Implausible, UnsupportedGuest
 
 MAGIC = 0xEB9F
 HEADER = struct.pack("<HBB", MAGIC, 1, 0)
-MAX_BLOB = 64 << 20
+MAX_BLOB = 32 << 20
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT = range(1, 12)
 TYPE_TAG, ENUM64 = 18, 19
 _NAMED = frozenset((INT, STRUCT, UNION, ENUM, TYPEDEF, ENUM64))
@@ -26,6 +26,8 @@ _FIXED = (0, 1, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0)
 _EACH = (0, 0, 0, 0, 3, 3, 2, 0, 0, 0, 0, 0, 0, 2, 0, 3, 0, 0, 0, 3)
 _DEPTH = 32
 _NAMESAKES = 16
+_MEMBERS = 1 << 14  # of one structure, those of anonymous members included
+MAX_TYPES = 1 << 20
 
 
 class Field(NamedTuple):
@@ -50,7 +52,7 @@ class BtfTypes:
     """Types of one kernel. ``blob`` is a copy, so the guest cannot change it under us."""
 
     def __init__(self, blob: bytes, index: Index | None = None) -> None:
-        if len(blob) < 24 or not blob.startswith(HEADER):
+        if not 24 <= len(blob) <= MAX_BLOB or not blob.startswith(HEADER):
             raise UnsupportedGuest(("it has no BTF type information (CONFIG_DEBUG_INFO_BTF)",))
         header, type_at, type_size, text_at, text_size = struct.unpack_from("<5I", blob, 4)
         types = blob[header + type_at : header + type_at + type_size]
@@ -123,22 +125,25 @@ class BtfTypes:
         type_id = self._strip(type_id)
         if type_id not in self._structs:
             found: dict[str, Field] = {}
-            self._collect(type_id, 0, found, _DEPTH)
+            self._collect(type_id, 0, found, [_MEMBERS], _DEPTH)
             self._structs[type_id] = found
         return self._structs[type_id]
 
-    def _collect(self, type_id: int, base_bits: int, found: dict[str, Field], depth: int) -> None:
+    def _collect(self, type_id: int, base_bits: int, found: dict[str, Field], left: list[int], depth: int) -> None:
         type_id = self._strip(type_id)
         at, kind, count = self._head(type_id)
         if kind not in (STRUCT, UNION) or not depth:
             return
         words, flagged = self._words, bool(self._words[at + 1] >> 31)
+        left[0] -= count + 1
+        if left[0] < 0:
+            raise Implausible("the kernel's type information has a structure of too many members")
         for place in range(at + 3, at + 3 + 3 * count, 3):
             name, member, where = words[place], words[place + 1], words[place + 2]
             bits = where >> 24 if flagged else 0
             start = base_bits + (where & 0xFFFFFF if flagged else where)
             if name == 0:
-                self._collect(member, start, found, depth - 1)
+                self._collect(member, start, found, left, depth - 1)
                 continue
             found.setdefault(self._string(name), self._field(member, start, bits))
 
@@ -219,6 +224,8 @@ def _build_index(words: array[int]) -> Index:
     while at < end:
         add(at)
         at += steps[words[at + 1]]
+    if len(starts) > MAX_TYPES:
+        raise Implausible("the kernel's type information has too many types")
     names = struct.pack(f"<{len(starts)}I", 0, *map(words.__getitem__, starts[1:]))
     return Index(array("I", starts), names)
 

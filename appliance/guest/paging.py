@@ -44,7 +44,9 @@ def is_canonical(va: int, levels: int) -> bool:
 
 def translate(memory: GuestMemory, root: int, va: int, levels: int) -> int | None:
     """The guest-physical address behind a virtual one, None where nothing is mapped (or the tables are unreadable)."""
-    return translate_pages(memory, root, (va & -PAGE,), levels).get(va & -PAGE, -va) + va % PAGE or None
+    page = va & -PAGE
+    found = translate_pages(memory, root, (page,), levels).get(page)
+    return None if found is None else found + va - page
 
 
 def translate_pages(memory: GuestMemory, root: int, pages: Iterable[int], levels: int) -> dict[int, int]:
