@@ -3,14 +3,18 @@
 Written with drgn's own helpers, as its users write it (drgn contrib/ and tools/).
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from drgn import Architecture, Object, Platform, Program, cast, container_of
-from drgn.helpers.linux.fs import for_each_file
+from drgn.helpers.linux.cgroup import cgroup_path
+from drgn.helpers.linux.fs import d_path, for_each_file
 from drgn.helpers.linux.list import list_for_each_entry
+from drgn.helpers.linux.mm import cmdline
+from drgn.helpers.linux.net import sk_nulls_for_each
 
 from appliance.guest.kernel import Kernel
 from tests.against.btf import Btf
@@ -24,6 +28,7 @@ VARIABLES = {
     "init_task": "struct task_struct",
     "init_pid_ns": "struct pid_namespace",
     "socket_file_ops": "struct file_operations",
+    "tcp_hashinfo": "struct inet_hashinfo",
 }
 
 
@@ -42,6 +47,19 @@ class Held:
     local: End | None = None
     remote: End | None = None
     netns: int = 0
+
+
+class Described(NamedTuple):
+    """A process, as drgn describes it."""
+
+    name: str
+    path: bytes | None
+    command: bytes | None
+    parent_pid: int
+    uid: int
+    started_ns: int
+    cgroup: bytes
+    netns: int
 
 
 def open_program(kernel: Kernel, types: Btf, symbols: dict[str, int], *, paging: Literal["drgn", "linear"]) -> Program:
@@ -69,7 +87,7 @@ def open_program(kernel: Kernel, types: Btf, symbols: dict[str, int], *, paging:
         for region in memory.regions:
             prog.add_memory_segment(kernel.page_offset + region.gpa, region.size, direct)
         prog.add_memory_segment(image.va, image.size, in_image)
-    BtfFinder(prog, types, {name: (kind, symbols[name]) for name, kind in VARIABLES.items()})
+    BtfFinder(prog, types, {name: (kind, symbols[name]) for name, kind in VARIABLES.items() if name in symbols})
     add_symbols(prog, symbols)
     return prog
 
@@ -82,6 +100,38 @@ def walk_processes(prog: Program) -> Iterator[Object]:
 def list_processes(prog: Program) -> dict[int, str]:
     """Pid to name."""
     return {task.pid.value_(): _name(task) for task in walk_processes(prog)}
+
+
+def describe_processes(prog: Program) -> dict[int, Described]:
+    """What a person wants to know of each process, by drgn's helpers."""
+    return {task.pid.value_(): _describe(task) for task in walk_processes(prog)}
+
+
+def _describe(task: Object) -> Described:
+    path = command = None
+    if task.mm:
+        path = d_path(task.mm.exe_file.f_path)
+        command = b" ".join(cmdline(task) or ())
+    return Described(
+        _name(task),
+        path,
+        command,
+        task.real_parent.tgid.value_(),
+        task.real_cred.uid.val.value_(),
+        task.start_boottime.value_(),
+        cgroup_path(task.cgroups.dfl_cgrp),
+        task.nsproxy.net_ns.ns.inum.value_(),
+    )
+
+
+def count_states(prog: Program) -> Counter[int]:
+    """States in the table of TCP connections, where TIME_WAIT and SYN_RECV are too (drgn contrib/tcp_sock.py)."""
+    table = prog["tcp_hashinfo"]
+    return Counter(
+        sock.__sk_common.skc_state.value_()
+        for bucket in range(table.ehash_mask.value_() + 1)
+        for sock in sk_nulls_for_each(table.ehash[bucket].chain)
+    )
 
 
 def list_sockets(prog: Program) -> list[Held]:

@@ -12,7 +12,7 @@ import pytest
 from appliance.guest.attach import attach
 from appliance.guest.linux.eye import LinuxEye
 from appliance.memory.qemu import open_qemu
-from appliance.model import Snapshot, Transport
+from appliance.model import Missing, Snapshot, Transport
 from lab.guest import boot
 from lab.image import build
 from tests.against import drgn_reader
@@ -40,6 +40,7 @@ class Worlds:
     before: Snapshot
     after: Snapshot
     drgn_processes: dict
+    drgn_described: dict
     drgn_sockets: list
     drgn_linear: list
     pslist: list
@@ -83,6 +84,7 @@ def worlds(kernel, types, symbols, tmp_path_factory) -> Worlds:
     return Worlds(
         before=eye.read_snapshot(),
         drgn_processes=drgn_reader.list_processes(walking),
+        drgn_described=drgn_reader.describe_processes(walking),
         drgn_sockets=drgn_reader.list_sockets(walking),
         drgn_linear=drgn_reader.list_sockets(linear),
         pslist=volatility.run("pslist"),
@@ -134,6 +136,23 @@ def named(snapshot: Snapshot) -> dict:
 
 def test_drgn_lists_the_same_processes(worlds):
     between(named(worlds.before), worlds.drgn_processes, named(worlds.after))
+
+
+def test_drgn_describes_every_process_alike(worlds):
+    def described(snapshot):
+        return {
+            one.pid: (one.path, one.command, one.parent_pid, one.uid, one.key.started_ns, one.cgroup, one.netns)
+            for one in snapshot.processes
+        }
+
+    def text(value):
+        return Missing.NOT_APPLICABLE if value is None else value.decode().strip()
+
+    seen = {
+        pid: (text(one.path), text(one.command), one.parent_pid, one.uid, one.started_ns, text(one.cgroup), one.netns)
+        for pid, one in worlds.drgn_described.items()
+    }
+    between(described(worlds.before), seen, described(worlds.after))
 
 
 def test_volatility_lists_the_same_processes(worlds):

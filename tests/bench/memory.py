@@ -1,11 +1,12 @@
 """Guest memory: eight bytes at a time, and a thousand reads at once, against what else can read a QEMU's RAM."""
 
+import itertools
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bench.lab import Lab
+from tests.bench.lab import Crowd, Lab
 from tests.bench.measure import Sample, settled
 from tests.bench.report import Line
 
@@ -13,12 +14,18 @@ BATCH = 1000
 MONITOR_READS = 50
 
 
+def socket_places(crowd: Crowd) -> list[int]:
+    """Where the guest's sockets lie: pages it uses, scattered as they really are."""
+    found = [crowd.kernel.to_gpa(one.address) for one in crowd.eye.read_snapshot().sockets]
+    random.Random(1).shuffle(found)
+    return found
+
+
 def run(lab: Lab) -> Iterator[Line]:
     crowd, count = lab.crowd(), lab.sizes.items
     memory, guest = crowd.memory, crowd.guest
     region = max(memory.regions, key=lambda region: region.size)
-    chosen = random.Random(1)
-    places = [region.gpa + chosen.randrange(region.size // 4096) * 4096 for _ in range(count)]
+    places = list(itertools.islice(itertools.cycle(socket_places(crowd)), count))
     base = int(guest.qmp("human-monitor-command", **{"command-line": f"gpa2hva {region.gpa:#x}"}).split()[-1], 16)
     shift = base - region.gpa
     fd = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY)
