@@ -29,7 +29,7 @@ KERNELS = ("debian-12-cloud", "debian-12-cloud-6.12")
 
 # Plays one trick on itself or on another process, says READY and where, and waits.
 TRICKS = r"""
-import ctypes, mmap, os, shutil, sys, time
+import ctypes, mmap, os, shutil, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -53,7 +53,15 @@ def rx():
 def thread():
     at, thread = anonymous(R | X, PAUSE), ctypes.c_ulong()
     assert libc.pthread_create(ctypes.byref(thread), None, ctypes.c_void_p(at), None) == 0
+    time.sleep(1)
     return at
+
+def crowd():
+    for number in range(60_000):
+        libc.mmap(None, 4096, R | X | W * (number & 1), PRIVATE | ANON, -1, 0)
+    for _ in range(100):
+        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    return 0
 
 def memfd():
     fd = os.memfd_create("stage2")
@@ -252,7 +260,7 @@ def test_one_changed_byte_of_libc_is_found_at_its_page(
     trick("poke", str(sleeper), f"{address:x}", f"{old ^ 0xFF:x}")
     (one,) = look.find(sleeper)
     assert (one.kind, one.address, one.size, one.weight) == ("modified-text", address & -4096, 4096, 2)
-    assert "1 bytes differ" in one.claim
+    assert "1 byte differs" in one.claim
     assert f"+{address & 4095:#x} {old:02x} to {old ^ 0xFF:02x}" in (one.detail or "")
     trick("poke", str(sleeper), f"{address:x}", "cc")
     assert [(one.kind, one.weight) for one in look.find(sleeper)] == [("modified-text", 1)]
@@ -265,7 +273,22 @@ def test_a_changed_vdso_is_found(guest: Guest, look: Look, sleeper: int, trick: 
     trick("poke", str(sleeper), f"{vdso + 0x20:x}", "ab")
     (one,) = look.find(sleeper)
     assert (one.kind, one.address, one.weight) == ("modified-text", vdso, 2)
-    assert "1 bytes differ" in one.claim
+    assert "1 byte differs" in one.claim
+
+
+def test_a_process_that_is_nothing_but_injected_code_costs_bounded_time(
+    look: Look, trick: Callable[..., tuple[int, int]]
+) -> None:
+    process = look.process(trick("crowd")[0])
+    began = time.monotonic()
+    found = look.injection.find(process)
+    took = time.monotonic() - began
+    regions = of_kind(found, "anon-exec")
+    assert len(regions) == 65
+    assert {one.weight for one in regions} == {2}
+    assert any("more odd executable mappings" in one.claim for one in regions)
+    print(f"{len(found)} findings in {took:.2f} s")
+    assert took < 10
 
 
 def test_a_tracer_is_found(look: Look, sleeper: int, trick: Callable[..., tuple[int, int]]) -> None:

@@ -20,16 +20,17 @@ from appliance.guest.linux.facts import PF_KTHREAD, Facts
 from appliance.guest.linux.injection_code import Code, judge_code
 from appliance.guest.linux.injection_facts import InjectionFacts
 from appliance.guest.linux.injection_files import Files, MappedFile, odd_place
-from appliance.guest.linux.injection_pages import Budget, Page, Pages, spans_of
-from appliance.guest.linux.injection_text import Texts
-from appliance.guest.linux.injection_threads import Thread, Threads, judge_threads
+from appliance.guest.linux.injection_pages import Budget, Pages, spans_of
+from appliance.guest.linux.injection_text import Mapped, Texts
+from appliance.guest.linux.injection_threads import NO_CODE, Thread, Threads, judge_threads
 from appliance.guest.linux.paths import Paths
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.vmas import MemoryMap, MemoryMaps
 from appliance.model import Evidence, Gap, GuestProcess
 
-MAX_PAGES: Final = 131_072  # page table entries and pages looked at in one process: 512 MiB of code
-MAX_SECONDS: Final = 1.0
+MAX_PAGES: Final = 131_072  # page table entries and pages of one part of a look: 512 MiB of code
+MAX_SECONDS: Final = 0.5  # for one part of a look, of which there are four
+TRIES: Final = 3
 MAX_ENVIRONMENT: Final = 128 << 10  # include/uapi/linux/binfmts.h: MAX_ARG_STRLEN
 MAX_VALUE: Final = 512
 MAX_TOLD: Final = 256  # evidence of one process
@@ -53,50 +54,66 @@ class Injection:
     def find(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """Everything foreign in a process, the heaviest first. Raises GuestError, and nothing else."""
         self._kernel.forget()  # kernel stacks lie in vmalloc space and are reused
-        budget = Budget(MAX_PAGES, MAX_SECONDS, self._clock)
         mine, kernel_thread = self._identify(process)
         if not mine:
             return (_gap("process", process.task_va, "it has ended, or its place was reused"),)
         if kernel_thread:
             return ()
-        threads, gaps = self._threads.read(process.task_va)
-        mm = next((thread.mm for thread in threads if is_object(thread.mm)), 0)
-        if not mm:
-            return (_gap("process", process.task_va, "it has no memory any more"),)
-        memory = self._maps.read(mm)
-        evidence = list(self._look(memory, threads, budget))
-        gaps += memory.gaps
+        for _ in range(TRIES):
+            threads, gaps = self._threads.read(process.task_va)
+            mm = _memory_of(threads)
+            if not mm:
+                return (_gap("process", process.task_va, "it has no memory any more"),)
+            memory = self._maps.read(mm)
+            cut: list[str] = []
+            evidence = list(self._look(memory, threads, cut))
+            gaps += memory.gaps
+            moved = _memory_of(self._threads.read(process.task_va)[0]) != mm
+            if cut or not (moved or any(one.claim.endswith(NO_CODE) for one in evidence)):
+                break  # else look again: the map may have changed between the look at the threads and at it
+        if moved:
+            gaps.append(Gap("process", process.task_va, "it replaced its memory while it was looked at"))
         if not self._identify(process)[0]:
             gaps.append(Gap("process", process.task_va, "it ended while it was looked at"))
         evidence.sort(key=lambda one: -one.weight)
         if len(evidence) > MAX_TOLD:
             gaps.append(Gap("evidence", 0, f"{len(evidence) - MAX_TOLD} more findings are not told"))
             del evidence[MAX_TOLD:]
-        evidence += [_gap(gap.what, gap.address, gap.why) for gap in gaps]
-        evidence += [_gap("code", 0, f"not looked at: {what}") for what in budget.cut[:MAX_TOLD]]
+        evidence += [_gap(gap.what, gap.address, gap.why) for gap in gaps[:MAX_TOLD]]
+        evidence += [_gap("code", 0, f"not looked at: {what}") for what in cut[:MAX_TOLD]]
         return tuple(evidence)
 
     def read_map(self, process: GuestProcess) -> tuple[MemoryMap, dict[int, MappedFile]]:
         """The memory map of a process with all its files, as /proc/PID/maps has it. Raises GuestError."""
         mm = self._task.parse(self._kernel.read(*self._task.span(process.task_va)))[5]
         memory = self._maps.read(mm)
-        return memory, self._files.look(vma.file for vma in memory.vmas)
+        return memory, self._files.look((vma.file for vma in memory.vmas), self._budget([]))
 
-    def _look(self, memory: MemoryMap, threads: Sequence[Thread], budget: Budget) -> Iterator[Evidence]:
+    def _look(self, memory: MemoryMap, threads: Sequence[Thread], cut: list[str]) -> Iterator[Evidence]:
+        """Each part has a budget of its own, so that no part can use up another's; the longest comes last."""
         code = [vma for vma in memory.vmas if vma.executable]
-        files = self._files.look([memory.exe_file, *(vma.file for vma in code)])
-        pages: dict[int, list[Page]] = {
-            vma.start: self._pages.resident(memory.pgd, vma.start, vma.end, budget) for vma in code
-        }
+        files = self._files.look([memory.exe_file, *(vma.file for vma in code)], self._budget(cut))
         started = self._threads.with_starts(threads, memory.pgd)
-        starts = frozenset(start for thread in started for start in thread.starts)
-        evidence, suspects = judge_code(Code.of(memory, files, pages, starts), self._pages, memory.pgd, budget)
+        starts = sorted({start for thread in started for start in thread.starts})
+        judged = Code.of(memory, files, starts)
+        evidence, suspects = judge_code(judged, self._pages, memory.pgd, self._budget(cut))
         yield from evidence
-        mapped = [(vma, files.get(vma.file), pages[vma.start]) for vma in code if vma.special or vma.file in files]
-        yield from self._texts.find(memory.pgd, mapped, budget)
-        yield from judge_threads(started, memory, suspects, self._threads)
+        yield from judge_threads(started, memory, suspects, self._threads, self._budget(cut))
         yield from self._tracers(threads)
         yield from self._preloads(memory)
+        budget = self._budget(cut)
+        mapped: list[Mapped] = []
+        for number, vma in enumerate(code):
+            if budget.over:
+                budget.cut_off(f"pages of {len(code) - number} of {len(code)} executable mappings")
+                break
+            if vma.special or vma.file in files:
+                pages = self._pages.resident(memory.pgd, vma.start, vma.end, budget)
+                mapped.append((vma, files.get(vma.file), pages))
+        yield from self._texts.find(memory.pgd, mapped, budget)
+
+    def _budget(self, cut: list[str]) -> Budget:
+        return Budget(MAX_PAGES, MAX_SECONDS, cut, self._clock)
 
     def _identify(self, process: GuestProcess) -> tuple[bool, bool]:
         """Whether the task is still this process, and whether it is a thread of the kernel."""
@@ -139,6 +156,11 @@ def find_foreign(kernel: Kernel, facts: Facts, process: GuestProcess) -> tuple[E
     if injection is None:
         injection = _known[kernel] = Injection(kernel, facts)
     return injection.find(process)
+
+
+def _memory_of(threads: Sequence[Thread]) -> int:
+    """The ``mm_struct`` of a process: that of the first thread that still has one."""
+    return next((thread.mm for thread in threads if is_object(thread.mm)), 0)
 
 
 _known: WeakKeyDictionary[Kernel, Injection] = WeakKeyDictionary()

@@ -7,18 +7,20 @@ is mapped, that counts less, unless the memory holds an ELF image or a thread be
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from struct import Struct
 from typing import Final, NamedTuple
 
 from appliance.guest.linux.injection_facts import VM_GROWSDOWN, VM_WRITE
 from appliance.guest.linux.injection_files import MappedFile, find_runtime, has_regex_compiler, odd_place
-from appliance.guest.linux.injection_pages import Budget, Digest, Page, Pages
-from appliance.guest.linux.injection_threads import Suspect
+from appliance.guest.linux.injection_pages import Budget, Digest, Pages
+from appliance.guest.linux.injection_threads import Suspect, Suspects
 from appliance.guest.linux.vmas import MemoryMap, Vma
 from appliance.model import Evidence
 
 ELF_MAGIC: Final = b"\x7fELF"
+MAX_DETAILED: Final = 64  # odd mappings of one process that are looked at one by one
 REGEX_CHUNK: Final = 64 << 10  # sljit allocates executable memory in multiples of it (sljitExecAllocatorCore.c)
 _BLOCK = Struct("<5Q")  # struct block_header and, of a free block, the rest of struct free_block
 JIT_FILES: Final = ("/memfd:doublemapper", "/memfd:libffi", "/memfd:JITCode")  # .NET, libffi, Qt
@@ -38,26 +40,22 @@ class Code(NamedTuple):
     vmas: tuple[Vma, ...]
     files: Mapping[int, MappedFile]
     program: MappedFile | None
-    pages: Mapping[int, Sequence[Page]]  # by start of the VMA
-    starts: frozenset[int]  # where threads began
+    starts: Sequence[int]  # where threads began, sorted
+    runtime: str | None  # what makes code in this process
+    regexes: bool  # PCRE is there
 
     @classmethod
-    def of(
-        cls,
-        memory: MemoryMap,
-        files: Mapping[int, MappedFile],
-        pages: Mapping[int, Sequence[Page]],
-        starts: frozenset[int],
-    ) -> Code:
-        """From what was read."""
+    def of(cls, memory: MemoryMap, files: Mapping[int, MappedFile], starts: Sequence[int]) -> Code:
+        """From what was read; ``files`` are those with code and the program's own."""
         vmas = tuple(vma for vma in memory.vmas if vma.executable)
-        return cls(vmas, files, files.get(memory.exe_file), pages, starts)
+        names = {file.path.rsplit("/", 1)[-1] for file in files.values()}
+        runtime, regexes = find_runtime(names), has_regex_compiler(names)
+        return cls(vmas, files, files.get(memory.exe_file), starts, runtime, regexes)
 
-    @property
-    def paths(self) -> list[str]:
-        """Paths of all files with code, the program's own among them."""
-        found = [self.files[vma.file].path for vma in self.vmas if vma.file in self.files]
-        return [*found, self.program.path] if self.program else found
+    def began_in(self, vma: Vma) -> bool:
+        """Whether a thread began in a mapping."""
+        number = bisect_left(self.starts, vma.start)
+        return number < len(self.starts) and self.starts[number] < vma.end
 
     @property
     def own_path(self) -> str:
@@ -65,30 +63,51 @@ class Code(NamedTuple):
         return self.program.path if self.program else ""
 
 
-def judge_code(code: Code, reader: Pages, pgd: int, budget: Budget) -> tuple[list[Evidence], list[Suspect]]:
-    """Everything odd, and the ranges in which no thread should run."""
+def judge_code(code: Code, reader: Pages, pgd: int, budget: Budget) -> tuple[list[Evidence], Suspects]:
+    """Everything odd, and the ranges in which no thread should run.
+
+    The heaviest come first and the others are counted: a process full of odd mappings hides none of them.
+    """
     evidence: list[Evidence] = list(_program(code))
     suspects: list[Suspect] = []
-    runtime = find_runtime(code.paths)
-    for vma in code.vmas:
-        file = code.files.get(vma.file)
-        if not _is_odd(vma, file, code):
-            continue
-        digest = reader.digest(code.pages.get(vma.start, ()), vma.start, vma.end, budget)
-        oddities = _file_oddities(vma, file, code, runtime) if file and not file.anonymous else []
-        if not oddities:
-            oddities = [_anonymous(vma, digest, code, runtime)]
-        for oddity in oddities:
-            evidence.append(_tell(oddity, vma, file, digest))
+    odd = [(vma, code.files.get(vma.file)) for vma in code.vmas if _is_odd(vma, code.files.get(vma.file), code)]
+    odd.sort(key=lambda one: -_first_weight(*one, code))
+    for number, (vma, file) in enumerate(odd):
+        if number >= MAX_DETAILED or budget.over:
+            evidence.append(_counted(odd[number:], code))
+            suspects += [_suspect(*one) for one in odd[number:] if _first_weight(*one, code) > 1]
+            break
+        pages = reader.resident(pgd, vma.start, vma.end, budget)
+        digest = reader.digest(pages, vma.start, vma.end, budget)
+        oddities = _file_oddities(vma, file, code) if file and not file.anonymous else []
+        oddities = oddities or [_anonymous(vma, digest, code)]
+        evidence += [_tell(oddity, vma, file, digest) for oddity in oddities]
         if max(oddity.weight for oddity in oddities) > 1:
-            suspects.append(Suspect(vma.start, vma.end, _name(vma, file)))
-    return evidence, suspects
+            suspects.append(_suspect(vma, file))
+    return evidence, Suspects(suspects)
+
+
+def _first_weight(vma: Vma, file: MappedFile | None, code: Code) -> int:
+    """How much a mapping weighs before its bytes are seen."""
+    if file is not None and not file.anonymous:
+        return max(oddity.weight for oddity in _file_oddities(vma, file, code))
+    return 2 if vma.flags & VM_WRITE and code.runtime is None else 1
+
+
+def _counted(rest: Sequence[tuple[Vma, MappedFile | None]], code: Code) -> Evidence:
+    first, size = rest[0][0].start, sum(vma.end - vma.start for vma, _ in rest)
+    claim = f"{len(rest)} more odd executable mappings, {size} bytes together, were not looked at one by one"
+    return Evidence(claim, "anon-exec", first, size, weight=max(_first_weight(*one, code) for one in rest))
+
+
+def _suspect(vma: Vma, file: MappedFile | None) -> Suspect:
+    return Suspect(vma.start, vma.end, _name(vma, file))
 
 
 def _is_odd(vma: Vma, file: MappedFile | None, code: Code) -> bool:
     if vma.special:
         return False
-    return file is None or file.anonymous or bool(_file_oddities(vma, file, code, None))
+    return file is None or file.anonymous or bool(_file_oddities(vma, file, code))
 
 
 def _program(code: Code) -> Iterator[Evidence]:
@@ -101,7 +120,7 @@ def _program(code: Code) -> Iterator[Evidence]:
     yield Evidence(claim, "deleted-executable", detail=f"path {program.shown}", weight=weight)
 
 
-def _file_oddities(vma: Vma, file: MappedFile, code: Code, runtime: str | None) -> list[Oddity]:
+def _file_oddities(vma: Vma, file: MappedFile, code: Code) -> list[Oddity]:
     found = []
     own = code.program is not None and file.inode == code.program.inode and file.inode != 0
     place = None if file.pseudo else odd_place(file.path, code.own_path)
@@ -115,31 +134,31 @@ def _file_oddities(vma: Vma, file: MappedFile, code: Code, runtime: str | None) 
         found.append(Oddity("odd-path", 1, f"code is mapped from {file.path}, which is no file of any file system"))
     if place is not None:
         weight, why = place
-        if runtime == "the Java virtual machine" and weight > 1 and file.path.count("/") == 2:
-            weight, why = 1, f"{why}, as {runtime} does with its native libraries"
+        if code.runtime == "the Java virtual machine" and weight > 1 and file.path.count("/") == 2:
+            weight, why = 1, f"{why}, as {code.runtime} does with its native libraries"
         found.append(Oddity("odd-path", weight, f"code is mapped from {file.path}, {why}"))
     if file.deleted and not own:
         weight = 2 if any(oddity.weight > 1 for oddity in found) else 1
         claim = f"code is mapped from {file.path}, which was deleted or replaced since"
         found.append(Oddity("deleted-file", weight, claim))
     if vma.flags & VM_WRITE:
-        weight = 1 if runtime else 2
-        note = f", as {runtime} may have it" if runtime else ""
+        weight = 1 if code.runtime else 2
+        note = f", as {code.runtime} may have it" if code.runtime else ""
         found.append(Oddity("writable-exec-file", weight, f"code of {file.path} is mapped writable{note}"))
     return found
 
 
-def _anonymous(vma: Vma, digest: Digest, code: Code, runtime: str | None) -> Oddity:
+def _anonymous(vma: Vma, digest: Digest, code: Code) -> Oddity:
     """Executable memory of no file. Writable at the same time, or filled by nobody we know, it is suspicious."""
     writable = bool(vma.flags & VM_WRITE)
     claim = ("writable and " if writable else "") + "executable memory that belongs to no file"
     claim += f" ({vma.label})" if vma.label else ""
     if digest.first.startswith(ELF_MAGIC):
         return Oddity("anon-exec", 2, f"{claim} and holds an ELF image")
-    if any(vma.start <= start < vma.end for start in code.starts):
+    if code.began_in(vma):
         return Oddity("anon-exec", 2, f"{claim} and in which a thread began")
-    if runtime is not None:
-        return Oddity("anon-exec", 1, f"{claim}, as {runtime} makes it")
+    if code.runtime is not None:
+        return Oddity("anon-exec", 1, f"{claim}, as {code.runtime} makes it")
     if _is_regex_code(vma, digest, code):
         return Oddity("anon-exec", 1, f"{claim}, of the size and form in which PCRE compiles expressions")
     if vma.flags & VM_GROWSDOWN or vma.label in ("[stack]", "[heap]"):
@@ -150,7 +169,7 @@ def _anonymous(vma: Vma, digest: Digest, code: Code, runtime: str | None) -> Odd
 
 def _is_regex_code(vma: Vma, digest: Digest, code: Code) -> bool:
     """A chunk of sljit begins with a block's header: its size (0: a free block, whose size follows), none before it."""
-    if not has_regex_compiler(code.paths) or (vma.end - vma.start) % REGEX_CHUNK or digest.first_va != vma.start:
+    if not code.regexes or (vma.end - vma.start) % REGEX_CHUNK or digest.first_va != vma.start:
         return False
     size, before, _, _, free = _BLOCK.unpack_from(digest.head)
     return 0 < (size or free) < vma.end - vma.start and before == 0 and (size or free) % 16 == 0

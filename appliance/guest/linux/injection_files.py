@@ -6,13 +6,15 @@ Everything here comes from the guest: paths are attacker input, and a runtime's 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_facts import S_IFMT, S_IFREG, InjectionFacts
+from appliance.guest.linux.injection_pages import Budget
 from appliance.guest.linux.paths import Path, Paths
 from appliance.guest.linux.record import is_object
+from appliance.model import Missing
 
 TEMPORARY: Final = ("/tmp/", "/var/tmp/", "/dev/shm/", "/run/shm/", "/run/user/", "/dev/mqueue/")  # noqa: S108
 USUAL: Final = ("/usr/", "/lib/", "/lib32/", "/lib64/", "/libx32/", "/bin/", "/sbin/", "/opt/")  # hier(7)
@@ -83,7 +85,7 @@ class Files:
         self._kernel, self._facts, self._paths = kernel, facts, paths
         self._parent = facts.offset("dentry.d_parent")
 
-    def look(self, files: Iterable[int]) -> dict[int, MappedFile]:
+    def look(self, files: Iterable[int], budget: Budget) -> dict[int, MappedFile]:
         """By address of ``struct file``; one whose file cannot be read has the path ``?``."""
         wanted = [va for va in dict.fromkeys(files) if is_object(va)]
         parsed = [self._facts.parse("file", raw) if raw else (0, 0, 0) for raw in self._read("file", wanted)]
@@ -92,11 +94,13 @@ class Files:
         found = {}
         for va, (inode, mapping, dentry), raw, parent in zip(wanted, parsed, inodes, parents, strict=True):
             mode, links = self._facts.parse("inode", raw) if raw else (0, 1)
-            path = self._paths.of_file(va)
+            path = Missing.UNKNOWN if budget.over else self._paths.of_file(va)
             text, unnamed = path if isinstance(path, Path) else ("?", False)
             rootless = parent is not None and int.from_bytes(parent, "little") == dentry
             regular = mode & S_IFMT == S_IFREG
             found[va] = MappedFile(text, unnamed, links, regular, inode, mapping, rootless and unnamed)
+        if budget.over:
+            budget.cut_off(f"names of some of {len(wanted)} mapped files")
         return found
 
     def _read(self, record: str, addresses: list[int]) -> list[bytes | None]:
@@ -120,15 +124,14 @@ def odd_place(path: str, program: str) -> tuple[int, str] | None:
     return 1, "outside the library directories and not with the program"
 
 
-def find_runtime(paths: Iterable[str]) -> str | None:
-    """The runtime among a process's mapped files that legitimately makes code."""
-    names = {path.rsplit("/", 1)[-1] for path in paths}
+def find_runtime(names: Collection[str]) -> str | None:
+    """The runtime among a process's mapped files (without folders) that legitimately makes code."""
     return next((runtime for pattern, runtime in RUNTIMES if any(pattern.match(name) for name in names)), None)
 
 
-def has_regex_compiler(paths: Iterable[str]) -> bool:
+def has_regex_compiler(names: Iterable[str]) -> bool:
     """Whether PCRE is mapped."""
-    return any(REGEX_COMPILER.match(path.rsplit("/", 1)[-1]) for path in paths)
+    return any(REGEX_COMPILER.match(name) for name in names)
 
 
 def _home(program: str) -> str | None:

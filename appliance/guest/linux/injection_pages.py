@@ -22,6 +22,7 @@ from appliance.guest.linux.record import is_object
 MAX_SPAN: Final = 1 << 30  # bytes of one mapping that are looked at; no program's code is larger
 BLOCK: Final = 2 << 20  # arch/x86/mm/init_64.c: vmemmap_populate_hugepages
 MAX_BLOCKS: Final = 8192  # of these: the struct pages of 1 TiB
+MAX_CUT: Final = 256  # notes of what was cut off
 STEP: Final = 32 << 20  # bytes of address space between two looks at the clock
 MAX_LEVELS: Final = 12  # of an xarray: 64 bits of index, 6 bits a level
 NODE_ABOVE: Final = 4096  # xa_is_node: smaller internal entries are siblings, retries and zeros
@@ -34,11 +35,10 @@ GPA_MASK: Final = (1 << 52) - 1
 
 
 class Budget:
-    """How much one look may cost: pages and time. What it cuts off is counted in ``cut``."""
+    """How much one part of a look may cost: pages and time. What it cuts off is told in ``cut``."""
 
-    def __init__(self, pages: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pages, self._clock, self._end = pages, clock, clock() + seconds
-        self.cut: list[str] = []
+    def __init__(self, pages: int, seconds: float, cut: list[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._pages, self._clock, self._end, self._cut = pages, clock, clock() + seconds, cut
 
     @property
     def over(self) -> bool:
@@ -51,7 +51,8 @@ class Budget:
 
     def cut_off(self, what: str) -> None:
         """Note what is not looked at any more."""
-        self.cut.append(what)
+        if len(self._cut) < MAX_CUT:
+            self._cut.append(what)
 
 
 class Page(NamedTuple):

@@ -20,7 +20,7 @@ from appliance.guest.linux.injection_pages import Budget, Page, Pages, is_anonym
 from appliance.guest.linux.vmas import Vma
 from appliance.model import Evidence
 
-MAX_COMPARED: Final = 256  # changed pages of one process that are compared byte by byte
+MAX_COMPARED: Final = 128  # changed pages of one process that are compared byte by byte
 MAX_TOLD: Final = 16  # of these told one by one
 MAX_RUNS: Final = 4  # differences of a page told byte by byte
 MAX_RUN: Final = 8
@@ -101,10 +101,13 @@ class Texts:
             claim, weight = f"{where} was written to and holds the file's bytes again", 0
         else:
             differing = [at for at in range(PAGE) if raw[at] != original[at]]
-            claim, weight = f"{where} was changed in memory: {len(differing)} bytes differ from the file", 2
+            claim, weight = (
+                f"{where} was changed in memory: {_count(len(differing), 'byte differs', 'bytes differ')} from the file",
+                2,
+            )
             detail += f"; {_runs(differing, original, raw)}"
             if all(raw[at] == INT3 for at in differing):
-                claim, weight = f"{where} holds {len(differing)} breakpoints", 1
+                claim, weight = f"{where} holds {_count(len(differing), 'breakpoint', 'breakpoints')}", 1
             elif file is not None and self._has_text_relocations(file, relocated):
                 claim, weight = f"{claim}, which has text relocations", 1
         sha256 = hashlib.sha256(raw).hexdigest()
@@ -150,6 +153,10 @@ class Texts:
         first, size = changes[0].page.va, sum(change.page.size for change in changes)
         claim = f"{len(changes)} more pages of code from {first:#x} on were changed in memory; they were not compared"
         return Evidence(claim, "modified-text", first, size, weight=2)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _runs(differing: Sequence[int], original: bytes, raw: bytes) -> str:

@@ -7,13 +7,14 @@ will return into lies on its user stack; old words lie there as well, so that al
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_facts import PF_IO_WORKER, PF_USER_WORKER, InjectionFacts
-from appliance.guest.linux.injection_pages import spans_of
+from appliance.guest.linux.injection_pages import Budget, spans_of
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.vmas import USER_END, MemoryMap
 from appliance.model import Evidence, Gap
@@ -24,6 +25,7 @@ THREAD_SIZES: Final = (16 << 10, 32 << 10)  # arch/x86/include/asm/page_64_types
 PADDINGS: Final = (0, 16)  # TOP_OF_KERNEL_STACK_PADDING (arch/x86/include/asm/thread_info.h): 16 with FRED
 START_LOW, START_SIZE = 0x600, 0x80  # nptl/descr.h: start_routine is at 0x640 in glibc 2.27 to 2.40 on x86-64
 STACK_BYTES: Final = 16 << 10  # of each user stack that are searched for return addresses
+NO_CODE: Final = "runs where no code is mapped"
 VSYSCALL: Final = 0xFFFF_FFFF_FF60_0000  # arch/x86/include/uapi/asm/vsyscall.h: a page that is no mapping
 
 
@@ -33,6 +35,22 @@ class Suspect(NamedTuple):
     start: int
     end: int
     what: str
+
+
+class Suspects:
+    """Suspect ranges, of which a hostile process may have very many."""
+
+    def __init__(self, ranges: Sequence[Suspect]) -> None:
+        self._ranges = sorted(ranges)
+        self._starts = [suspect.start for suspect in self._ranges]
+
+    def __bool__(self) -> bool:
+        return bool(self._ranges)
+
+    def at(self, address: int) -> Suspect | None:
+        """The one that holds an address."""
+        number = bisect_right(self._starts, address) - 1
+        return self._ranges[number] if number >= 0 and address < self._ranges[number].end else None
 
 
 class Thread(NamedTuple):
@@ -90,7 +108,7 @@ class Threads:
         fields = self._task.parse(raw)
         return fields[1], fields[3].split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
-    def returns(self, thread: Thread, memory: MemoryMap, suspects: Sequence[Suspect]) -> tuple[int, Suspect] | None:
+    def returns(self, thread: Thread, memory: MemoryMap, suspects: Suspects) -> tuple[int, Suspect] | None:
         """The first word on its stack that is an address in a suspect range behind a call, and where it lies."""
         vma = memory.at(thread.rsp)
         if vma is None:
@@ -101,7 +119,7 @@ class Threads:
             if raw is None:
                 continue
             for number, word in enumerate(Struct(f"<{size // 8}Q").unpack(raw)):
-                hit = within(word, suspects)
+                hit = suspects.at(word)
                 if hit is not None and self._after_call(memory.pgd, word):
                     return low + 8 * number, hit
         return None
@@ -152,11 +170,6 @@ class Threads:
         return None
 
 
-def within(address: int, suspects: Sequence[Suspect]) -> Suspect | None:
-    """The suspect range that holds an address."""
-    return next((suspect for suspect in suspects if suspect.start <= address < suspect.end), None)
-
-
 def is_call(before: bytes) -> bool:
     """Whether the seven bytes before a return address end in a call: E8 rel32, or a form of FF /2 (Intel SDM, CALL)."""
     if before[-5] == 0xE8:
@@ -165,11 +178,14 @@ def is_call(before: bytes) -> bool:
 
 
 def judge_threads(
-    threads: Sequence[Thread], memory: MemoryMap, suspects: Sequence[Suspect], reader: Threads
+    threads: Sequence[Thread], memory: MemoryMap, suspects: Suspects, reader: Threads, budget: Budget
 ) -> Iterator[Evidence]:
     """Threads that run, began or will go on where no thread should."""
     told = 0
-    for thread in threads:
+    for number, thread in enumerate(threads):
+        if budget.over:
+            budget.cut_off(f"{len(threads) - number} of {len(threads)} threads")
+            return
         evidence = _where(thread, memory, suspects)
         if evidence is None and suspects and thread.rip is not None:
             hint = reader.returns(thread, memory, suspects)
@@ -186,20 +202,20 @@ def judge_threads(
         yield evidence
 
 
-def _where(thread: Thread, memory: MemoryMap, suspects: Sequence[Suspect]) -> Evidence | None:
+def _where(thread: Thread, memory: MemoryMap, suspects: Suspects) -> Evidence | None:
     who = f"thread {thread.tid} ({thread.name})"
     for address in thread.starts:
-        hit = within(address, suspects)
+        hit = suspects.at(address)
         if hit is not None:
             return _evidence(f"{who} began in {hit.what}", thread, address, 2)
     if thread.rip is None:
         return None
-    hit = within(thread.rip, suspects)
+    hit = suspects.at(thread.rip)
     if hit is not None:
         return _evidence(f"{who} runs in {hit.what}", thread, thread.rip, 2)
     vma = memory.at(thread.rip)
     if (vma is None or not vma.executable) and thread.rip & ~0xFFF != VSYSCALL:
-        return _evidence(f"{who} runs where no code is mapped", thread, thread.rip, 2)
+        return _evidence(f"{who} {NO_CODE}", thread, thread.rip, 2)
     return None
 
 
