@@ -1,4 +1,4 @@
-"""A full walk equals the guest's own `ss -tuanp`: every socket, its state, its pids and descriptors; on every layout."""
+"""A full walk equals the guest's own `ss -tuanp`: every socket, its state, pids and descriptors; on every layout."""
 
 import pytest
 
@@ -28,7 +28,9 @@ WORKLOAD = "exec python3 -S -E /opt/workloads/sockets.py --count 1000 --server 1
 def crowded(request, network):
     """A guest with 1,100 sockets of every kind, and the eye on it."""
     name, machine, memory_mb, cpu, shared = request.param
-    with boot(build(name), network, name="crowd", machine=machine, memory_mb=memory_mb, cpu=cpu, shared=shared) as guest:
+    with boot(
+        build(name), network, name="crowd", machine=machine, memory_mb=memory_mb, cpu=cpu, shared=shared
+    ) as guest:
         guest.spawn(WORKLOAD).wait_for("READY", 120)
         eye = LinuxEye(attach(open_qemu(guest.pid)))
         yield guest, eye
