@@ -59,7 +59,7 @@ def crowded(network):
 @pytest.fixture(scope="module")
 def kernel(crowded):
     memory = open_qemu(crowded.pid)
-    yield attach(memory)
+    yield attach(memory, cache=False)
     memory.close()
 
 

@@ -78,7 +78,7 @@ class Lab:
                 memory = open_qemu(guest.pid, monitor=guest.qmp_path)
                 stack.callback(memory.close)
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parasight-bench-")))
-                self._crowd = Crowd(guest, memory, attach(memory), folder), stack
+                self._crowd = Crowd(guest, memory, attach(memory, cache=False), folder), stack
             except BaseException:
                 stack.close()
                 raise

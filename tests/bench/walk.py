@@ -41,7 +41,7 @@ def run(lab: Lab) -> Iterator[Line]:
 
     cold, cold_drgn = Sample(), Sample()
     for _ in range(min(5, sizes.rounds)):
-        fresh = attach(crowd.memory)
+        fresh = attach(crowd.memory, cache=False)
         with settled():
             cold.take(lambda fresh=fresh: LinuxEye(fresh).read_snapshot())
             cold_drgn.take(
