@@ -18,7 +18,7 @@ from appliance.errors import HostError
 MIB = 1 << 20
 DEFAULT_RAM = 128 * MIB  # hw/core/machine.c: default_ram_size
 _SUFFIX = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
-_X86 = re.compile(r"(qemu-system-(x86_64|i386)|qemu-kvm|kvm|qemu)(-[\w.]+)?$")
+_X86 = re.compile(r"(qemu-system-(x86_64|i386)(-[\w.]+)?|qemu-kvm|kvm|qemu)$")
 _OTHER = re.compile(r"qemu-system-(\w+)")
 
 

@@ -45,6 +45,9 @@ _REFUSED = (
 )
 
 
+_NOWHERE = (-(1 << 70), 0)  # what an address below all extents finds
+
+
 class Extent(NamedTuple):
     """A run of RAM: ``[gpa, end)`` lies at ``offset`` of the file."""
 
@@ -66,7 +69,7 @@ class FileMemory:
         self._data, self._cpus = data, tuple(cpus)
         self._extents = tuple(extents)
         self._starts = [extent.gpa for extent in extents]
-        self._ends = [(extent.end, extent.offset - extent.gpa) for extent in extents] + [(-1, 0)]
+        self._ends = [(extent.end, extent.offset - extent.gpa) for extent in extents] + [_NOWHERE]
         self._regions = tuple(Region(extent.gpa, extent.end - extent.gpa) for extent in extents)
 
     @property

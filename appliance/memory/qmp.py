@@ -83,7 +83,10 @@ class Monitor:
             if left <= 0 or len(self._pending) > ANSWER_LIMIT:
                 raise HostError("the QMP socket is silent: another client may hold it")
             self._socket.settimeout(left)
-            chunk = self._socket.recv(65536)
+            try:
+                chunk = self._socket.recv(65536)
+            except TimeoutError:
+                continue
             if not chunk:
                 raise HostError("QEMU closed the QMP connection")
             self._pending += chunk

@@ -1,0 +1,119 @@
+"""The memory of another process, on a process of our own."""
+
+import ctypes
+import mmap
+import os
+import random
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import GuestGone, HostError, UnreadableMemory, UsageError
+from appliance.memory import anchor
+from appliance.memory.process import IOV_MAX, ProcessMemory, read_start_time
+from appliance.memory.qemu import open_qemu, read_command_line
+from tests.worlds.tiny import DATA, IMAGE_GPA, Tiny
+
+PAGE = 4096
+
+
+@pytest.fixture
+def room():
+    """Our own memory: 64 pages of known bytes, the 10th of which cannot be read; and its address."""
+    area = mmap.mmap(-1, 64 * PAGE)
+    area[:] = random.Random(7).randbytes(64 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    content = bytes(area)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 10 * PAGE), PAGE, 0) == 0
+    yield address, content
+    ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 10 * PAGE), PAGE, 3)
+
+
+@pytest.fixture
+def own():
+    memory = ProcessMemory(os.getpid())
+    yield memory
+    memory.close()
+    memory.close()
+
+
+def batch(memory, spans, shift=0):
+    return memory.readv(array("Q", [number for span in spans for number in span]), shift)
+
+
+def test_one_read_and_many_see_the_same_bytes(own, room):
+    base, content = room
+    spans = [(random.Random(n).randrange(11 * PAGE, 63 * PAGE), n % 300) for n in range(3000)]
+    expected = [content[at : at + size] for at, size in spans]
+    assert [own.read(base + at, size) for at, size in spans] == expected
+    assert batch(own, spans, base) == expected
+    assert batch(own, [(base + at, size) for at, size in spans]) == expected
+    assert batch(own, [(at, 8) for at, _ in spans], base) == [content[at : at + 8] for at, _ in spans]
+    assert batch(own, []) == []
+
+
+def test_unreadable_spans_are_none_and_the_others_are_there(own, room):
+    base, content = room
+    spans = [(at * 16, 16) for at in range(64 * PAGE // 16)]
+    found = batch(own, [(base + at, size) for at, size in spans])
+    hidden = range(10 * PAGE, 11 * PAGE)
+    assert found == [None if at in hidden else content[at : at + size] for at, size in spans]
+    across = [(base + 10 * PAGE - 8, 16), (base, 4), (8, 8), (base + 11 * PAGE - 8, 16)]
+    assert batch(own, across) == [None, content[:4], None, None]
+    assert len(spans) > 2 * IOV_MAX
+
+
+def test_a_single_unreadable_span_is_an_error(own):
+    for at in (0, 1 << 46, 1 << 47, 1 << 62):
+        with pytest.raises(UnreadableMemory):
+            own.read(at, 16)
+
+
+def test_a_process_that_ends_is_gone_at_once():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        memory = ProcessMemory(child.pid)
+        maps = Path(f"/proc/{child.pid}/maps").read_text().splitlines()
+        address = int(next(line for line in maps if "[stack]" in line).split("-")[0], 16)
+        assert memory.read(address, 8) == batch(memory, [(address, 8)])[0]
+        memory.check_alive()
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its pid is still taken
+        for act in (memory.check_alive, lambda: memory.read(address, 8), lambda: batch(memory, [(address, 8)])):
+            with pytest.raises(GuestGone):
+                act()
+        with pytest.raises(UsageError, match="has ended"):
+            read_start_time(child.pid)
+        memory.close()
+
+
+def test_a_pid_that_is_no_qemu_or_no_process_is_the_callers_mistake():
+    for pid in (os.getpid(), 2**22 - 1):
+        with pytest.raises(UsageError):
+            open_qemu(pid)
+    with pytest.raises(UsageError, match="is no QEMU"):
+        read_command_line(os.getpid())
+
+
+def test_a_qemu_of_another_architecture_is_told_apart(tmp_path):
+    fake = tmp_path / "qemu-system-aarch64"
+    fake.symlink_to("/bin/sleep")
+    with subprocess.Popen([str(fake), "60"]) as child:
+        try:
+            with pytest.raises(HostError, match="emulates aarch64"):
+                open_qemu(child.pid)
+        finally:
+            child.kill()
+
+
+def test_where_ram_begins_is_told_by_the_kernel_in_it(own):
+    tiny = Tiny()
+    area = mmap.mmap(-1, len(tiny.ram) + (4 << 20))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    base = -(-address // (2 << 20)) * (2 << 20)  # as QEMU aligns it
+    area[base - address : base - address + len(tiny.ram)] = bytes(tiny.ram)
+    for quick in (True, False):
+        pairs = set(anchor.find_tables(own, base, base + len(tiny.ram), quick=quick))
+        assert pairs == {(base + IMAGE_GPA + DATA + 0x4000, IMAGE_GPA + DATA + 0x4000)}
