@@ -17,8 +17,8 @@ MS = 1_000_000
 TCP_RETRIES_NS = (1 * MS, 5 * MS, 30 * MS, 150 * MS, 1200 * MS, 2000 * MS)
 UDP_RETRIES_NS = (1 * MS, 10 * MS, 2000 * MS)
 
-# An incoming connection is first owned by its listener; the process that accepts it holds it a moment later. The guest's
-# first answer makes one more look, and a better one: by then the connection was accepted.
+# An incoming connection is first owned by its listener; the process that accepts it holds it a moment later. The
+# guest's first answer makes one more look, and a better one: by then the connection was accepted.
 ACCEPT_RETRIES_NS = (3 * MS, 15 * MS, 100 * MS)
 
 PROMPT_NS = 20 * MS  # an answer that took longer says nothing of the moment it was asked about

@@ -125,6 +125,7 @@ class SnapshotTaken:
     """A full look: seeds the process queue and the owners of connections that are already open."""
 
     snapshot: Snapshot
+    os: str = ""  # what the guest runs, for rules that are meant for one system
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +141,10 @@ Event = FlowEvent | LookedUp | EvidenceFound | SnapshotTaken | Tick
 class Engine:
     """Judges every flow of one guest."""
 
-    def __init__(self, judge: Judge, names: Names, *, os: str = "", tags: tuple[str, ...] = ()) -> None:
+    def __init__(self, judge: Judge, names: Names, *, tags: tuple[str, ...] = ()) -> None:
         self._judge = judge
         self._names = names
-        self._os, self._tags = os, tags
+        self._os, self._tags = "", tags
         self._cases: dict[FlowId, Case] = {}
         self._pending: dict[FlowId, Verdict] = {}
         self._due: list[tuple[int, int, FlowId]] = []
@@ -172,7 +173,8 @@ class Engine:
                 yield from self._ended(flow_id, at_ns)
             case EvidenceFound(flow_id, evidence, at_ns):
                 yield from self._evidenced(flow_id, evidence, at_ns)
-            case SnapshotTaken(snapshot):
+            case SnapshotTaken(snapshot, os):
+                self._os = os
                 self._seed(snapshot)
             case Tick(at_ns):
                 while self._due and self._due[0][0] <= at_ns:

@@ -59,6 +59,7 @@ class GuestMemory(Protocol):
 class GuestEye(Protocol):
     """Processes and sockets of one running guest. All methods may raise GuestError, and nothing else."""
 
+    os: str  # "linux"
     describe: str  # "Linux 6.1.0-56-cloud-amd64, build id ..., attached in 0.21 s"
 
     def read_snapshot(self) -> Snapshot:
@@ -75,6 +76,10 @@ class GuestEye(Protocol):
 
     def find_foreign(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """What in this process is foreign: injected regions, modules, threads, changed text."""
+        ...
+
+    def read_pulse(self) -> int:
+        """Return a number that changes while this very kernel runs: not while it is paused, nor after a reboot."""
         ...
 
     def close(self) -> None:

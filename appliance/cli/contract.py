@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from appliance.daemon import Summary
 from appliance.model import (
     Binding,
     Endpoint,
@@ -25,6 +24,7 @@ from appliance.model import (
     Verdict,
     ip_text,
 )
+from appliance.watch import Summary
 
 Json = dict[str, Any]
 

@@ -19,6 +19,7 @@ from appliance.errors import ConfigError, UsageError
 from appliance.model import Verdict
 from appliance.rules import RuleBook, load
 from appliance.store.book import Book, default_path
+from appliance.watch import Summary
 
 SHIPPED_RULES = Path(__file__).resolve().parents[2] / "rules"
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
@@ -132,7 +133,7 @@ class _Showing:
         else:
             self._printer.add(body)
 
-    def summary(self, summaries: list[daemon.Summary], cpu_s: float) -> None:
+    def summary(self, summaries: list[Summary], cpu_s: float) -> None:
         """Show what was seen and what it cost."""
         body = contract.summary(summaries, cpu_s)
         if self._output is Output.TABLE:

@@ -7,15 +7,14 @@ an owner again; what changed meanwhile is dropped and counted, never guessed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable
 
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.fast import FastPath
 from appliance.guest.linux.hashes import TupleHash
 from appliance.guest.linux.holding import Holding
+from appliance.guest.linux.injection import find_foreign
 from appliance.guest.linux.lookup import Lookup
 from appliance.guest.linux.namespaces import Namespaces
 from appliance.guest.linux.owners import Owners
@@ -33,6 +32,7 @@ class LinuxEye:
 
     def __init__(self, kernel: Kernel, clock_ns: Callable[[], int] = time.time_ns) -> None:
         """Resolve the facts. Raises UnsupportedGuest naming what this kernel lacks."""
+        self.os = "linux"
         self._kernel = kernel
         self._clock_ns = clock_ns
         self.describe = f"Linux {kernel.release}, build id {kernel.build_id}"
@@ -85,12 +85,7 @@ class LinuxEye:
 
     def find_foreign(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """What in this process is foreign."""
-        try:
-            injection: Any = import_module("appliance.guest.linux.injection")
-        except ModuleNotFoundError:
-            return ()
-        found: Iterable[Evidence] = injection.find_foreign(self._kernel, self._facts, process)
-        return tuple(found)
+        return find_foreign(self._kernel, self._facts, process)
 
     def close(self) -> None:
         """Release the memory behind it."""
