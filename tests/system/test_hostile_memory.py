@@ -1,4 +1,4 @@
-"""A guest whose memory lies: any page the walks touch replaced by any bytes. They end, and raise nothing but GuestError."""
+"""A guest whose memory lies: any page the walks touch replaced by any bytes. They end; only GuestError is raised."""
 
 import random
 import struct

@@ -77,7 +77,8 @@ class LinuxEye:
                     continue
                 (raw,) = self._kernel.readv([self._owners.task_list.span(leader.va)])
                 task = leader if raw is None else self._owners.task_list.parse(leader.va, raw)
-                if raw is not None and (task.tgid, task.start_ns) == (key.pid, key.started_ns):
+                same = raw is not None and (task.tgid, task.start_ns) == (key.pid, key.started_ns)
+                if same and task.thread_pid:  # NULL once it is released (kernel/exit.c), its memory not yet reused
                     self._owners.processes.forget()
                     return self._owners.processes.describe([self._owners.effective(task)], self._owners.parents)[0]
             self._owners.look()
