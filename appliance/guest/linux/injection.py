@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from appliance.errors import GuestError
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import PF_KTHREAD, Facts
+from appliance.guest.linux.injection_cache import PageCache
 from appliance.guest.linux.injection_code import Code, judge_code
 from appliance.guest.linux.injection_facts import InjectionFacts
 from appliance.guest.linux.injection_files import Files, MappedFile, odd_place
@@ -49,7 +50,7 @@ class Injection:
         self._files = Files(kernel, self._facts, Paths(kernel, facts))
         self._pages = Pages(kernel, self._facts)
         self._threads = Threads(kernel, self._facts)
-        self._texts = Texts(kernel, self._pages)
+        self._texts = Texts(kernel, self._pages, PageCache(kernel, self._facts))
 
     def find(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """Everything foreign in a process, the heaviest first. Raises GuestError, and nothing else."""

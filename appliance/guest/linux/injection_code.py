@@ -71,7 +71,7 @@ def judge_code(code: Code, reader: Pages, pgd: int, budget: Budget) -> tuple[lis
     evidence: list[Evidence] = list(_program(code))
     suspects: list[Suspect] = []
     odd = [(vma, code.files.get(vma.file)) for vma in code.vmas if _is_odd(vma, code.files.get(vma.file), code)]
-    odd.sort(key=lambda one: -_first_weight(*one, code))
+    odd.sort(key=lambda one: -_first_weight(one[0], one[1], code))
     for number, (vma, file) in enumerate(odd):
         if number >= MAX_DETAILED or budget.over:
             evidence.append(_counted(odd[number:], code))
@@ -171,7 +171,7 @@ def _is_regex_code(vma: Vma, digest: Digest, code: Code) -> bool:
     """A chunk of sljit begins with a block's header: its size (0: a free block, whose size follows), none before it."""
     if not code.regexes or (vma.end - vma.start) % REGEX_CHUNK or digest.first_va != vma.start:
         return False
-    size, before, _, _, free = _BLOCK.unpack_from(digest.head)
+    size, before, _, _, free = (int(word) for word in _BLOCK.unpack_from(digest.head))
     return 0 < (size or free) < vma.end - vma.start and before == 0 and (size or free) % 16 == 0
 
 

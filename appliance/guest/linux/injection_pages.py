@@ -1,9 +1,9 @@
-"""The pages behind a mapping: which are resident, whose they are, what they hold, and what the file holds there.
+"""The pages behind a mapping: which are resident, whose they are, and what they hold.
 
 A page of a private file mapping is the file's own page until somebody writes to it; then the process gets a copy, and
 the copy is anonymous: ``folio->mapping`` has bit 0 set (PAGE_MAPPING_ANON, include/linux/page-flags.h). Tail pages of a
-folio point to their head (``compound_head``, bit 0 set). The file's page is found in ``address_space.i_pages``
-(include/linux/xarray.h). Physical pages are read as such, so nothing here depends on what the process may read.
+folio point to their head (``compound_head``, bit 0 set). Physical pages are read as such, so nothing here depends on
+what the process itself may read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from appliance.errors import GuestError, UnreadableMemory
+from appliance.errors import GuestError
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_facts import PAGE, InjectionFacts
 from appliance.guest.linux.record import is_object
@@ -22,16 +22,13 @@ from appliance.guest.linux.record import is_object
 MAX_SPAN: Final = 1 << 30  # bytes of one mapping that are looked at; no program's code is larger
 BLOCK: Final = 2 << 20  # arch/x86/mm/init_64.c: vmemmap_populate_hugepages
 MAX_BLOCKS: Final = 8192  # of these: the struct pages of 1 TiB
+BATCH: Final = 64  # pages hashed between two looks at the clock
 MAX_CUT: Final = 256  # notes of what was cut off
 STEP: Final = 32 << 20  # bytes of address space between two looks at the clock
-MAX_LEVELS: Final = 12  # of an xarray: 64 bits of index, 6 bits a level
-NODE_ABOVE: Final = 4096  # xa_is_node: smaller internal entries are siblings, retries and zeros
-XA_SLOTS: Final = 64
 MAPPING_ANON: Final = 1  # PAGE_MAPPING_ANON
 MAPPING_FLAGS: Final = 3
 FIRST_BYTES: Final = 16  # shown
 HEAD_BYTES: Final = 64  # kept
-GPA_MASK: Final = (1 << 52) - 1
 
 
 class Budget:
@@ -131,11 +128,11 @@ class Pages:
         sha, hashed, blank = hashlib.sha256(), 0, True
         head, first_va = b"", 0
         small = [Page(p.va + at, p.gpa + at, min(PAGE, p.size - at)) for p in pages for at in range(0, p.size, PAGE)]
-        for chunk in range(0, len(small), XA_SLOTS):
+        for chunk in range(0, len(small), BATCH):
             if budget.over:
                 budget.cut_off(f"bytes of mapping {start:#x}-{end:#x}: from {small[chunk].va:#x} on")
                 break
-            part = small[chunk : chunk + XA_SLOTS]
+            part = small[chunk : chunk + BATCH]
             for page, raw in zip(part, self.read(part), strict=True):
                 if raw is None:
                     continue
@@ -210,52 +207,6 @@ class Pages:
             return {}
         return found
 
-    def of_file(self, mapping: int, index: int) -> bytes | None:
-        """The page cache's copy of a page of a file; None where it is not resident or the cache is in motion."""
-        try:
-            page = self._find_cached(mapping, index)
-            if page is None:
-                return None
-            gpa = (page - self._kernel.vmemmap_base) // self._facts.page_size * PAGE
-            return self._kernel.memory.read(gpa & GPA_MASK, PAGE)
-        except UnreadableMemory:
-            return None
-
-    def _find_cached(self, mapping: int, index: int) -> int | None:
-        """The ``struct page`` of a file's page: xa_load, then folio_file_page."""
-        head = self._cached_folio(mapping, index)
-        if head is None or not is_object(head):
-            return None
-        _, owner, first = self._page.parse(self._kernel.read(*self._page.span(head)))
-        page: int = head + (index - first) * self._facts.page_size
-        if owner != mapping or index < first or (page - self._kernel.vmemmap_base) % self._facts.page_size:
-            return None
-        if page != head:
-            compound = self._page.parse(self._kernel.read(*self._page.span(page)))[0]
-            if compound != head + 1:
-                return None
-        return page
-
-    def _cached_folio(self, mapping: int, index: int) -> int | None:
-        root, shift_at, slots_at = (self._facts.find(name) for name in ("xa_head", "xa_shift", "xa_slots"))
-        if root is None or shift_at is None or slots_at is None or not is_object(mapping):
-            return None
-        entry = self._kernel.u64(mapping + root.offset)
-        above = 1 << 8
-        for _ in range(MAX_LEVELS):
-            if not _is_node(entry):
-                return None if entry & 3 or not entry or (above == 1 << 8 and index) else entry
-            node = entry - 2
-            shift = self._kernel.u8(node + shift_at.offset)
-            if shift >= above or shift >= 64 or (above == 1 << 8 and index >> shift >= XA_SLOTS):
-                return None
-            slots = node + slots_at.offset
-            entry = self._kernel.u64(slots + 8 * (index >> shift & XA_SLOTS - 1))
-            if entry & 3 == 2 and entry >> 2 < XA_SLOTS:  # xa_is_sibling: the slot that holds the folio
-                entry = self._kernel.u64(slots + 8 * (entry >> 2))
-            above = shift
-        return None
-
 
 def spans_of(start: int, end: int) -> list[tuple[int, int]]:
     """``[start, end)`` as spans none of which crosses a page, so that a missing page hides nothing but itself."""
@@ -266,7 +217,3 @@ def spans_of(start: int, end: int) -> list[tuple[int, int]]:
 def is_anonymous(mapping: int) -> bool:
     """Whether a page belongs to the process and to no file (folio_test_anon)."""
     return bool(mapping & MAPPING_ANON)
-
-
-def _is_node(entry: int) -> bool:
-    return entry & 3 == 2 and entry > NODE_ABOVE

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
+from appliance.guest.linux.injection_cache import PageCache
 from appliance.guest.linux.injection_facts import PAGE, VM_MAYSHARE
 from appliance.guest.linux.injection_files import MappedFile
 from appliance.guest.linux.injection_pages import Budget, Page, Pages, is_anonymous
@@ -46,8 +47,8 @@ class Change(NamedTuple):
 class Texts:
     """Finds changed code in processes of one guest."""
 
-    def __init__(self, kernel: Kernel, pages: Pages) -> None:
-        self._kernel, self._pages = kernel, pages
+    def __init__(self, kernel: Kernel, pages: Pages, cache: PageCache) -> None:
+        self._kernel, self._pages, self._cache = kernel, pages, cache
 
     def find(self, pgd: int, mapped: Sequence[Mapped], budget: Budget) -> Iterator[Evidence]:
         """Changed pages of private executable mappings."""
@@ -101,10 +102,8 @@ class Texts:
             claim, weight = f"{where} was written to and holds the file's bytes again", 0
         else:
             differing = [at for at in range(PAGE) if raw[at] != original[at]]
-            claim, weight = (
-                f"{where} was changed in memory: {_count(len(differing), 'byte differs', 'bytes differ')} from the file",
-                2,
-            )
+            count = _count(len(differing), "byte differs", "bytes differ")
+            claim, weight = f"{where} was changed in memory: {count} from the file", 2
             detail += f"; {_runs(differing, original, raw)}"
             if all(raw[at] == INT3 for at in differing):
                 claim, weight = f"{where} holds {_count(len(differing), 'breakpoint', 'breakpoints')}", 1
@@ -115,7 +114,7 @@ class Texts:
 
     def _original(self, change: Change, offset: int) -> bytes | None:
         if change.file is not None:
-            return self._pages.of_file(change.file.mapping, offset // PAGE)
+            return self._cache.of_file(change.file.mapping, offset // PAGE)
         image = self._kernel.symbols.find("vdso_image_64")  # arch/x86/include/asm/vdso.h: struct vdso_image
         if image is None or not self._kernel.types.has("vdso_image.data"):
             return None
@@ -134,7 +133,7 @@ class Texts:
 
     def _dynamic(self, file: MappedFile) -> Iterator[tuple[int, int]]:
         """The dynamic section of a mapped ELF file, as far as its first two pages are in the page cache."""
-        first = self._pages.of_file(file.mapping, 0)
+        first = self._cache.of_file(file.mapping, 0)
         if first is None or not first.startswith(b"\x7fELF\2\1"):
             return
         table = int.from_bytes(first[32:40], "little")  # e_phoff
@@ -145,7 +144,7 @@ class Texts:
             kind, _, offset, _, _, size, _, _ = _HEADER.unpack_from(first, at)
             if kind != PT_DYNAMIC:
                 continue
-            parts = [self._pages.of_file(file.mapping, offset // PAGE + step) for step in (0, 1)]
+            parts = [self._cache.of_file(file.mapping, offset // PAGE + step) for step in (0, 1)]
             raw = b"".join(part or b"" for part in parts)[offset % PAGE :][: min(size, PAGE)]
             yield from _TAGS.iter_unpack(raw[: len(raw) - len(raw) % _TAGS.size])
 

@@ -8,11 +8,10 @@ and a VMA that disagrees with the range the tree gives it was caught in motion; 
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import Final, NamedTuple
 
 from appliance.errors import GuestError, Implausible, UnreadableMemory
-from appliance.guest.kernel import Field, Kernel
+from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_facts import (
     PAGE,
     VM_EXEC,
@@ -22,6 +21,16 @@ from appliance.guest.linux.injection_facts import (
     VM_WRITE,
     InjectionFacts,
 )
+from appliance.guest.linux.injection_maple import (
+    ARANGE_64,
+    LEAF_64,
+    NODE_SIZE,
+    RANGE_64,
+    NodeShape,
+    Range,
+    is_node,
+    parse_node,
+)
 from appliance.guest.linux.record import is_object
 from appliance.model import Gap
 
@@ -29,8 +38,6 @@ MAX_VMAS: Final = 65_536  # include/linux/mm.h: DEFAULT_MAX_MAP_COUNT is 65,530
 MAX_NODES: Final = 16_384  # a full tree of MAX_VMAS half-filled leaves has about 9,400
 MAX_DEPTH: Final = 12  # such a tree is 6 deep
 TRIES: Final = 3
-NODE_SIZE: Final = 256  # struct maple_node
-LEAF_64, RANGE_64, ARANGE_64 = 1, 2, 3  # enum maple_type
 ULONG_MAX: Final = (1 << 64) - 1
 USER_END: Final = 1 << 56  # TASK_SIZE_MAX with 5-level paging (arch/x86/include/asm/page_64_types.h)
 NAME_LIMIT: Final = 80  # include/linux/mm.h: ANON_VMA_NAME_MAX_LEN
@@ -80,59 +87,6 @@ class MemoryMap(NamedTuple):
             else:
                 high = middle
         return self.vmas[low] if low < len(self.vmas) and self.vmas[low].start <= address else None
-
-
-class Range(NamedTuple):
-    """One slot of a maple node: what lies in ``[low, high]``."""
-
-    low: int
-    high: int
-    entry: int
-
-
-class NodeShape(NamedTuple):
-    """Where a type of maple node keeps its pivots and slots."""
-
-    pivots: Struct
-    pivot: int
-    slots: Struct
-    slot: int
-
-    @classmethod
-    def make(cls, pivot: Field, slot: Field) -> NodeShape:
-        """From the kernel's types. Raises Implausible when they do not fit a node."""
-        pivots, slots = pivot.length or pivot.size // 8, slot.length or slot.size // 8
-        end = max(pivot.offset + 8 * pivots, slot.offset + 8 * slots)
-        if not 0 < pivots < slots or end > NODE_SIZE:
-            raise Implausible(f"a maple node of {slots} slots at {slot.offset} and {pivots} pivots at {pivot.offset}")
-        return cls(Struct(f"<{pivots}Q"), pivot.offset, Struct(f"<{slots}Q"), slot.offset)
-
-
-def parse_node(raw: bytes, shape: NodeShape, low: int, high: int) -> list[Range]:
-    """The ranges of a node that covers ``[low, high]``: a slot ends at its pivot, the last one at the node's own end.
-
-    Empty slots are left out. Raises Implausible when the pivots do not rise within the node.
-    """
-    pivots = shape.pivots.unpack_from(raw, shape.pivot)
-    slots = shape.slots.unpack_from(raw, shape.slot)
-    found = []
-    for number, entry in enumerate(slots):
-        end = pivots[number] if number < len(pivots) else high
-        if end == 0 and number:  # unused: the slot before it would have ended the node, so this one does
-            end = high
-        if not low <= end <= high:
-            raise Implausible(f"a maple node whose slot {number} ends at {end:#x}, outside {low:#x}-{high:#x}")
-        if (entry and entry & 3 != 2) or is_node(entry):  # neither empty nor reserved (XA_ZERO_ENTRY)
-            found.append(Range(low, end, entry))
-        if end == high:
-            break
-        low = end + 1
-    return found
-
-
-def is_node(entry: int) -> bool:
-    """Whether the root is a node, and not an only entry (xa_is_node, include/linux/xarray.h; mte_mk_root)."""
-    return entry & 3 == 2 and entry > PAGE
 
 
 class MemoryMaps:

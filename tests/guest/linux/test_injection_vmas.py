@@ -6,7 +6,8 @@ from appliance.errors import GuestError, Implausible
 from appliance.guest.kernel import Field
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.injection import Injection
-from appliance.guest.linux.vmas import MemoryMap, NodeShape, parse_node
+from appliance.guest.linux.injection_maple import NodeShape, parse_node
+from appliance.guest.linux.vmas import MemoryMap
 from tests.worlds.injected import DIRECT, MAX, PAGE, World
 
 SHAPE = NodeShape.make(Field(8, 120, length=15), Field(128, 128, length=16))
