@@ -29,7 +29,8 @@ MAX_RODATA = 96 << 20
 MAX_CANDIDATES = 8
 _KERNPG = 0x063
 # The image begins with startup_64 ([mov %rsi,%r15;] lea ...(%rip),%rsp) or, lately, with padding before a function.
-_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{8}|\xcc{8}|\xf3\x0f\x1e\xfa")
+_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{16}[^\x90]|\xcc{16}[^\xcc]|\xf3\x0f\x1e\xfa")
+_STARTUP_SIZE = 24
 _KERNPG_BYTE = re.compile(rb"[\x63\x67]")
 _BATCH = 4096
 _PTI_USER = 1 << 12
@@ -56,7 +57,8 @@ def find_images(memory: GuestMemory, cr3: int | None) -> Iterator[list[Found]]:
     scanned = 0
     for slot in _slots(memory, regions):
         if slot >= scanned:
-            found = next(_described(memory, _scan(memory, slot, slot + IMAGE_SPAN)), None)
+            end = min(slot + IMAGE_SPAN, max(ram.gpa + ram.size for ram in memory.regions if ram.gpa <= slot))
+            found = next(_described(memory, _scan(memory, slot, end)), None)
             likely += [found] if found else []
             scanned = found.image.gpa + found.image.size if found else slot
     yield likely
@@ -92,11 +94,13 @@ def _entry(memory: GuestMemory, table: int, index: int) -> int:
 
 def _slots(memory: GuestMemory, regions: tuple[Region, ...]) -> Iterator[int]:
     starts = [
-        slot for region in regions for slot in range(-(-region.gpa // SLOT) * SLOT, region.gpa + region.size - 8, SLOT)
+        slot
+        for region in regions
+        for slot in range(-(-region.gpa // SLOT) * SLOT, region.gpa + region.size - _STARTUP_SIZE, SLOT)
     ]
     for batch in range(0, len(starts), _BATCH):
         part = starts[batch : batch + _BATCH]
-        heads = memory.readv([(slot, 8) for slot in part])
+        heads = memory.readv([(slot, _STARTUP_SIZE) for slot in part])
         yield from (slot for slot, head in zip(part, heads, strict=True) if head and _STARTUP.match(head))
 
 

@@ -21,7 +21,8 @@ IMAGE_SPAN = 64 << 20  # how far behind the first byte of the image its page tab
 TABLE_PAGE = 0x000F_FFFF_FFFF_F000
 _KERNPG = 0x063  # present, writable, accessed, dirty
 # The image begins with startup_64 ([mov %rsi,%r15;] lea ...(%rip),%rsp) or, lately, with padding before a function.
-_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{8}|\xcc{8}|\xf3\x0f\x1e\xfa")
+_STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{16}[^\x90]|\xcc{16}[^\xcc]|\xf3\x0f\x1e\xfa")
+_STARTUP_SIZE = 24
 _KERNPG_BYTE = re.compile(rb"[\x63\x67]")
 _BATCH = 4096
 
@@ -32,8 +33,8 @@ def find_tables(memory: ProcessMemory, start: int, end: int, *, quick: bool = Fa
     First behind every 2 MiB (counted from ``start``) that look like the start of a kernel, then (unless ``quick``)
     everywhere. Bounded by the range; 0.2 s per GiB for the second pass.
     """
-    slots = range(start, end - 8, SLOT)
-    for slot, head in zip(slots, memory.read_scattered(slots, 8), strict=True):
+    slots = range(start, end - _STARTUP_SIZE, SLOT)
+    for slot, head in zip(slots, memory.read_scattered(slots, _STARTUP_SIZE), strict=True):
         if head and _STARTUP.match(head):
             yield from _scan(memory, slot, min(slot + IMAGE_SPAN, end))
     if not quick:
