@@ -1,0 +1,100 @@
+"""The JSON contract is what docs/json.md says, and guest text does no harm on a terminal."""
+
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from appliance.cli import contract, story
+from appliance.cli.render import safe
+from appliance.model import (
+    Binding,
+    Decision,
+    Endpoint,
+    Evidence,
+    GuestInfo,
+    GuestPort,
+    GuestSocket,
+    Judgement,
+    Match,
+    Missing,
+    RuleRef,
+    Transport,
+    Verdict,
+)
+from appliance.watch import Summary
+from tests.worlds.nouns import VM, flow, owner, process
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "json.md").read_text()
+EVIL = "\x1b[2J\x1b]0;owned\x07\u202eevil[red]"
+
+
+def documented(title: str) -> set[str]:
+    section = DOCUMENT.split(f"## {title}")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+
+
+def a_verdict(**changes) -> Verdict:
+    judgement = Judgement(Decision.DENY, RuleRef("r.yaml", 7, "nginx", "set", "1"), alert=True, because="because")
+    binding = Binding(Match.EXACT, None, (owner(),), 310_000)
+    found = Evidence("code in memory without a file", "anon-exec", 0x7F0000000000, 4096, "ab" * 32, EVIL, 2)
+    return Verdict(flow(), binding, judgement, 2_000_000_000, evidence=(found,), **changes)
+
+
+def test_guests_have_the_documented_keys():
+    body = contract.guest(GuestInfo(VM, 4242, 1 << 30, (GuestPort("tap1", "52:54:00:00:00:01"),)))
+    assert body.keys() == documented("`guests`")
+
+
+def test_processes_have_the_documented_keys():
+    assert contract.process(process()).keys() == documented("`processes`, and every owner")
+
+
+def test_connections_have_the_documented_keys():
+    ends = Endpoint(ip_address("::ffff:10.0.0.1"), 80), Endpoint(ip_address("::ffff:10.0.0.2"), 4000)
+    body = contract.connection("qemu:1", GuestSocket(Transport.TCP, "ESTABLISHED", *ends, (owner(),), 1, 0xFFFF))
+    assert body.keys() == documented("`connections`")
+    assert body["local"] == {"ip": "::ffff:10.0.0.1", "port": 80}
+
+
+def test_verdicts_and_the_summary_have_the_documented_keys():
+    verdict, summary = contract.verdict(a_verdict()), contract.summary([Summary("qemu:1")], 0.5)
+    assert verdict.keys() | summary.keys() | {"summary"} == documented(
+        "`watch` and `replay`: one object per verdict"
+    ) | {"summary"}
+    assert json.loads(json.dumps([verdict, summary])) == [verdict, summary]
+
+
+def test_what_is_absent_is_null():
+    kernel = process(path=Missing.NOT_APPLICABLE)
+    assert contract.process(kernel)["path"] is None
+    assert contract.process(None) is None
+
+
+def test_the_id_names_the_flow_of_one_run_and_nothing_else():
+    assert contract.verdict_id(a_verdict()) == contract.verdict_id(a_verdict(parasitic=True))
+
+
+@pytest.mark.parametrize("at_ns", [0, -(10**30), 10**30, 1_700_000_000_123_456_789])
+def test_any_time_a_guest_claims_can_be_printed(at_ns):
+    assert contract.iso(at_ns).endswith("Z")
+
+
+def test_guest_text_cannot_speak_to_the_terminal():
+    name = process(name=EVIL, path=EVIL)
+    body = contract.verdict(a_verdict()) | {"process": contract.process(name), "owners": [contract.process(name)]}
+    out = io.StringIO()
+    with redirect_stdout(out):
+        story.print_row(body)
+        story.print_story(body)
+    assert all(c.isprintable() or c == "\n" for c in out.getvalue())
+    assert "\\x1b" in out.getvalue()
+
+
+def test_long_guest_text_is_cut():
+    assert len(safe("A" * 100_000)) <= 96
