@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 
 from lab.accel import accelerator
 from lab.packages import LabError
@@ -28,7 +29,7 @@ def main() -> int:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     names = [name for name in NAMES if name in chosen.names or not chosen.names]
     start = time.monotonic()
-    lines = measure(names, Sizes.quick() if chosen.quick else Sizes())
+    lines, crashed = measure(names, Sizes.quick() if chosen.quick else Sizes())
     seconds = time.monotonic() - start
     missed = [line for line in lines if any(not target.met for target in line.targets)]
     if chosen.json:
@@ -37,19 +38,28 @@ def main() -> int:
         print_table(lines)
         targets = sum(len(line.targets) for line in lines)
         print(f"\n{targets - len(missed)} of {targets} targets met; {seconds:.0f} s; {machine(names)}")
-    return 1 if missed and chosen.strict else 0
+    return 1 if crashed or (missed and chosen.strict) else 0
 
 
-def measure(names: list[str], sizes: Sizes) -> list[Line]:
+def measure(names: list[str], sizes: Sizes) -> tuple[list[Line], list[str]]:
+    """All lines, and the benchmarks that failed: one failure does not take the others' figures with it."""
     lab = Lab(sizes)
     lines: list[Line] = []
+    crashed: list[str] = []
     try:
         for name in names:
             say(name)
-            lines += importlib.import_module(f"tests.bench.{name}").run(lab)
+            try:
+                lines.extend(importlib.import_module(f"tests.bench.{name}").run(lab))
+            except LabError:
+                raise
+            except Exception:
+                traceback.print_exc()
+                say(f"{name} FAILED")
+                crashed.append(name)
     finally:
         lab.close()
-    return lines
+    return lines, crashed
 
 
 def document(names: list[str], lines: list[Line], seconds: float) -> dict:

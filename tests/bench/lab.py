@@ -31,7 +31,7 @@ class Sizes:
     slow_rounds: int = 2  # of a peer that takes many seconds
     items: int = 20_000  # of things that take microseconds
     tap_s: float = 3.0
-    impact_rounds: int = 48
+    impact_rounds: int = 100
 
     @classmethod
     def quick(cls) -> "Sizes":
