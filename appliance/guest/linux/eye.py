@@ -88,6 +88,11 @@ class LinuxEye:
         """What in this process is foreign."""
         return find_foreign(self._kernel, self._facts, process)
 
+    def read_pulse(self) -> int:
+        """``jiffies``: changes while this very kernel runs (kernel/time/timer.c, ``jiffies_64``)."""
+        self._kernel.memory.check_alive()
+        return self._kernel.u64(self._kernel.symbols.get("jiffies_64"))
+
     def close(self) -> None:
         """Release the memory behind it."""
         self._kernel.memory.close()
