@@ -11,6 +11,7 @@ arch/x86/include/asm/pgtable_types.h (_KERNPG_TABLE), arch/x86/mm/pti.c (the use
 from __future__ import annotations
 
 import re
+import struct
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
@@ -110,7 +111,8 @@ def _scan(memory: GuestMemory, start: int, end: int) -> Iterator[tuple[int, int]
     for batch in range(-(-start // PAGE) * PAGE, end, _BATCH * PAGE):
         tails = range(batch + PAGE - 16, min(batch + _BATCH * PAGE, end) - 15, PAGE)
         spans = zip(tails, repeat(16), strict=False)
-        found = packed(array("Q", chain.from_iterable(spans))) if packed else memory.readv(list(spans))
+        raw = struct.pack(f"<{2 * len(tails)}Q", *chain.from_iterable(spans)) if packed else b""
+        found = packed(raw) if packed else memory.readv(list(spans))
         data = b"".join([tail or bytes(16) for tail in found])
         for hit in _KERNPG_BYTE.finditer(data[0::16]):
             tail = data[16 * hit.start() : 16 * hit.start() + 16]

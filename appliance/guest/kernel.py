@@ -8,17 +8,16 @@ Sources: Linux Documentation/arch/x86/x86_64/mm.rst (virtual memory map), arch/x
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.kallsyms import KallsymsTable as Symbols
 from appliance.guest.layout import BtfTypes as Types
 from appliance.guest.layout import Field
-from appliance.guest.paging import ADDRESS, PAGE, Pte, translate_pages, walk_range
+from appliance.guest.paging import ADDRESS, PAGE, Pte, translate, translate_pages, walk_range
 from appliance.ports import GuestMemory
 
 __all__ = ["Field", "Image", "Kernel", "Pte", "Symbols", "Types"]
@@ -26,8 +25,6 @@ __all__ = ["Field", "Image", "Kernel", "Pte", "Symbols", "Types"]
 READ_LIMIT = 64 << 20  # bytes of one read: no length that a guest names may be larger
 CACHE_LIMIT = 1 << 16  # remembered translations
 KERNEL_HALF = 1 << 63
-_LANES = 1024
-_ONES = int.from_bytes(b"\1".ljust(16, b"\0") * _LANES, "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ class Kernel:
         self._image_end = image.va + image.size
         self._image_delta = image.gpa - image.va
         self._read_physical = memory.read
-        self._packed: Callable[[Any], list[bytes | None]] | None = getattr(memory, "readv_packed", None)
+        self._packed: Callable[[bytes, int], list[bytes | None] | None] | None = getattr(memory, "readv_packed", None)
         self._pages: dict[int, int] = {}
 
     # -- the kernel's own address space --
@@ -88,13 +85,12 @@ class Kernel:
             return []
         if self._packed is not None:
             try:
-                packed = array("Q", chain.from_iterable(spans))
-            except OverflowError:
+                raw = struct.pack(f"<{2 * len(spans)}Q", *chain.from_iterable(spans))
+            except struct.error:  # a negative number, or one beyond 64 bits
                 return self._readv_slowly(spans)
-            vas, sizes = packed[0::2], packed[1::2]
-            same = sizes.tobytes() == sizes[:1].tobytes() * len(sizes)
-            if self.page_offset <= min(vas) and max(vas) + (sizes[0] if same else max(sizes)) <= self._direct_end:
-                return self._packed(_subtract(packed, self.page_offset))
+            found = self._packed(raw, self.page_offset)
+            if found is not None:  # all of the direct map
+                return found
         return self._readv_slowly(spans)
 
     def u64(self, va: int) -> int:
@@ -143,6 +139,11 @@ class Kernel:
 
     def read_user(self, pgd: int, va: int, size: int) -> bytes:
         """Read another address space; ``pgd`` is ``mm->pgd`` (a kernel address) or its guest-physical address."""
+        if 0 < size <= PAGE - va % PAGE:
+            gpa = translate(self.memory, self._root_of(pgd), va, self.levels)
+            if gpa is not None:
+                return self._read_physical(gpa, size)
+            raise UnreadableMemory(va, size, "not mapped, or paged out")
         data = self._read_walked(self._root_of(pgd), ((va, size),), {})[0]
         if data is None:
             raise UnreadableMemory(va, size, "not mapped, or paged out")
@@ -236,13 +237,3 @@ def _pieces(va: int, size: int, known: dict[int, int]) -> Iterator[tuple[int, in
         step = min(end - va, PAGE - va % PAGE)
         yield None if gpa is None else (gpa + va % PAGE, step)
         va += step
-
-
-def _subtract(spans: array[int], shift: int) -> array[int]:
-    """Subtract ``shift`` from the first number of every pair, all at once as one big number. None may underflow."""
-    result = array("Q")
-    for start in range(0, len(spans), 2 * _LANES):
-        raw = spans[start : start + 2 * _LANES].tobytes()
-        lanes = shift * (_ONES & ((1 << 8 * len(raw)) - 1))
-        result.frombytes((int.from_bytes(raw, "little") - lanes).to_bytes(len(raw), "little"))
-    return result

@@ -44,9 +44,22 @@ def is_canonical(va: int, levels: int) -> bool:
 
 def translate(memory: GuestMemory, root: int, va: int, levels: int) -> int | None:
     """The guest-physical address behind a virtual one, None where nothing is mapped (or the tables are unreadable)."""
-    page = va & -PAGE
-    found = translate_pages(memory, root, (page,), levels).get(page)
-    return None if found is None else found + va - page
+    if not is_canonical(va, levels):
+        return None
+    table = root & ADDRESS
+    for level in range(levels - 1, -1, -1):
+        shift = 12 + 9 * level
+        try:
+            entry = int.from_bytes(memory.read(table + 8 * ((va >> shift) & 511), 8), "little")
+        except UnreadableMemory:
+            return None
+        if not entry & PRESENT or (entry & LARGE and level >= 3):
+            return None
+        if not level or entry & LARGE:
+            size = 1 << shift
+            return (entry & ADDRESS & -size) + (va & (size - 1))
+        table = entry & ADDRESS
+    return None
 
 
 def translate_pages(memory: GuestMemory, root: int, pages: Iterable[int], levels: int) -> dict[int, int]:

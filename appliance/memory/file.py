@@ -93,9 +93,13 @@ class FileMemory:
             found.append(data[gpa + delta : gpa + delta + size] if gpa + size <= end and size >= 0 else None)
         return found
 
-    def readv_packed(self, spans: array[int]) -> list[bytes | None]:
-        """`readv` of one array of ``gpa, size`` pairs."""
-        return self.readv(list(zip(spans[0::2], spans[1::2], strict=True)))
+    def readv_packed(self, spans: bytes, base: int = 0) -> list[bytes | None] | None:
+        """`readv` of packed ``base + gpa, size`` pairs; None if one lies outside ``base`` to the end of RAM."""
+        numbers = array("Q", spans)
+        addresses = numbers[0::2]
+        if base and addresses and not base <= min(addresses) <= max(addresses) < base + self._extents[-1].end:
+            return None
+        return self.readv([(address - base, size) for address, size in zip(addresses, numbers[1::2], strict=True)])
 
     def vcpus(self) -> tuple[VcpuState, ...]:
         """Registers, where the dump holds them."""

@@ -13,7 +13,7 @@ import select
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, pairwise, repeat
 from pathlib import Path
 
@@ -21,8 +21,6 @@ from appliance.errors import GuestGone, PermissionRefused, UnreadableMemory, Usa
 
 IOV_MAX = 1024  # include/uapi/linux/uio.h UIO_MAXIOV
 BATCH_BYTES = 8 << 20  # bytes gathered by one system call
-
-_ONES = int.from_bytes(b"\1".ljust(16, b"\0") * IOV_MAX, "little")  # a one in the low half of every pair
 
 _REMEDY = (
     "run as root or with CAP_SYS_PTRACE; where root is refused too, look at kernel.yama.ptrace_scope (3 forbids it), "
@@ -64,28 +62,26 @@ class ProcessMemory:
             raise UnreadableMemory(hva, size, str(error.strerror)) from None
         return data if len(data) == size else self._read_rest(hva, size, data)
 
-    def readv(self, spans: array[int], shift: int = 0) -> list[bytes | None]:
-        """Read many spans, given as one array of ``hva, size`` pairs; ``shift`` is added to every hva first.
+    def readv(self, spans: bytes) -> list[bytes | None]:
+        """Read many spans, given as packed pairs of 64-bit ``hva, size``; None where one is unreadable.
 
-        None where a span is unreadable. Raises GuestGone. 0.25 us each, of which Python's share is the smaller one:
-        addresses are shifted all at once, as one big number.
+        About 0.3 us each, most of it the kernel's. Raises GuestGone.
         """
         found: list[bytes | None] = []
-        start, total = 0, len(spans) // 2
-        while start < total:
-            part = spans[2 * start : 2 * min(start + IOV_MAX, total)] if start or total > IOV_MAX else spans
-            sizes = part[1::2]
+        while spans:
+            part = spans[: 16 * IOV_MAX]
+            sizes = array("Q", part)[1::2]
             if sum(sizes) > BATCH_BYTES:
-                count = max(1, bisect_right(list(accumulate(sizes)), BATCH_BYTES))
-                part, sizes = part[: 2 * count], sizes[:count]
-            pieces = self._gather(_add(part, shift), sizes)
+                sizes = sizes[: max(1, bisect_right(list(accumulate(sizes)), BATCH_BYTES))]
+                part = part[: 16 * len(sizes)]
+            pieces = self._gather(part, sizes)
             found = found + pieces if found else pieces
-            start += len(pieces)
+            spans = spans[16 * len(pieces) :]
         return found
 
-    def read_scattered(self, hvas: Iterable[int], size: int) -> list[bytes | None]:
+    def read_scattered(self, hvas: Sequence[int], size: int) -> list[bytes | None]:
         """Read ``size`` bytes at each address."""
-        return self.readv(array("Q", chain.from_iterable(zip(hvas, repeat(size), strict=False))))
+        return self.readv(pack(zip(hvas, repeat(size), strict=False), len(hvas)))
 
     def check_alive(self) -> None:
         """Raise GuestGone unless the very process that was opened is still there."""
@@ -133,24 +129,25 @@ class ProcessMemory:
         raise UnreadableMemory(hva, size, "end of the process's mapping")
 
 
+def pack(spans: Iterable[tuple[int, int]], count: int) -> bytes:
+    """Pairs of unsigned 64-bit numbers. Raises struct.error where one is out of range."""
+    return struct.pack(f"<{2 * count}Q", *chain.from_iterable(spans))
+
+
 def cut(buffer: memoryview, sizes: array[int]) -> list[bytes | None]:
     """Cut one buffer into pieces of the given sizes."""
     if not sizes:
         return []
     first = sizes[0]
-    if first and sizes.tobytes() == sizes[:1].tobytes() * len(sizes):
-        return [piece for (piece,) in struct.iter_unpack(f"{first}s", buffer)]
+    if first and is_uniform(sizes):
+        return list(struct.unpack(f"{first}s" * len(sizes), buffer))
     data, ends = bytes(buffer), [0, *accumulate(sizes)]
     return [data[start:end] for start, end in pairwise(ends)]
 
 
-def _add(spans: array[int], shift: int) -> bytes:
-    """Add ``shift`` to the first number of every pair. No pair may overflow."""
-    raw = spans.tobytes()
-    if not shift:
-        return raw
-    lanes = shift * (_ONES & ((1 << 8 * len(raw)) - 1))
-    return (int.from_bytes(raw, "little") + lanes).to_bytes(len(raw), "little")
+def is_uniform(sizes: array[int]) -> bool:
+    """Whether all sizes are equal; much cheaper than looking at each."""
+    return sizes.tobytes() == sizes[:1].tobytes() * len(sizes)
 
 
 def read_start_time(pid: int) -> int:

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 from appliance.errors import GuestGone, HostError, PermissionRefused, UnreadableMemory, UsageError
 from appliance.memory import qmp
 from appliance.memory.commandline import CommandLine, parse_command_line, qemu_target
 from appliance.memory.hostmap import Block, Span, locate
-from appliance.memory.process import ProcessMemory, read_start_time
+from appliance.memory.process import ProcessMemory, is_uniform, pack, read_start_time
+from appliance.memory.spans import shift_into
 from appliance.model import Region, VcpuState
 
 MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h: never take huge pages for us
@@ -49,6 +50,7 @@ class QemuMemory:
         self._regions = tuple(Region(span.gpa, span.end - span.gpa) for span in self._spans)
         main = max(self._spans, key=lambda span: span.end - span.gpa)
         self._low, self._high, self._delta = main.gpa, main.end, main.hva - main.gpa
+        self._end = self._spans[-1].end
         self._read = process.read
 
     @property
@@ -65,18 +67,17 @@ class QemuMemory:
     def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
         """Read many ``(gpa, size)`` spans, 1024 by one system call; None where one is unreadable."""
         try:
-            return self.readv_packed(array("Q", chain.from_iterable(spans)))
-        except OverflowError:  # a negative number, or one beyond 64 bits
-            return [self._read_or_none(gpa, size) for gpa, size in spans]
+            found = self.readv_packed(pack(spans, len(spans)))
+        except struct.error:  # a negative number, or one beyond 64 bits
+            found = None
+        return [self._read_or_none(gpa, size) for gpa, size in spans] if found is None else found
 
-    def readv_packed(self, spans: array[int]) -> list[bytes | None]:
-        """`readv` of one array of ``gpa, size`` pairs: the fast way."""
-        gpas, sizes = spans[0::2], spans[1::2]
-        if not gpas:
+    def readv_packed(self, spans: bytes, base: int = 0) -> list[bytes | None] | None:
+        """`readv` of packed ``base + gpa, size`` pairs; None if one lies outside ``base`` to the end of RAM."""
+        if not spans:
             return []
-        if self._low <= min(gpas) and max(gpas) + largest(sizes) <= self._high:
-            return self._read_many(spans)
-        return self._readv_mixed(gpas, sizes)
+        moved = shift_into(spans, base + self._low, self._high - self._low, self._low + self._delta)
+        return self._read_many(moved) if moved is not None else self._readv_mixed(spans, base)
 
     def data_regions(self) -> tuple[Region, ...]:
         """The regions worth scanning."""
@@ -107,24 +108,28 @@ class QemuMemory:
                 return span.hva + gpa - span.gpa
         raise UnreadableMemory(gpa, size, "not RAM")
 
-    def _read_many(self, spans: array[int]) -> list[bytes | None]:
-        return self._process.readv(spans, self._delta)
+    def _read_many(self, spans: bytes) -> list[bytes | None]:
+        return self._process.readv(spans)
 
-    def _readv_mixed(self, gpas: array[int], sizes: array[int]) -> list[bytes | None]:
+    def _readv_mixed(self, spans: bytes, base: int) -> list[bytes | None] | None:
         """Spans in several runs of RAM, or outside."""
         starts, table = self._starts, [(span.end, span.hva - span.gpa) for span in self._spans]
         table.append((-1, 0))  # what bisect's -1 finds: nothing
-        inside: list[int] = []
+        numbers = array("Q", spans)
+        inside: list[tuple[int, int]] = []
         places: list[int] = []
-        for place, (gpa, size) in enumerate(zip(gpas, sizes, strict=True)):
+        for place, (va, size) in enumerate(zip(numbers[0::2], numbers[1::2], strict=True)):
+            gpa = va - base
+            if not 0 <= gpa < self._end and base:
+                return None
             end, delta = table[bisect_right(starts, gpa) - 1]
             if gpa + size <= end:
-                inside += (gpa + delta, size)
+                inside.append((gpa + delta, size))
                 places.append(place)
-        pieces = self._process.readv(array("Q", inside))
-        if len(pieces) == len(gpas):
+        pieces = self._read_many(pack(inside, len(inside)))
+        if len(pieces) == len(numbers) // 2:
             return pieces
-        found: list[bytes | None] = [None] * len(gpas)
+        found: list[bytes | None] = [None] * (len(numbers) // 2)
         for place, piece in zip(places, pieces, strict=True):
             found[place] = piece
         return found
@@ -182,21 +187,14 @@ class SharedQemuMemory(QemuMemory):
                 return data
         return self._map[start : start + size]
 
-    def _read_many(self, spans: array[int]) -> list[bytes | None]:
+    def _read_many(self, spans: bytes) -> list[bytes | None]:
         self._process.check_alive()
-        data, delta = self._map, self._delta - self._base
-        pairs = zip(spans[0::2], spans[1::2], strict=True)
-        return [data[gpa + delta : gpa + delta + size] for gpa, size in pairs]
-
-    def _readv_mixed(self, gpas: array[int], sizes: array[int]) -> list[bytes | None]:
-        self._process.check_alive()
-        return [self._read_or_none(gpa, size) for gpa, size in zip(gpas, sizes, strict=True)]
-
-
-def largest(sizes: array[int]) -> int:
-    """The largest size; a short cut where all are equal."""
-    same = sizes.tobytes() == sizes[:1].tobytes() * len(sizes)
-    return sizes[0] if same else max(sizes)
+        data, base, numbers = self._map, self._base, array("Q", spans)
+        sizes = numbers[1::2]
+        if len(sizes) and is_uniform(sizes):
+            size = sizes[0]
+            return [data[start : start + size] for start in [hva - base for hva in numbers[0::2]]]
+        return [data[hva - base : hva - base + size] for hva, size in zip(numbers[0::2], sizes, strict=True)]
 
 
 def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = True) -> QemuMemory:

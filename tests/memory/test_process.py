@@ -6,14 +6,13 @@ import os
 import random
 import subprocess
 import sys
-from array import array
 from pathlib import Path
 
 import pytest
 
 from appliance.errors import GuestGone, HostError, UnreadableMemory, UsageError
 from appliance.memory import anchor
-from appliance.memory.process import IOV_MAX, ProcessMemory, read_start_time
+from appliance.memory.process import IOV_MAX, ProcessMemory, pack, read_start_time
 from appliance.memory.qemu import open_qemu, read_command_line
 from tests.worlds.tiny import DATA, IMAGE_GPA, Tiny
 
@@ -41,7 +40,7 @@ def own():
 
 
 def batch(memory, spans, shift=0):
-    return memory.readv(array("Q", [number for span in spans for number in span]), shift)
+    return memory.readv(pack([(at + shift, size) for at, size in spans], len(spans)))
 
 
 def test_one_read_and_many_see_the_same_bytes(own, room):
