@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter, defaultdict
 from ipaddress import ip_address
 
@@ -116,8 +117,10 @@ def test_raw_sockets_are_the_suspects_where_no_socket_fits(guest, eye):
 
 
 def test_a_process_is_described_afresh_and_gone_when_it_is_gone(guest, eye):
-    job = guest.spawn(["/usr/bin/sleep", "99"])
-    process = next(p for p in eye.read_snapshot().processes if p.command == "/usr/bin/sleep 99")
+    job = guest.spawn("echo READY; exec sleep 99")
+    job.wait_for("READY", 30)
+    time.sleep(0.5)
+    process = next(p for p in eye.read_snapshot().processes if p.command == "sleep 99")
     assert eye.read_process(process.key) == process
     job.kill()
     job.wait(10)

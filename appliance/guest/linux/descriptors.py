@@ -19,7 +19,7 @@ from appliance.guest.linux.tasks import Task, Tasks
 from appliance.model import Gap
 
 MAX_FDS = 1 << 20  # fs/file.c: sysctl_nr_open, the default ceiling of RLIMIT_NOFILE
-MAX_TABLE_BYTES = 64 << 20  # of all descriptor tables in one look
+MAX_TABLE_BYTES = 8 << 20  # of all large tables in one look: a million descriptors
 MAX_HOLDERS = 4096  # descriptors of one file
 MAX_RECENT = 8  # processes whose tables are tried first: who connected lately is likely to connect again
 MAX_RECENT_BYTES = 64 << 10  # of one such table
@@ -161,6 +161,7 @@ class Descriptors:
         wanted = [files for files in self.users if is_object(files)]
         known = [self.tables.get(files) for files in wanted]
         large = [table for table in known if table is not None and not self.is_embedded(table)]
+        budget = MAX_TABLE_BYTES
         raws = self._readv(self._record.span(files) for files in wanted)
         arrays = dict(zip((t.files for t in large), self._readv((t.fd, len(t.raw)) for t in large), strict=True))
         needle = pack("<Q", file)
@@ -170,18 +171,20 @@ class Descriptors:
                 continue
             array = arrays.get(files, b"")
             if last is None or array is None or not raw.startswith(pack("<Q", last.fdt)):
-                holders += _scan(self._reread(files), needle)
+                table = self._reread(files, budget)
+                budget -= 0 if table is None or self.is_embedded(table) else len(table.raw)
+                holders += _scan(table, needle)
             elif needle in (array or raw):
-                holders += _scan(self._reread(files) if array else self._table(files, raw), needle)
+                holders += _scan(self._reread(files, budget) if array else self._table(files, raw), needle)
         return holders[:MAX_HOLDERS]
 
     def _table(self, files: int, raw: bytes) -> Table | None:
         fdt, _, fd, array = self._record.parse(raw)
         return Table(files, fdt, fd, array) if fd == files + self._array else None
 
-    def _reread(self, files: int) -> Table | None:
+    def _reread(self, files: int, budget: int) -> Table | None:
         try:
-            table = self._read_one(files, MAX_FDS * 8)
+            table = self._read_one(files, min(budget, MAX_FDS * 8))
         except UnreadableMemory:
             return None
         if table is not None:

@@ -66,6 +66,12 @@ class Owners:
         self._note_tasks()
         return self.tasks.gaps + self.descriptors.look(self.tasks)
 
+    def _walk_tasks(self) -> None:
+        """Walk all tasks and learn which tables they use; the index stays the hint it is."""
+        self.tasks = self.task_list.walk()
+        self._note_tasks()
+        self.descriptors.note(self.tasks)
+
     def _extend(self) -> bool:
         """Take in the processes started since the last look, if that is all that happened."""
         try:
@@ -130,13 +136,13 @@ class Owners:
             confirmed = self._confirm(file, known, guards)
             if confirmed.users and self._is_all(file, confirmed):
                 return self._held(confirmed)
-        if not (self.tasks.leaders and self._extend()):
+        if not self.tasks.leaders:
             self.look()
+        elif not self._extend():
+            self._walk_tasks()
         confirmed = self._confirm(file, self.descriptors.search(file), guards)
         if not (confirmed.users and (self._is_all(file, confirmed) or confirmed.tail == self.tasks.tail)):
-            self.tasks = self.task_list.walk()
-            self._note_tasks()
-            self.descriptors.note(self.tasks)
+            self._walk_tasks()
             confirmed = self._confirm(file, self.descriptors.search(file), guards)
         holders = list(dict.fromkeys(holder for holder, _ in confirmed.users))
         if not holders:
