@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.errors import GuestGone, HostError, UnreadableMemory, UsageError
+from appliance.errors import GuestGone, HostError, ParasightError, UnreadableMemory, UsageError
 from appliance.memory import anchor
 from appliance.memory.process import IOV_MAX, ProcessMemory, pack, read_start_time
 from appliance.memory.qemu import open_qemu, read_command_line
@@ -116,3 +116,35 @@ def test_where_ram_begins_is_told_by_the_kernel_in_it(own):
     for quick in (True, False):
         pairs = set(anchor.find_tables(own, base, base + len(tiny.ram), quick=quick))
         assert pairs == {(base + IMAGE_GPA + DATA + 0x4000, IMAGE_GPA + DATA + 0x4000)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up the rights that only root has")
+def test_a_qemu_we_may_not_look_at_is_refused_with_the_remedy(tmp_path):
+    fake = tmp_path / "qemu-system-x86_64"
+    fake.symlink_to("/bin/sleep")
+    with subprocess.Popen([str(fake), "60"]) as child:
+        try:
+            said = as_nobody(lambda: open_qemu(child.pid))
+        finally:
+            child.kill()
+    assert said.startswith("PermissionRefused:")
+    assert "CAP_SYS_PTRACE" in said
+
+
+def as_nobody(act):
+    """What an act raises in a process without rights."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setuid(65534)
+            act()
+        except ParasightError as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        said = told.read()
+    os.waitpid(pid, 0)
+    return said
