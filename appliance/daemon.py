@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 
 from appliance.engine import Engine, Judge
-from appliance.errors import GuestError, HostError, UsageError
+from appliance.errors import ConfigError, GuestError, HostError, UsageError
 from appliance.flow.names import Names
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
@@ -37,18 +37,31 @@ MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
 SWITCH_S = 0.0005  # a guest's thread must not wait 5 ms, Python's default, while a verdict is printed
 
 
-def open_eye(info: GuestInfo, *, registers: bool = False) -> GuestEye:
-    """Attach to a guest's memory. Raises GuestError, HostError or UsageError with what to do."""
+def open_eye(info: GuestInfo) -> GuestEye:
+    """Attach to a guest's memory. Raises GuestError, HostError, ConfigError or UsageError with what to do."""
     target = info.id.target
-    memory: GuestMemory
     if target.startswith("file:"):
-        memory = open_file(Path(target.removeprefix("file:")))
-    elif info.pid is not None:
-        memory = open_qemu(info.pid)
-    else:
+        return _open_image(Path(target.removeprefix("file:")))
+    if info.pid is None:
         raise UsageError(f"{target} has no memory to read: only its packets can be watched")
+    return _attach_to(open_qemu(info.pid))
+
+
+def _open_image(path: Path) -> GuestEye:
+    """Attach to a memory image; where that fails and the image has holes, they are the reason to tell."""
+    memory = open_file(path)
+    gaps = memory.gaps
     try:
-        vcpus = memory.vcpus() if registers else ()
+        return _attach_to(memory)
+    except GuestError as error:
+        if gaps:
+            raise ConfigError(f"{path}: {gaps[0].why}; {error}") from error
+        raise
+
+
+def _attach_to(memory: GuestMemory) -> GuestEye:
+    try:
+        vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
         return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None))
     except BaseException:
         memory.close()

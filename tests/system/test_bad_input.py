@@ -60,9 +60,9 @@ def test_a_truncated_dump_says_how_much_is_missing(guest, home):
     dump = home / "guest.elf"
     guest.qmp("dump-guest-memory", paging=False, protocol=f"file:{dump}")
     whole = dump.stat().st_size
-    os.truncate(dump, 4096)
+    os.truncate(dump, whole // 100)
     done = parasight("connections", f"file:{dump}", home=home)
-    assert done.code in (3, 6), done
+    assert done.code == 3, done
     assert "truncated" in done.err or "missing" in done.err, (whole, done.err)
 
 

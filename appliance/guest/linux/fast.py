@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
+from appliance.guest.linux.descriptors import Holder
 from appliance.guest.linux.facts import NEW_SYN_RECV, TIME_WAIT, Facts
 from appliance.guest.linux.hashes import TupleHash
 from appliance.guest.linux.namespaces import Namespace, Namespaces
@@ -123,7 +124,7 @@ class FastPath:
             del self._known[sk]
             return None
         again = read(sk + self._low + self._node, self._whole)
-        if again[: self._size] != data[: self._size] or again[self._cut :] != data[self._cut :]:
+        if again != data and (again[: self._size] != data[: self._size] or again[self._cut :] != data[self._cut :]):
             return None
         answer = self._answers.get(sk)
         if answer is not None and answer[0] == data and answer[1] is known.owner:
@@ -138,23 +139,44 @@ class FastPath:
         return finding
 
     def _learn(self, sk: int, sk_socket: int) -> _Known | None:
-        """Take the index's word for who holds the socket; the caller confirms it."""
+        """Who is said to hold the socket; the caller confirms it."""
         file, _ = self._socket.parse(self._read(*self._socket.span(sk_socket)))
+        known = self._of_index(sk_socket, file) or self._of_search(sk_socket, file)
+        if known is not None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[sk] = known
+        return known
+
+    def _of_index(self, sk_socket: int, file: int) -> _Known | None:
+        """What the last look saw: no read at all, since all of it is confirmed by the caller."""
+        descriptors = self._owners.descriptors
+        holders = descriptors.index.get(file, ())
+        users = descriptors.users.get(holders[0].table.files, ()) if len(holders) == 1 else ()
+        if len(users) != 1 or users[0].via is not users[0].leader or not descriptors.is_embedded(holders[0].table):
+            return None
+        leader = users[0].leader
+        process = self._owners.processes.describe_quickly(leader)
+        if process is None:
+            return None
+        owner = self._owners.owner_of(process, holders[0].number)
+        return self._make(sk_socket, file, leader.identity, holders[0], owner)
+
+    def _of_search(self, sk_socket: int, file: int) -> _Known | None:
+        """What the tables of the processes found lately hold."""
         owner = self._owners.find_quickly(file, sk_socket)
         holders = self._owners.descriptors.index.get(file, ())
         if owner is None or len(holders) != 1 or not self._owners.descriptors.is_embedded(holders[0].table):
             return None
-        table, number = holders[0]
-        task = self._identity.span(owner.process.task_va)
-        identity = self._identity.parse(self._read(*task))
-        if identity[:3] != (owner.process.pid, owner.process.key.started_ns, table.files):
+        identity = self._identity.parse(self._read(*self._identity.span(owner.process.task_va)))
+        if identity[:3] != (owner.process.pid, owner.process.key.started_ns, holders[0].table.files):
             return None
         if self._owners.find_quickly(file, sk_socket) is not owner:  # described anew: it has changed meanwhile
             return None
+        return self._make(sk_socket, file, identity, holders[0], owner)
+
+    def _make(self, sk_socket: int, file: int, identity: tuple[Any, ...], holder: Holder, owner: Owner) -> _Known:
+        table, number = holder
         slot, expected = slice(8 * number, 8 * number + 8), file.to_bytes(8, "little")
-        span, place = self._files.span(table.files), (table.fdt, table.fd)
-        known = _Known(sk_socket, file, task, identity, span, place, slot, expected, owner)
-        if len(self._known) >= MAX_KNOWN:
-            self._known.clear()
-        self._known[sk] = known
-        return known
+        task, span = self._identity.span(owner.process.task_va), self._files.span(table.files)
+        return _Known(sk_socket, file, task, identity, span, (table.fdt, table.fd), slot, expected, owner)

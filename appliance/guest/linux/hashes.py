@@ -119,9 +119,10 @@ class TupleHash:
 
     def v4(self, laddr: int, lport: int, faddr: int, fport: int, mix: int) -> int:
         """``inet_ehashfn``: addresses and ``fport`` as loaded by the kernel, ``lport`` in host order."""
+        seed = self._secret4 + mix + JHASH_INITVAL + 12  # jhash_3words
         if self._port_inside4:
-            return jhash_3words(laddr, faddr, lport << 16 | fport, self._secret4 + mix)
-        return (lport + jhash_3words(laddr, faddr, fport, self._secret4 + mix)) & M
+            return jhash_final((laddr + seed) & M, (faddr + seed) & M, ((lport << 16 | fport) + seed) & M)
+        return (lport + jhash_final((laddr + seed) & M, (faddr + seed) & M, (fport + seed) & M)) & M
 
     def v6(self, laddr: bytes, lport: int, faddr: bytes, fport: int, mix: int) -> int:
         """``inet6_ehashfn``."""

@@ -127,7 +127,7 @@ class Owners:
         process = self.processes.describe_quickly(leader)
         if process is None:
             (process,) = self.processes.describe((self.effective(leader),), self.parents)
-        return self._owner(process, number)
+        return self.owner_of(process, number)
 
     def find(self, file: int, guards: Sequence[Span]) -> Held | None:
         """Everybody who holds ``file`` now; None when nobody does, after a full look. ``guards`` are read alongside."""
@@ -271,7 +271,7 @@ class Owners:
             for holder in holders:
                 for leader in users.get(holder.table.files, ()):
                     if len(holders) == 1 and len(users[holder.table.files]) == 1:
-                        owners[file] = (self._owner(process[leader.va], holder.number),)
+                        owners[file] = (self.owner_of(process[leader.va], holder.number),)
                     else:
                         numbers.setdefault(leader.va, set()).add(holder.number)
             if numbers:
@@ -284,7 +284,7 @@ class Owners:
         described = self.processes.describe([self.effective(task) for task in leaders.values()], self.parents)
         return dict(zip(leaders, described, strict=True))
 
-    def _owner(self, process: GuestProcess, number: int) -> Owner:
+    def owner_of(self, process: GuestProcess, number: int) -> Owner:
         """The same object for the same process and descriptor: a walk makes a thousand of them."""
         key = process.task_va, number
         known = self._owner_cache.get(key)

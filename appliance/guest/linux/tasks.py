@@ -51,6 +51,22 @@ class Task(NamedTuple):
         return bool(self.flags & PF_KTHREAD)
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """The members of the record "identity", in its order."""
+        return (
+            self.tgid,
+            self.start_ns,
+            self.files,
+            self.mm,
+            self.exec_id,
+            self.cred,
+            self.parent,
+            self.nsproxy,
+            self.cgroups,
+            self.comm,
+        )
+
+    @property
     def description(self) -> tuple[object, ...]:
         """What points to all that describes it; unchanged, its description is too."""
         return (
