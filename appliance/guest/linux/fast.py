@@ -151,8 +151,8 @@ class FastPath:
     def _of_index(self, sk_socket: int, file: int) -> _Known | None:
         """What the last look saw: no read at all, since all of it is confirmed by the caller."""
         descriptors = self._owners.descriptors
-        holders = descriptors.index.get(file, ())
-        users = descriptors.users.get(holders[0].table.files, ()) if len(holders) == 1 else ()
+        holders = descriptors.index.get(file, [])
+        users = descriptors.users.get(holders[0].table.files, []) if len(holders) == 1 else []
         if len(users) != 1 or users[0].via is not users[0].leader or not descriptors.is_embedded(holders[0].table):
             return None
         leader = users[0].leader
