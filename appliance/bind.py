@@ -27,7 +27,10 @@ SETTLED_NS = 200 * MS  # by then a flow is no longer one question and one answer
 OLD_NS = 1000 * MS  # a socket cannot be gone from a TCP connection of this age that has not ended
 
 _ANSWER_RANK = {Match.EXACT: 4, Match.KERNEL: 3, Match.LISTENER: 2, Match.UNCONNECTED: 2, Match.NONE: 0}
-_LASTING_MISSES = (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY, Reason.TIME_WAIT, Reason.ORPHAN, Reason.RAW)
+_LASTING_MISSES = (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY, Reason.TIME_WAIT, Reason.ORPHAN)
+# "No socket" or "no listed holder" of one instant. A DHCP client's packet socket is there all day, so RAW is no more
+# than a suspicion either, until the flow is known to live on.
+_DOUBTFUL_MISSES = (None, Reason.HIDDEN, Reason.RAW)
 
 
 @dataclass(slots=True)
@@ -59,7 +62,7 @@ class Case:
             self.first_lag_ns = lag_ns
         self.attempts += 1
         self.torn += finding.torn
-        if finding.match is Match.NONE and finding.reason in (None, Reason.HIDDEN) and lag_ns <= PROMPT_NS:
+        if finding.match is Match.NONE and finding.reason in _DOUBTFUL_MISSES and lag_ns <= PROMPT_NS:
             age_ns = self.asked_ns - self.flow.started_ns
             self.settled_misses += self.on_packet and age_ns >= SETTLED_NS
             self.old_misses += age_ns >= OLD_NS
@@ -92,11 +95,11 @@ def tie(case: Case, remembered: tuple[Owner, ...] = ()) -> Binding:
     """Tie the knot with the best answer. ``remembered`` are the owners an earlier look saw of this very tuple."""
     finding = case.best or Finding(Match.NONE)
     latency_ns = max(0, case.best_at_ns - case.flow.started_ns)
-    match, reason, owners = finding.match, finding.reason, finding.owners
+    flow, match, reason, owners = case.flow, finding.match, finding.reason, finding.owners
     if match is Match.NONE and remembered and reason in (None, Reason.TIME_WAIT, Reason.ORPHAN):
         match, reason, owners = Match.EXACT, None, remembered
-    if match is Match.NONE and reason in (None, Reason.HIDDEN):
-        reason = _miss(case)
+    if match is Match.NONE and reason in _DOUBTFUL_MISSES and flow.tuple.protocol in (Transport.TCP, Transport.UDP):
+        reason = _miss(case, finding)
     elif len({owner.process.path for owner in owners}) > 1:
         reason = Reason.AMBIGUOUS
     owners = tuple(sorted(owners, key=lambda owner: (owner.process.key.started_ns, owner.process.pid)))
@@ -110,8 +113,8 @@ def _better(new: Finding, old: Finding) -> bool:
     return new.match is Match.NONE and new.reason is not None and old.reason in (None, Reason.TORN)
 
 
-def _miss(case: Case) -> Reason:
-    """Say why no process was ever found: too late, or hidden.
+def _miss(case: Case, finding: Finding) -> Reason:
+    """Say why no process was ever found: too late, or hidden (raw, where somebody holds a socket that can do it).
 
     Hidden needs a connection that demonstrably lives on without one: data both ways on a TCP connection that has not
     ended, and no socket in the guest's tables at two moments, both long after its beginning; or a UDP conversation in
@@ -122,7 +125,7 @@ def _miss(case: Case) -> Reason:
     else:
         hidden = case.settled_misses >= 2
     if hidden:
-        return Reason.HIDDEN
+        return Reason.RAW if finding.reason is Reason.RAW else Reason.HIDDEN
     if case.flow.direction is Direction.IN and case.sent == 0:
         return Reason.CLOSED
     return Reason.LATE

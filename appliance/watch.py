@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Summary:
     guest_errors: Counter[str] = field(default_factory=Counter)
     cpu_s: float = 0.0
     unshown: int = 0  # verdicts dropped because their reader was too slow
+    defect: bool = False  # it ended by an error of ours
     ended: str = ""  # why the watch of this guest ended early; "" when it did not
 
     def count(self, verdict: Verdict) -> None:
@@ -100,11 +102,16 @@ class GuestWatch:
                     self._carry_out(event)
                 self._tick(self._clock())
                 self._check()
-        except ParasightError as error:  # the boundary: this guest's watch ends, the others go on
-            self.summary.ended = str(error)
-            self._tell(f"{self.info.id.target}: the watch has ended: {error}")
-        finally:
+            if self.info.ports and not stop():
+                raise GuestGone("its ports are gone")
             self._finish()
+        except ParasightError as error:  # the boundary: this guest's watch ends, the others go on
+            self._end(str(error))
+        except Exception as error:  # a defect of ours: it must not look like a quiet guest
+            self.summary.defect = True
+            self._end(f"a defect of Parasight, please report it: {error!r}\n{traceback.format_exc()}")
+        finally:
+            self._drop_eye()
             self.summary.cpu_s = time.thread_time() - cpu_start_s
 
     def _wait_s(self) -> float:
@@ -200,8 +207,17 @@ class GuestWatch:
         except GuestError as error:
             self.summary.guest_errors[f"{what}: {type(error).__name__}"] += 1
 
+    def _end(self, why: str) -> None:
+        """End the watch of this guest before its time: what its tap still has is judged, then it is said."""
+        self.summary.ended = why
+        self._tell(f"{self.info.id.target}: the watch has ended: {why}")
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            self._finish()
+
     def _finish(self) -> None:
-        for event in self._tap.close():
-            self._carry_out(event)
-        self.summary.tap = self._tap.stats()
-        self._drop_eye()
+        """Judge the flows still open; take the final counters."""
+        try:
+            for event in self._tap.close():
+                self._carry_out(event)
+        finally:
+            self.summary.tap = self._tap.stats()

@@ -141,6 +141,19 @@ def test_a_connection_that_lives_on_without_any_socket_is_hidden():
     assert verdict.binding.reason is Reason.HIDDEN
 
 
+def test_a_packet_socket_that_is_always_there_is_no_reason_to_suspect_a_short_connection():
+    one, first = engine(), flow()
+    say(one, started(first))
+    say(one, LookedUp(first.id, Finding(Match.NONE, reason=Reason.RAW), first.started_ns))
+    (report,) = say(one, ended(first, first.started_ns + 20 * MS))
+    assert report.verdict.binding.reason is Reason.LATE
+
+
+def test_a_connection_that_lives_on_by_a_raw_socket_is_raw():
+    (verdict,) = run_to_the_end(engine(), flow(), Finding(Match.NONE, reason=Reason.RAW))
+    assert verdict.binding.reason is Reason.RAW
+
+
 def test_one_question_and_its_answer_are_late_and_never_hidden():
     one, first = engine(), flow(protocol=Transport.UDP, remote_port=53)
     reports, at_ns = [], first.started_ns

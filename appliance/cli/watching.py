@@ -22,6 +22,7 @@ from appliance.store.book import Book, default_path
 from appliance.watch import Summary
 
 SHIPPED_RULES = Path(__file__).resolve().parents[2] / "rules"
+DEFECT = 70  # as in sysexits.h: an error of the program itself
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _UNIT_S = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
 
@@ -53,7 +54,7 @@ def watch(
             targets, book, showing.verdict, stop=stop, ready=lambda: tell("ready"), tell=tell, until=until
         )
         showing.summary(summaries, time.process_time() - cpu_start_s)
-    raise typer.Exit(showing.exit_code)
+    raise typer.Exit(DEFECT if any(one.defect for one in summaries) else showing.exit_code)
 
 
 def replay(
