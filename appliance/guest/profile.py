@@ -3,7 +3,7 @@
 A profile holds places and indices, never content: symbols and types are read from the guest again, and a profile whose
 places do not hold what they should is dropped. Files are keyed by build id and by where the build id's note lies in the
 image, so one batched read of the guest tells which file fits. Layout: magic, SHA-256 of the rest, length of the JSON
-head, head, type index, name index, order of the symbols.
+head, head, starts of the types, types by name, order of the symbols.
 A folder or file that others may write is not used: whoever writes a profile decides which bytes are believed.
 Sources: include/linux/elfnote.h, kernel/notes (the GNU build id note), XDG Base Directory Specification.
 """
@@ -26,7 +26,7 @@ from appliance.guest.kernel import Image
 from appliance.guest.layout import Index
 from appliance.ports import GuestMemory
 
-MAGIC = b"parasight profile 1\n"
+MAGIC = b"parasight profile 2\n"
 MAX_FILES = 64
 MAX_SIZE = 32 << 20
 NOTE = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"
@@ -91,10 +91,11 @@ def save(folder: Path, profile: Profile) -> None:
 def _serialise(profile: Profile) -> bytes:
     head = {name: getattr(profile, name) for name in _PLAIN}
     head["symbols"] = list(profile.symbols)
-    head["types"], head["order"] = len(profile.index.starts), len(profile.order or b"")
+    head["types"], head["named"] = len(profile.index.starts), len(profile.index.named)
+    head["order"] = len(profile.order or b"")
     text = json.dumps(head).encode()
     body = len(text).to_bytes(4, "little") + text
-    body += profile.index.starts.tobytes() + profile.index.names + (profile.order or b"")
+    body += profile.index.starts.tobytes() + profile.index.named.tobytes() + (profile.order or b"")
     return MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -116,13 +117,13 @@ def _parse(path: Path) -> Profile | None:
     try:
         end = start + 4 + int.from_bytes(data[start : start + 4], "little")
         head = json.loads(data[start + 4 : end])
-        types, order = int(head["types"]), int(head["order"])
-        starts = array("I", data[end : end + 4 * types])
-        names, rest = data[end + 4 * types : end + 8 * types], data[end + 8 * types :]
-        if len(rest) != order or len(names) != 4 * types:
+        middle = end + 4 * int(head["types"])
+        last = middle + 4 * int(head["named"])
+        starts, named, rest = array("I", data[end:middle]), array("I", data[middle:last]), data[last:]
+        if len(rest) != int(head["order"]):
             return None
         plain = {name: head[name] for name in _PLAIN}
-        return Profile(symbols=Places(*head["symbols"]), index=Index(starts, names), order=rest or None, **plain)
+        return Profile(symbols=Places(*head["symbols"]), index=Index(starts, named), order=rest or None, **plain)
     except (ValueError, KeyError, TypeError):
         return None  # written by another version
 
