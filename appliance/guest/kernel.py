@@ -65,11 +65,13 @@ class Kernel:
         self._read_physical = memory.read
         self._packed: Callable[[bytes, int], list[bytes | None] | None] | None = getattr(memory, "readv_packed", None)
         self._pages: dict[int, int] = {}
+        bind = getattr(memory, "bind_reader", None)
+        # Return exactly ``size`` bytes at a kernel address. Where the memory allows, the direct map costs one frame.
+        self.read: Callable[[int, int], bytes] = bind(page_offset, self._read_anywhere) if bind else self._read_anywhere
 
     # -- the kernel's own address space --
 
-    def read(self, va: int, size: int) -> bytes:
-        """Return exactly ``size`` bytes at a kernel address."""
+    def _read_anywhere(self, va: int, size: int) -> bytes:
         if self.page_offset <= va and va + size <= self._direct_end and size >= 0:
             return self._read_physical(va - self.page_offset, size)
         if self.image.va <= va and va + size <= self._image_end and size >= 0:

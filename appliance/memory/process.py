@@ -40,7 +40,7 @@ class ProcessMemory:
         self.pid = pid
         self.started = read_start_time(pid)
         try:
-            self._fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError:
             raise PermissionRefused(f"the memory of process {pid} may not be read: {_REMEDY}") from None
         except FileNotFoundError:
@@ -56,7 +56,7 @@ class ProcessMemory:
     def read(self, hva: int, size: int) -> bytes:
         """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
         try:
-            data = os.pread(self._fd, size, hva)
+            data = os.pread(self.fd, size, hva)
         except OSError as error:
             self.check_alive()
             raise UnreadableMemory(hva, size, str(error.strerror)) from None
@@ -85,15 +85,15 @@ class ProcessMemory:
 
     def check_alive(self) -> None:
         """Raise GuestGone unless the very process that was opened is still there."""
-        if self._fd < 0 or self._poll.poll(0):  # readable once the process has exited, also as a zombie
+        if self.fd < 0 or self._poll.poll(0):  # readable once the process has exited, also as a zombie
             raise GuestGone(f"process {self.pid} has ended")
 
     def close(self) -> None:
         """Release the descriptor; may be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
+        if self.fd >= 0:
+            os.close(self.fd)
             os.close(self._pidfd)
-            self._fd = -1
+            self.fd = -1
 
     def _gather(self, remote: bytes, sizes: array[int]) -> list[bytes | None]:
         """One system call: the results lie in one buffer, then cut up. None ends them at an unreadable span."""
@@ -107,7 +107,7 @@ class ProcessMemory:
         got = _process_vm_readv(self.pid, self._local.buffer_info()[0], 1, remote, count, 0)
         if got == total:
             # Our descriptor pins the address space: while it can be read, the pid was not given to another process.
-            if os.pread(self._fd, 1, int.from_bytes(remote[:8], "little")) == b"":
+            if os.pread(self.fd, 1, int.from_bytes(remote[:8], "little")) == b"":
                 raise GuestGone(f"process {self.pid} has ended")
             return cut(memoryview(self._buffer)[:total], sizes)
         self.check_alive()
@@ -119,7 +119,7 @@ class ProcessMemory:
         parts, got = [data], len(data)
         while got < size and parts[-1]:
             try:
-                parts.append(os.pread(self._fd, size - got, hva + got))
+                parts.append(os.pread(self.fd, size - got, hva + got))
             except OSError:
                 break
             got += len(parts[-1])

@@ -17,7 +17,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from appliance.errors import GuestGone, HostError, PermissionRefused, UnreadableMemory, UsageError
@@ -63,6 +63,22 @@ class QemuMemory:
         if self._low <= gpa and gpa + size <= self._high and size >= 0:
             return self._read(gpa + self._delta, size)
         return self._read(self._translate(gpa, size), size)
+
+    def bind_reader(self, base: int, otherwise: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
+        """`read` of ``base + gpa`` in one frame; ``otherwise`` reads what lies outside the largest run of RAM."""
+        low, high, delta = base + self._low, base + self._high, self._delta - base
+        process, pread, slowly = self._process, os.pread, self._process.read
+
+        def read(va: int, size: int) -> bytes:
+            if va < low or va + size > high or size < 0:
+                return otherwise(va, size)
+            try:
+                data = pread(process.fd, size, va + delta)  # not a number kept here: it may be another file's by now
+            except OSError:
+                return slowly(va + delta, size)
+            return data if len(data) == size else slowly(va + delta, size)
+
+        return read
 
     def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
         """Read many ``(gpa, size)`` spans, 1024 by one system call; None where one is unreadable."""
@@ -178,6 +194,18 @@ class SharedQemuMemory(QemuMemory):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def bind_reader(self, base: int, otherwise: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
+        """The same by our mapping."""
+        low, high, delta = base + self._low, base + self._high, self._delta - base - self._base
+        mapped = self._map
+
+        def read(va: int, size: int) -> bytes:
+            if va < low or va + size > high or not 0 <= size <= COPY_FROM:
+                return otherwise(va, size)
+            return mapped[va + delta : va + delta + size]
+
+        return read
 
     def _read_mapped(self, hva: int, size: int) -> bytes:
         start = hva - self._base

@@ -32,7 +32,7 @@ class LinuxEye:
 
     def __init__(self, kernel: Kernel, clock_ns: Callable[[], int] = time.time_ns) -> None:
         """Resolve the facts. Raises UnsupportedGuest naming what this kernel lacks."""
-        self.os = "linux"
+        self.os, self.live = "linux", kernel.memory.live
         self._kernel = kernel
         self._clock_ns = clock_ns
         self.describe = f"Linux {kernel.release}, build id {kernel.build_id}"

@@ -36,7 +36,7 @@ class Lookup:
 
     def find(self, flow: Flow) -> Finding:
         """Who owns this flow's tuple now."""
-        if flow.tuple.protocol is Transport.TCP:
+        if flow.tuple.protocol in PROTOCOL_NUMBER:
             quick = self._fast.find(flow)
             if quick is not None:
                 return quick
