@@ -8,6 +8,7 @@ processes made with CLONE_FILES: tables are read once and belong to every task t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from struct import Struct, pack
 from typing import NamedTuple
 
@@ -48,6 +49,23 @@ class HoldingTask(NamedTuple):
     via: Task
 
 
+@dataclass(slots=True)
+class _Seen:
+    """A ``files_struct``: the bytes of ``fdt`` it should begin with, and what the last search read of it.
+
+    ``raw`` is only kept of one whose table is embedded, so that it stands for all its descriptors.
+    """
+
+    files: int
+    head: bytes = b""
+    raw: bytes = b""
+    slots: frozenset[int] = frozenset()
+
+
+# What a search reads: all tables, which of them are large, the spans of them and then of the large arrays.
+Plan = tuple[list[_Seen], list[int], list[tuple[int, int]]]
+
+
 class Descriptors:
     """All descriptor tables of a guest as of the last look, with the reverse index from file to descriptors."""
 
@@ -62,18 +80,20 @@ class Descriptors:
         self.users: dict[int, list[HoldingTask]] = {}  # files_struct -> who uses it
         self.tables: dict[int, Table] = {}
         self.index: dict[int, list[Holder]] = {}
+        self._plan: Plan | None = None
+        self._seen: dict[int, _Seen] = {}
         self._recent: dict[int, None] = {}  # files_structs, the latest last
 
     def look(self, tasks: Tasks) -> list[Gap]:
         """Read the tables of all tasks and rebuild the index."""
-        self.users = _users(tasks)
+        self.users, self._plan = _users(tasks), None
         gaps = self._refresh()
         self.index = _index(self.tables.values())
         return gaps
 
     def note(self, tasks: Tasks) -> None:
         """Learn who uses which table, without reading any."""
-        self.users = _users(tasks)
+        self.users, self._plan = _users(tasks), None
 
     def remember(self, files: int) -> None:
         """Note that this table's process has just been found to hold a socket."""
@@ -95,7 +115,7 @@ class Descriptors:
         return None
 
     def _read_one(self, files: int, limit: int) -> Table | None:
-        fdt, _, fd, array = self._record.parse(self._kernel.read(*self._record.span(files)))
+        fdt, _, fd, array = self._record.parse(self._kernel.read(*self._span(files)))
         if fdt == files + self._fdtab and fd == files + self._array:
             return Table(files, fdt, fd, array)
         if not is_object(fdt):
@@ -108,7 +128,7 @@ class Descriptors:
     def holds(self, holder: Holder, file: int) -> bool:
         """Whether the slot holds the file now, and the table is still the one of its ``files_struct``."""
         table, number = holder
-        fdt, _, fd, array = self._record.parse(self._kernel.read(*self._record.span(table.files)))
+        fdt, _, fd, array = self._record.parse(self._kernel.read(*self._span(table.files)))
         if fdt != table.fdt:
             return False
         if not self.is_embedded(table):
@@ -123,7 +143,7 @@ class Descriptors:
         gaps: list[Gap] = []
         tables: dict[int, Table] = {}
         large: list[tuple[int, int]] = []
-        for files, raw in zip(wanted, self._readv(self._record.span(files) for files in wanted), strict=True):
+        for files, raw in zip(wanted, self._readv(self._span(files) for files in wanted), strict=True):
             if raw is None:
                 gaps.append(Gap("descriptor table", files, "unreadable"))
                 continue
@@ -135,7 +155,7 @@ class Descriptors:
             else:
                 gaps.append(Gap("descriptor table", files, "implausible"))
         self._read_large(large, tables, gaps)
-        self.tables = tables
+        self.tables, self._plan = tables, None
         return gaps
 
     def _read_large(self, large: list[tuple[int, int]], tables: dict[int, Table], gaps: list[Gap]) -> None:
@@ -158,25 +178,45 @@ class Descriptors:
 
     def search(self, file: int) -> list[Holder]:
         """Find a file in the tables of all known tasks, read anew: one batch, and no look at tables without it."""
-        wanted = [files for files in self.users if is_object(files)]
-        known = [self.tables.get(files) for files in wanted]
-        large = [table for table in known if table is not None and not self.is_embedded(table)]
+        if self._plan is None:
+            self._plan = self._make_plan()
+        plan, large, spans = self._plan
+        raws = self._kernel.readv(spans)
+        arrays = dict(zip(large, raws[len(plan) :], strict=True)) if large else {}
         budget = MAX_TABLE_BYTES
-        raws = self._readv(self._record.span(files) for files in wanted)
-        arrays = dict(zip((t.files for t in large), self._readv((t.fd, len(t.raw)) for t in large), strict=True))
         needle = pack("<Q", file)
         holders: list[Holder] = []
-        for files, last, raw in zip(wanted, known, raws, strict=True):
+        for seen, raw in zip(plan, raws, strict=False):
             if raw is None:
                 continue
-            array = arrays.get(files, b"")
-            if last is None or array is None or not raw.startswith(pack("<Q", last.fdt)):
-                table = self._reread(files, budget)
+            if seen.raw == raw:  # since the search before: a set is asked twenty times faster than bytes
+                if file in seen.slots:
+                    holders += _scan(self._table(seen.files, raw), needle)
+                continue
+            array = arrays.get(seen.files, b"")
+            if not seen.head or array is None or not raw.startswith(seen.head):
+                table = self._reread(seen.files, budget)
                 budget -= 0 if table is None or self.is_embedded(table) else len(table.raw)
                 holders += _scan(table, needle)
-            elif needle in (array or raw):
-                holders += _scan(self._reread(files, budget) if array else self._table(files, raw), needle)
+            elif array:
+                if needle in array:
+                    holders += _scan(self._reread(seen.files, budget), needle)
+            else:
+                last = self._table(seen.files, raw)
+                holders += _scan(last, needle)
+                if last is not None:
+                    seen.raw, seen.slots = raw, frozenset(Struct(f"<{len(last.raw) // 8}Q").unpack(last.raw))
         return holders[:MAX_HOLDERS]
+
+    def _make_plan(self) -> Plan:
+        wanted = [files for files in self.users if is_object(files)]
+        known = [self.tables.get(files) for files in wanted]
+        seen = [self._seen.get(files) or _Seen(files) for files in wanted]
+        for each, table in zip(seen, known, strict=True):
+            each.head = b"" if table is None else pack("<Q", table.fdt)
+        self._seen = dict(zip(wanted, seen, strict=True))
+        large = {table.files: (table.fd, len(table.raw)) for table in known if table and not self.is_embedded(table)}
+        return seen, list(large), [*map(self._span, wanted), *large.values()]
 
     def _table(self, files: int, raw: bytes) -> Table | None:
         fdt, _, fd, array = self._record.parse(raw)
@@ -188,7 +228,7 @@ class Descriptors:
         except UnreadableMemory:
             return None
         if table is not None:
-            self.tables[files] = table
+            self.tables[files], self._plan = table, None
         return table
 
     def is_embedded(self, table: Table) -> bool:
@@ -198,7 +238,12 @@ class Descriptors:
     def checks(self, holder: Holder) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """What to read again to confirm a holder: ``files->fdt``, ``fdt->fd`` and the slot itself."""
         table = holder.table
-        return (table.files + self._fdt, 8), (table.fdt + self._fd, 8), (table.fd + 8 * holder.number, 8)
+        direct = self._kernel.direct
+        at = direct(table.files + self._fdt), direct(table.fdt + self._fd), direct(table.fd + 8 * holder.number)
+        return (at[0], 8), (at[1], 8), (at[2], 8)
+
+    def _span(self, files: int) -> tuple[int, int]:
+        return self._record.span(self._kernel.direct(files))
 
     def _readv(self, spans: Iterable[tuple[int, int]]) -> list[bytes | None]:
         return self._kernel.readv(list(spans))

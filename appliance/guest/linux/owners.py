@@ -200,7 +200,9 @@ class Owners:
     def _held(self, confirmed: _Confirmed) -> Held:
         if len(confirmed.users) == 1:
             holder, leader = confirmed.users[0]
-            (process,) = self.processes.describe((self.effective(leader),), self.parents)
+            process = self.processes.describe_quickly(leader)
+            if process is None:
+                (process,) = self.processes.describe((self.effective(leader),), self.parents)
             return Held((Owner(process, (holder.number,)),), confirmed.guards)
         return Held(self._grouped(confirmed.users), confirmed.guards)
 

@@ -101,6 +101,7 @@ class TaskList:
         self._node = facts.offset("task.thread_node")
         self._head = facts.offset("signal.thread_head")
         self._init = facts.needed("init_task")
+        self._tail = kernel.direct(self._init + self._tasks + 8)
         self._known: list[int] = []
 
     def walk(self) -> Tasks:
@@ -142,7 +143,7 @@ class TaskList:
 
     def tail_span(self) -> tuple[int, int]:
         """Where ``init_task.tasks.prev`` is."""
-        return self._init + self._tasks + 8, 8
+        return self._tail, 8
 
     def span(self, va: int) -> tuple[int, int]:
         """The span of a task to read for :meth:`parse`."""
