@@ -13,6 +13,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from ipaddress import IPv6Address
 from typing import Protocol
 
 from appliance.bind import Case, next_look_ns, tie
@@ -20,6 +21,7 @@ from appliance.model import (
     Binding,
     Decision,
     Direction,
+    Endpoint,
     Evidence,
     Finding,
     FiveTuple,
@@ -32,7 +34,6 @@ from appliance.model import (
     GuestProcess,
     IpAddress,
     Judgement,
-    Match,
     Owner,
     ProcessKey,
     Snapshot,
@@ -148,7 +149,7 @@ class Engine:
         self._cases: dict[FlowId, Case] = {}
         self._pending: dict[FlowId, Verdict] = {}
         self._due: list[tuple[int, int, FlowId]] = []
-        self._remembered: OrderedDict[FiveTuple, tuple[Owner, ...]] = OrderedDict()
+        self._remembered: dict[FiveTuple, tuple[Owner, ...]] = {}
         self._evidence: OrderedDict[ProcessKey, tuple[int, tuple[Evidence, ...]]] = OrderedDict()
         self._by_pid: dict[int, GuestProcess] = {}
         self.processes: OrderedDict[ProcessKey, GuestProcess] = OrderedDict()
@@ -164,6 +165,8 @@ class Engine:
         match event:
             case FlowStarted(flow, at_ns):
                 self._cases[flow.id] = Case(flow)
+                if not flow.midstream:
+                    self._remembered.pop(flow.tuple, None)  # the tuple belongs to another connection from now on
                 yield from self._look(self._cases[flow.id], at_ns, on_packet=flow.direction is Direction.OUT)
             case LookedUp(flow_id, finding, at_ns):
                 yield from self._answered(flow_id, finding, at_ns)
@@ -225,20 +228,21 @@ class Engine:
                 if not case.judged:
                     yield from self._judge_case(case, at_ns)
                 del self._cases[flow_id]
+            self._remembered.pop(case.flow.tuple, None)
         self.records.pop(flow_id, None)
 
     def _seed(self, snapshot: Snapshot) -> None:
+        """Start afresh: what an earlier kernel of this guest did says nothing of this one."""
+        self.processes.clear()
+        self._by_pid.clear()
+        self._evidence.clear()
+        self._remembered.clear()
         for process in snapshot.processes:
             self._add(process)
-        for socket in snapshot.sockets:
+        for socket in snapshot.sockets[:MAX_REMEMBERED]:
             if socket.remote is not None and socket.owners:
-                self._remember(FiveTuple(socket.protocol, socket.local, socket.remote), socket.owners)
-
-    def _remember(self, key: FiveTuple, owners: tuple[Owner, ...]) -> None:
-        self._remembered[key] = owners
-        self._remembered.move_to_end(key)
-        if len(self._remembered) > MAX_REMEMBERED:
-            self._remembered.popitem(last=False)
+                ends = _on_the_wire(socket.local), _on_the_wire(socket.remote)
+                self._remembered[FiveTuple(socket.protocol, *ends)] = socket.owners
 
     # -- judging --
 
@@ -259,8 +263,6 @@ class Engine:
         flow = case.flow
         known = self._remembered.get(flow.tuple, ()) if flow.midstream else ()
         binding = tie(case, known)
-        if binding.match is Match.EXACT:
-            self._remember(flow.tuple, binding.owners)
         added = [self._add(owner.process) for owner in binding.owners]
         judgement = self._judgement(flow, binding, at_ns)
         verdict = Verdict(
@@ -281,7 +283,8 @@ class Engine:
         return self._judge.judge(Subject(flow, binding, names, self._os, parent, self._tags))
 
     def _parent(self, process: GuestProcess | None) -> GuestProcess | None:
-        return self._by_pid.get(process.parent_pid) if process else None
+        parent = self._by_pid.get(process.parent_pid) if process else None
+        return parent if parent and process and parent.key.started_ns <= process.key.started_ns else None
 
     def _decide(self, verdict: Verdict, at_ns: int) -> Iterator[Command]:
         process = verdict.binding.process
@@ -311,6 +314,12 @@ class Engine:
             if len(self.records) > MAX_RECORDS:
                 self.records.popitem(last=False)
         yield Report(verdict)
+
+
+def _on_the_wire(end: Endpoint) -> Endpoint:
+    """A v4-mapped socket's packets are IPv4."""
+    mapped = end.ip.ipv4_mapped if isinstance(end.ip, IPv6Address) else None
+    return Endpoint(mapped, end.port) if mapped else end
 
 
 def _with(verdict: Verdict, evidence: tuple[Evidence, ...]) -> Verdict:

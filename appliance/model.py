@@ -208,6 +208,7 @@ class TapStats:
     flows: int = 0
     events: int = 0
     lost: int = 0
+    evicted: int = 0  # living flows given up because the table was full
     ignored: tuple[tuple[str, int], ...] = ()
 
 

@@ -60,6 +60,7 @@ class GuestEye(Protocol):
     """Processes and sockets of one running guest. All methods may raise GuestError, and nothing else."""
 
     os: str  # "linux"
+    live: bool  # the guest runs while we look
     describe: str  # "Linux 6.1.0-56-cloud-amd64, build id ..., attached in 0.21 s"
 
     def read_snapshot(self) -> Snapshot:

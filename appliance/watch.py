@@ -26,7 +26,18 @@ from appliance.engine import (
     Tick,
 )
 from appliance.errors import GuestError, GuestGone, ParasightError
-from appliance.model import Evidence, Finding, GuestInfo, Match, Reason, TapStats, Verdict
+from appliance.model import (
+    Direction,
+    Evidence,
+    Finding,
+    FlowPayload,
+    GuestInfo,
+    Match,
+    Reason,
+    Snapshot,
+    TapStats,
+    Verdict,
+)
 from appliance.ports import GuestEye, PacketTap
 
 POLL_S = 0.1  # how long a quiet guest is waited for before the engine's timers and the stop flag are looked at
@@ -50,6 +61,7 @@ class Summary:
     unbound: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
     torn: int = 0
+    gaps: int = 0  # what the full looks could not see
     guest_errors: Counter[str] = field(default_factory=Counter)
     cpu_s: float = 0.0
     unshown: int = 0  # verdicts dropped because their reader was too slow
@@ -81,13 +93,14 @@ class GuestWatch:
         tell: Tell = lambda line: None,
         runs: Callable[[], bool] = lambda: True,
         reopen: Callable[[], GuestEye | None] = lambda: None,
+        looked: Callable[[Snapshot], None] = lambda snapshot: None,
     ) -> None:
-        """``runs`` tells whether the guest still lives, ``reopen`` tries to attach once more."""
+        """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks."""
         self.info, self._tap, self._eye, self._engine = info, tap, eye, engine
         self._report, self._clock, self._tell = report, clock, tell
-        self._runs, self._reopen = runs, reopen
+        self._runs, self._reopen, self._looked = runs, reopen, looked
         self._next_check_ns = 0
-        self._pulse, self._beat_ns = -1, 0
+        self._pulse, self._beat_ns, self._spoke_ns, self._still_ns = -1, 0, 0, STILL_NS
         self._retry_ns, self._next_try_ns = RETRY_NS, clock() + RETRY_NS
         self.summary = Summary(info.id.target)
 
@@ -100,6 +113,8 @@ class GuestWatch:
                 for event in self._tap.poll(self._wait_s()):
                     self._tick(event.at_ns)
                     self._carry_out(event)
+                    if isinstance(event, FlowPayload) and event.direction is Direction.OUT:
+                        self._spoke_ns = event.at_ns
                 self._tick(self._clock())
                 self._check()
             if self.info.ports and not stop():
@@ -131,30 +146,44 @@ class GuestWatch:
         self._next_check_ns = now_ns + CHECK_NS
         if not self._runs():
             raise GuestGone("the guest has ended")
-        if self._eye is not None:
+        if self._eye is None:
+            if now_ns >= self._next_try_ns:
+                self._adopt(self._reopen(), now_ns)
+        elif self._eye.live:
             self._check_pulse(self._eye, now_ns)
-        elif now_ns >= self._next_try_ns:
-            self._try_to_attach(now_ns)
 
     def _check_pulse(self, eye: GuestEye, now_ns: int) -> None:
-        """A kernel that does not tick any more is paused, or was replaced by a reboot: look which."""
+        """A kernel that does not tick any more is paused, or was replaced by a reboot: attach once more to learn which.
+
+        A paused guest sends nothing, so one that does is waited for less.
+        """
         pulse = self._pulse
         with self._guest_errors("pulse"):
             pulse = eye.read_pulse()
         if pulse != self._pulse:
-            self._pulse, self._beat_ns = pulse, now_ns
-        elif now_ns - self._beat_ns > STILL_NS:
-            self._drop_eye()
-            self._try_to_attach(now_ns)
+            self._pulse, self._beat_ns, self._still_ns = pulse, now_ns, STILL_NS
+            return
+        speaks = self._spoke_ns - self._beat_ns > CHECK_NS
+        if now_ns - self._beat_ns <= (2 * CHECK_NS if speaks else self._still_ns):
+            return
+        fresh = self._reopen()
+        if fresh is not None and fresh.read_pulse() == self._pulse:  # the same kernel: the guest is paused
+            fresh.close()
+            self._still_ns = min(2 * self._still_ns, MAX_RETRY_NS)
+            return
+        self._drop_eye()
+        self._tell(f"{self.info.id.target}: its kernel does not run any more")
+        self._adopt(fresh, now_ns)
 
-    def _try_to_attach(self, now_ns: int) -> None:
-        self._eye = self._reopen()
-        if self._eye is None:
+    def _adopt(self, eye: GuestEye | None, now_ns: int) -> None:
+        self._eye = eye
+        if eye is None:
             self._retry_ns = min(2 * self._retry_ns, MAX_RETRY_NS)
             self._next_try_ns = now_ns + self._retry_ns
-        else:
-            self._retry_ns, self._beat_ns, self._pulse = RETRY_NS, now_ns, -1
-            self._seed()
+            return
+        self._tell(f"{self.info.id.target}: {eye.describe}, attached again")
+        self._retry_ns, self._still_ns, self._beat_ns, self._pulse = RETRY_NS, STILL_NS, now_ns, -1
+        self._seed()
 
     def _drop_eye(self) -> None:
         if self._eye is not None:
@@ -165,7 +194,10 @@ class GuestWatch:
         """Learn the processes and the connections that are already open."""
         if self._eye is not None:
             with self._guest_errors("first look"):
-                self._carry_out(SnapshotTaken(self._eye.read_snapshot(), self._eye.os))
+                snapshot = self._eye.read_snapshot()
+                self.summary.gaps += len(snapshot.gaps)
+                self._looked(snapshot)
+                self._carry_out(SnapshotTaken(snapshot, self._eye.os))
 
     def _carry_out(self, event: Event) -> None:
         """Feed one event and do what the engine commands, until it asks for nothing more."""

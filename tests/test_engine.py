@@ -228,6 +228,18 @@ def test_a_connection_older_than_the_watch_keeps_the_owner_of_the_first_look():
     assert report.verdict.binding.process.pid == 3
 
 
+def test_what_the_first_look_saw_is_forgotten_when_the_tuple_is_used_again():
+    one, old, new, later = engine(), flow(1, midstream=True), flow(2), flow(3, midstream=True)
+    socket = GuestSocket(Transport.TCP, "ESTABLISHED", old.tuple.local, old.tuple.remote, (owner(3),), 1, 0xFFFF)
+    say(one, SnapshotTaken(Snapshot(0, (owner(3).process,), (socket,))))
+    for each in (new, later):
+        say(one, started(each))
+        finding = Finding(Match.NONE, reason=Reason.TIME_WAIT, final=True)
+        (report,) = say(one, LookedUp(each.id, finding, each.started_ns))
+    assert report.verdict.binding.reason is Reason.TIME_WAIT
+    assert report.verdict.binding.process is None
+
+
 def test_the_queues_are_empty_when_all_flows_have_ended():
     one = engine()
     for number in range(100):

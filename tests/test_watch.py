@@ -44,7 +44,7 @@ class Tap:
 
 
 class Eye:
-    os, describe = "linux", "a fake"
+    os, live, describe = "linux", True, "a fake"
 
     def __init__(self, finding=None, error=None, pulse=None):
         self.finding, self.error, self.closed, self.beats = finding, error, False, 0
@@ -132,6 +132,21 @@ def test_a_capture_that_is_read_to_its_end_is_no_loss():
 def test_a_guest_that_has_ended_ends_its_watch():
     summary, _, _ = watch(Tap(), Eye(), runs=lambda: False, polls=2000)
     assert summary.ended == "the guest has ended"
+
+
+def test_a_paused_guest_keeps_its_eye_and_nothing_is_said_again_and_again():
+    stopped = Eye(pulse=7)
+    polls = 5 * STILL_NS // 1_000_000
+    _, _, said = watch(Tap(), stopped, reopen=lambda: Eye(pulse=7), polls=polls)
+    assert said == []
+
+
+def test_an_image_does_not_tick_and_is_believed_all_the_same():
+    image = Eye(Finding(Match.EXACT, (owner(),)), pulse=7)
+    image.live = False
+    silence = [[] for _ in range(2 * STILL_NS // 1_000_000)]
+    _, reports, _ = watch(Tap(*silence, [started()]), image, polls=3 * STILL_NS // 1_000_000)
+    assert reports[0].binding.match is Match.EXACT
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

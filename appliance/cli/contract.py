@@ -155,7 +155,7 @@ def summary(watched: Sequence[Summary], cpu_s: float) -> Json:
     """Close a watch: totals over its guests, then each guest. Every loss is a figure."""
     guests = [_guest_summary(one) for one in watched]
     totals: Json = {"summary": True}
-    for key in ("packets", "bytes", "flows", "events", "lost", "torn", "unshown"):
+    for key in ("packets", "bytes", "flows", "events", "lost", "evicted", "torn", "gaps", "unshown"):
         totals[key] = sum(one[key] for one in guests)
     for key in ("bound", "unbound", "verdicts", "ignored", "guest_errors"):
         counted: Counter[str] = Counter()
@@ -174,11 +174,13 @@ def _guest_summary(one: Summary) -> Json:
         "flows": tap.flows,
         "events": tap.events,
         "lost": tap.lost,
+        "evicted": tap.evicted,
         "ignored": dict(tap.ignored),
         "bound": dict(one.bound),
         "unbound": dict(one.unbound),
         "verdicts": dict(one.verdicts),
         "torn": one.torn,
+        "gaps": one.gaps,
         "guest_errors": dict(one.guest_errors),
         "unshown": one.unshown,
         "cpu_seconds": round(one.cpu_s, 3),

@@ -63,8 +63,8 @@ def connections(target: TargetArgument, output: OutputOption = Output.TABLE) -> 
         (
             body["protocol"],
             body["state"],
-            endpoint_text(body["local"]),
-            endpoint_text(body["remote"]),
+            safe(endpoint_text(body["local"])),
+            safe(endpoint_text(body["remote"])),
             ", ".join(f"{safe(owner['name'], 16)}[{owner['pid']}]" for owner in body["owners"]) or "-",
             safe(body["owners"][0]["path"] or "") if body["owners"] else "",
             _user(body["owners"][0]) if body["owners"] else "",

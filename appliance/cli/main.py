@@ -1,22 +1,29 @@
 """The verbs of ``parasight``.
 
 Exit codes: 0 fine, 1 something was flagged or failed, 2 usage, 3 unusable file, 5 permission, 6 host or guest not
-supported, 130 interrupted.
+supported, 70 a defect of ours, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, ParamSpec, TypeVar, cast
 
 import typer
 
 from appliance import __version__
 from appliance.cli import check, look, watching
-from appliance.errors import ParasightError, RuleError
+from appliance.errors import ParasightError, RuleError, UsageError
 
 INTERRUPTED = 130
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Typer keeps its copy of click to itself; the class of all mistakes in a command line is the base of one it shows.
+_CommandLineError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="parasight",
@@ -43,13 +50,30 @@ def _root(
     """Watch virtual machines from outside."""
 
 
-app.command()(look.guests)
-app.command()(look.processes)
-app.command()(look.connections)
-app.command()(watching.watch)
-app.command()(watching.replay)
-app.command()(watching.explain)
-app.command()(check.doctor)
+class _ReaderLeft(Exception):
+    """The reader of our output has left, as ``head`` does."""
+
+
+def _quiet(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let a broken pipe pass Typer, which would end the program with 1: our word for "flagged"."""
+
+    @functools.wraps(verb)
+    def run_verb(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(*args, **kwargs)
+        except BrokenPipeError as error:
+            raise _ReaderLeft from error
+
+    return run_verb
+
+
+app.command()(_quiet(look.guests))
+app.command()(_quiet(look.processes))
+app.command()(_quiet(look.connections))
+app.command()(_quiet(watching.watch))
+app.command()(_quiet(watching.replay))
+app.command()(_quiet(watching.explain))
+app.command()(_quiet(check.doctor))
 app.add_typer(check.rules, name="rules")
 
 
@@ -62,7 +86,10 @@ def run() -> None:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, as ``head`` does
+    except _CommandLineError as error:
+        cast("typer.BadParameter", error).show()
+        code = UsageError.exit_code
+    except (_ReaderLeft, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code if isinstance(code, int) else 0)

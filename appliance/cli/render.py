@@ -32,7 +32,9 @@ def safe(text: object, limit: int = MAX_CELL) -> str:
 def console(stream: TextIO | None = None) -> Console:
     """A console that never wraps a row apart when its output is read by a program."""
     out = stream or sys.stdout
-    return Console(file=out, highlight=False, soft_wrap=not out.isatty(), width=None if out.isatty() else 240)
+    return Console(
+        file=out, highlight=False, emoji=False, soft_wrap=not out.isatty(), width=None if out.isatty() else 240
+    )
 
 
 class Printer:

@@ -36,6 +36,9 @@ def print_summary(body: Json) -> None:
         f"\n[bold]summary[/]  {body['packets']} packets, {body['bytes']} bytes, {body['flows']} flows, "
         f"{body['events']} events, {body['lost']} lost; {body['cpu_seconds']} s CPU"
     )
+    worse = {key: body[key] for key in ("evicted", "torn", "gaps", "unshown") if body[key]}
+    if worse:
+        out.print("  " + ", ".join(f"{key} {count}" for key, count in worse.items()))
     for title in ("verdicts", "bound", "unbound", "ignored", "guest_errors"):
         if body[title]:
             out.print(f"  {title.replace('_', ' '):12} " + ", ".join(f"{safe(k)} {n}" for k, n in body[title].items()))

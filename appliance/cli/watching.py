@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import typer
 
@@ -15,7 +15,7 @@ from appliance import daemon
 from appliance.cli import contract, story
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, Printer
-from appliance.errors import ConfigError, UsageError
+from appliance.errors import ConfigError, GuestGone, UsageError
 from appliance.model import Verdict
 from appliance.rules import RuleBook, load
 from appliance.store.book import Book, default_path
@@ -51,10 +51,21 @@ def watch(
         until = None if seconds is None else time.monotonic() + seconds
         cpu_start_s = time.process_time()
         summaries = daemon.watch(
-            targets, book, showing.verdict, stop=stop, ready=lambda: tell("ready"), tell=tell, until=until
+            targets,
+            book,
+            showing.verdict,
+            stop=stop,
+            ready=lambda: tell("ready"),
+            idle=showing.idle,
+            tell=tell,
+            until=until,
         )
         showing.summary(summaries, time.process_time() - cpu_start_s)
-    raise typer.Exit(DEFECT if any(one.defect for one in summaries) else showing.exit_code)
+    if any(one.defect for one in summaries):
+        raise typer.Exit(DEFECT)
+    if not showing.exit_code and all(one.ended for one in summaries):
+        raise GuestGone("no guest is left to watch: " + "; ".join(f"{one.vm}: {one.ended}" for one in summaries))
+    raise typer.Exit(showing.exit_code)
 
 
 def replay(
@@ -110,6 +121,7 @@ class _Showing:
         self._output, self._everything = output, everything
         self._printer = Printer(output)
         self._book: Book | None = None
+        self.unrecorded = 0
         self.exit_code = 0
 
     def __enter__(self) -> Self:
@@ -126,13 +138,32 @@ class _Showing:
         flagged = body["verdict"] == "deny" or body["alert"]
         self.exit_code |= int(flagged)
         if self._book is not None:
-            self._book.write(body["id"], one.at_ns, body)
+            self._record(self._book, body, one.at_ns)
         if not (flagged or self._everything):
             return
         if self._output is Output.TABLE:
             story.print_row(body)
         else:
             self._printer.add(body)
+
+    def idle(self) -> None:
+        """Nothing waits to be shown: let ``explain`` see what was."""
+        if self._book is not None:
+            try:
+                self._book.commit()
+            except ConfigError as error:
+                self._lose(error)
+
+    def _record(self, book: Book, body: dict[str, Any], at_ns: int) -> None:
+        try:
+            book.write(body["id"], at_ns, body)
+        except ConfigError as error:
+            self._lose(error)
+
+    def _lose(self, error: ConfigError) -> None:
+        if not self.unrecorded:
+            tell(f"{error}; explain will not know these verdicts")
+        self.unrecorded += 1
 
     def summary(self, summaries: list[Summary], cpu_s: float) -> None:
         """Show what was seen and what it cost."""
@@ -145,7 +176,10 @@ class _Showing:
     def __exit__(self, *_: object) -> None:
         self._printer.end()
         if self._book is not None:
-            self._book.close()
+            try:
+                self._book.close()
+            except ConfigError as error:
+                self._lose(error)
 
 
 def _rules(paths: list[Path] | None) -> RuleBook:

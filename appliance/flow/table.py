@@ -124,7 +124,7 @@ class FlowTable:
     def stats(self) -> TapStats:
         """Counters since the start; a source's losses are not known here."""
         ignored = tuple(sorted(self._ignored.items()))
-        return TapStats(self._packets, self._bytes, self._flows, self._events, 0, ignored)
+        return TapStats(self._packets, self._bytes, self._flows, self._events, 0, self._evicted, ignored)
 
     @property
     def evicted(self) -> int:

@@ -11,6 +11,7 @@ from appliance.model import FlowEnd, FlowEvent, FlowStarted, GuestId, TapStats
 from appliance.ports import Frame, FrameSource
 
 SWEEP_NS: Final = 250_000_000
+DRAIN_BATCHES: Final = 16  # 4,096 frames: more than a port's ring holds
 
 
 class TrackedTap:
@@ -69,7 +70,22 @@ class TrackedTap:
         if self._closed:
             return []
         self._closed = True
+        events = self._drain()
         gone = self._live and self._source.exhausted
         self._source.close()
         now_ns = self.table.now_ns if self._clock is None else self._clock()
-        return self.table.close(now_ns, FlowEnd.GUEST_GONE if gone else FlowEnd.WATCH_ENDED)
+        return events + self.table.close(now_ns, FlowEnd.GUEST_GONE if gone else FlowEnd.WATCH_ENDED)
+
+    def _drain(self) -> list[FlowEvent]:
+        """Take what a live port has already delivered, within bounds; a file that is given up is not read on."""
+        events: list[FlowEvent] = []
+        waiting: list[Iterator[Frame]] = [] if self._frames is None else [self._frames]
+        self._frames = None
+        for _ in range(DRAIN_BATCHES if self._live else 0):
+            frames = waiting.pop() if waiting else self._source.frames(0)
+            before = self.table.stats.packets
+            for frame in frames:
+                events += self.table.feed(frame)
+            if self.table.stats.packets == before:
+                break
+        return events

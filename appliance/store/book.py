@@ -5,9 +5,11 @@ One row is the JSON object that ``watch`` printed. Guest text inside it is attac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from appliance.errors import ConfigError
 
 MAX_ROWS = 200_000  # about 200 MB at 1 kB a row
 _COMMIT_EVERY = 64
+_TRIM_EVERY = 4096
 _SCHEMA = "CREATE TABLE IF NOT EXISTS verdict (id TEXT PRIMARY KEY, at_ns INTEGER NOT NULL, body TEXT NOT NULL)"
 
 
@@ -32,7 +35,7 @@ class Book:
     """Append and look up verdicts. Belongs to one thread; raises ConfigError where the file cannot be used."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._uncommitted = path, 0
+        self._path, self._uncommitted, self._written = path, 0, _TRIM_EVERY
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._db = sqlite3.connect(path, timeout=5.0)
@@ -44,31 +47,47 @@ class Book:
             raise ConfigError(f"cannot use {path}: {error}; set PARASIGHT_STATE to a folder you may write") from error
 
     def write(self, verdict_id: str, at_ns: int, body: dict[str, Any]) -> None:
-        """Append one verdict; the same id again replaces it (a replay of the same capture)."""
+        """Append one verdict; the same id again replaces it (a replay of the same capture).
+
+        Raises ConfigError. What another process is writing at the same time is waited for, at most five seconds.
+        """
         row = (verdict_id, at_ns, json.dumps(body, separators=(",", ":")))
-        try:
+        with self._explained():
             self._db.execute("INSERT OR REPLACE INTO verdict VALUES (?, ?, ?)", row)
             self._uncommitted += 1
-            if self._uncommitted >= _COMMIT_EVERY:
-                self.commit()
-        except sqlite3.Error as error:
-            raise ConfigError(f"cannot write to {self._path}: {error}") from error
+            self._written += 1
+        if self._uncommitted >= _COMMIT_EVERY:
+            self.commit()
 
     def find(self, prefix: str) -> list[dict[str, Any]]:
         """Verdicts whose id begins with ``prefix``, newest first, at most two (one is an answer, two an ambiguity)."""
         query = "SELECT body FROM verdict WHERE substr(id, 1, ?) = ? ORDER BY at_ns DESC LIMIT 2"
-        return [json.loads(body) for (body,) in self._db.execute(query, (len(prefix), prefix))]
+        with self._explained():
+            return [json.loads(body) for (body,) in self._db.execute(query, (len(prefix), prefix))]
 
     def commit(self) -> None:
-        """Make what was written durable and let the oldest rows go."""
-        (rows,) = self._db.execute("SELECT count(*) FROM verdict").fetchone()
-        if rows > MAX_ROWS:
-            oldest = "DELETE FROM verdict WHERE id IN (SELECT id FROM verdict ORDER BY at_ns LIMIT ?)"
-            self._db.execute(oldest, (rows - MAX_ROWS,))
-        self._db.commit()
-        self._uncommitted = 0
+        """Make what was written readable by others, and let the oldest rows go now and then."""
+        if not self._uncommitted:
+            return
+        with self._explained():
+            if self._written >= _TRIM_EVERY:
+                self._written = 0
+                (rows,) = self._db.execute("SELECT count(*) FROM verdict").fetchone()
+                oldest = "DELETE FROM verdict WHERE id IN (SELECT id FROM verdict ORDER BY at_ns LIMIT ?)"
+                self._db.execute(oldest, (max(0, rows - MAX_ROWS),))
+            self._db.commit()
+            self._uncommitted = 0
 
     def close(self) -> None:
         """Commit and let go."""
-        self.commit()
-        self._db.close()
+        try:
+            self.commit()
+        finally:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise ConfigError(f"cannot use {self._path}: {error}") from error

@@ -1,13 +1,15 @@
 """Bad input of any kind: a clear message, the right exit code, and the other guests watched on."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 
 from lab.guest import boot
 from lab.image import build
-from tests.worlds.command import Watching, parasight
+from tests.worlds.command import ROOT, Watching, environment, parasight
 
 pytestmark = pytest.mark.system
 
@@ -76,6 +78,40 @@ def test_five_mistakes_in_a_rule_file_are_told_at_once(home):
     for word in ("montor", "imge", "defualt", "sideways", "70000"):
         assert word in done.err
     assert "did you mean" in done.err
+
+
+def test_two_watches_of_one_guest_share_the_book_and_explain_knows_at_once(guest, home):
+    with Watching(f"qemu:{guest.pid}", home=home) as one, Watching(f"qemu:{guest.pid}", home=home) as other:
+        guest.run("/usr/bin/python3 -c 'import socket; socket.create_connection((\"10.77.0.1\", 7000)).close()'")
+        time.sleep(2.0)
+        assert one.verdicts and other.verdicts
+        told = parasight("explain", one.verdicts[-1]["id"], home=home)
+        one.end()
+        other.end()
+    assert told.code == 0, told
+    assert not [line for line in one.said + other.said if "explain" in line]
+
+
+def test_a_reader_that_leaves_ends_the_watch(guest, home):
+    command = [sys.executable, "-m", "appliance.cli", "watch", f"qemu:{guest.pid}", "-o", "jsonl"]
+    watch = subprocess.Popen(
+        command, cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while watch.stderr.readline().strip() != "ready":
+        pass
+    watch.stdout.close()
+    for _ in range(3):
+        guest.run("/usr/bin/python3 -c 'import socket; socket.create_connection((\"10.77.0.1\", 7000)).close()'")
+    assert watch.wait(timeout=30) == 0
+    assert "Traceback" not in watch.stderr.read()
+    watch.stderr.close()
+
+
+@pytest.mark.parametrize("words", [("watch",), ("nosuch",), ("guests", "--bogus"), ("guests", "--output", "xml")])
+def test_a_wrong_command_line_is_a_usage_error(words, home):
+    done = parasight(*words, home=home)
+    assert done.code == 2, done
+    assert done.err
 
 
 def test_a_guest_that_dies_while_watched_leaves_the_other_watched_on(guest, network, home):
