@@ -9,6 +9,7 @@ is compared as well.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,6 +67,8 @@ class Processes:
         self._level, self._numbers = facts.offset("pid.level"), facts.offset("pid.numbers")
         self._upid = facts.size("upid")
         self._cache: dict[tuple[int, int], tuple[Vitals, GuestProcess, tuple[object, ...]]] = {}
+        self._group_paths: dict[int, str | Missing] = {}
+        self._legacy: dict[int, list[int]] = {}
         self._boot_ns: int | None = None
         self._passwd = Passwd(kernel, facts)
         self.users: dict[int, str] = {}
@@ -74,6 +77,9 @@ class Processes:
         """Describe processes by their leaders; ``parents`` maps known tasks to their thread-group ids."""
         known = parents or {}
         vitals = self._vitals(tasks, known)
+        self._group_paths.clear()
+        fresh = [task for task, vital in zip(tasks, vitals, strict=True) if self._is_new(task, vital)]
+        self._legacy = self._legacy_cgroups(fresh)
         return [self._describe(task, vital) for task, vital in zip(tasks, vitals, strict=True)]
 
     def describe_quickly(self, task: Task) -> GuestProcess | None:
@@ -121,6 +127,10 @@ class Processes:
             numbers = _number(uid, -1), _number(net), _number(cgroup)
             result.append(Vitals(task.comm, task.mm, exe, start, end, pgd, *numbers, parent))
         return result
+
+    def _is_new(self, task: Task, vitals: Vitals) -> bool:
+        cached = self._cache.get((task.va, task.start_ns))
+        return cached is None or cached[0] != vitals or cached[1].key.pid != task.tgid
 
     def _describe(self, task: Task, vitals: Vitals) -> GuestProcess:
         key = (task.va, task.start_ns)
@@ -176,27 +186,39 @@ class Processes:
         return text_of(raw.rstrip(b"\0").replace(b"\0", b" "))
 
     def _cgroup(self, task: Task, vitals: Vitals) -> str | Missing:
-        return self._paths.of_cgroup(vitals.cgroup) if is_object(vitals.cgroup) else Missing.UNKNOWN
+        return self._group_path(vitals.cgroup) if is_object(vitals.cgroup) else Missing.UNKNOWN
+
+    def _group_path(self, group: int) -> str | Missing:
+        """A control group's path, walked once for all processes that are described together."""
+        if group not in self._group_paths:
+            self._group_paths[group] = self._paths.of_cgroup(group)
+        return self._group_paths[group]
 
     def _container(self, task: Task, cgroup: str | Missing) -> str | None:
         if isinstance(cgroup, str) and cgroup != "/":
             return container_of(cgroup)
-        for path in self._legacy_cgroups(task):
-            if found := container_of(path):
+        for group in self._legacy.get(task.cgroups, ()):
+            path = self._group_path(group)
+            if isinstance(path, str) and (found := container_of(path)):
                 return found
         return None
 
-    def _legacy_cgroups(self, task: Task) -> list[str]:
-        """Paths in cgroup v1 hierarchies (``css_set.subsys[] -> cgroup``), where the unified one says nothing."""
+    def _legacy_cgroups(self, tasks: Sequence[Task]) -> dict[int, list[int]]:
+        """By ``css_set``, its groups in v1 hierarchies (``subsys[] -> cgroup``), for when the unified one is mute."""
         subsys, cgroup = self._facts.find("css_set.subsys"), self._facts.find("css.cgroup")
-        if subsys is None or cgroup is None or not is_object(task.cgroups):
-            return []
+        sets = list({task.cgroups: None for task in tasks if is_object(task.cgroups)})
+        if subsys is None or cgroup is None or not sets:
+            return {}
         count = min(self._facts.length("css_set.subsys"), MAX_SUBSYSTEMS)
-        states = self._kernel.readv([(task.cgroups + subsys + 8 * i, 8) for i in range(count)])
-        spans = [(_number(state) + cgroup, 8) for state in states if is_object(_number(state))]
-        groups = dict.fromkeys(_number(raw) for raw in self._kernel.readv(spans))
-        paths = (self._paths.of_cgroup(group) for group in groups if is_object(group))
-        return [path for path in paths if isinstance(path, str)]
+        raws = self._kernel.readv([(va + subsys, 8 * count) for va in sets])
+        states = [[state for state in array("Q", raw or b"") if is_object(state)] for raw in raws]
+        distinct = list({state: None for each in states for state in each})
+        found = self._kernel.readv([(self._kernel.direct(state + cgroup), 8) for state in distinct])
+        group_of = dict(zip(distinct, map(_number, found), strict=True))
+        return {
+            va: [group for group in dict.fromkeys(group_of[state] for state in each) if is_object(group)]
+            for va, each in zip(sets, states, strict=True)
+        }
 
     def _netns(self, net: int) -> int | Missing:
         if not net:
