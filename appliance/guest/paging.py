@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from appliance.errors import Implausible, UnreadableMemory
@@ -108,8 +109,30 @@ def walk_range(memory: GuestMemory, root: int, start: int, end: int, levels: int
     raw = memory.readv([_part(top, start, end)])[0]
     if raw is None:
         raise UnreadableMemory(root & ADDRESS, PAGE, "page-table root")
-    budget = [MAX_TABLES]
-    yield from _walk_table(memory, top, raw, start, end, budget, levels)
+    left = MAX_TABLES
+    pending: list[list[Pte] | tuple[_Table, bytes]] = [(top, raw)]  # what comes first is last
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            yield from part
+            continue
+        leaves, below = _entries(*part, start, end, levels)
+        if not below:
+            yield from leaves
+            continue
+        left -= len(below)
+        if left < 0:
+            raise Implausible(f"more than {MAX_TABLES} page tables for one range of addresses")
+        contents = memory.readv([_part(child, start, end) for child in below])
+        position = len(leaves)
+        for child, content in zip(reversed(below), reversed(contents), strict=True):
+            behind = position
+            while position and leaves[position - 1].va > child.va:
+                position -= 1
+            pending.append(leaves[position:behind])
+            if content is not None:
+                pending.append((child, content))
+        pending.append(leaves[:position])
 
 
 class _Table(NamedTuple):
@@ -132,38 +155,26 @@ def _indices(table: _Table, start: int, end: int) -> tuple[int, int]:
     return max(0, (start - table.va) >> shift), min(511, (end - 1 - table.va) >> shift)
 
 
-def _walk_table(
-    memory: GuestMemory, table: _Table, raw: bytes, start: int, end: int, budget: list[int], levels: int
-) -> Iterator[Pte]:
-    shift = 12 + 9 * table.level
-    va = table.va + (_indices(table, start, end)[0] << shift)
+def _entries(table: _Table, raw: bytes, start: int, end: int, levels: int) -> tuple[list[Pte], list[_Table]]:
+    """What the entries of one table say: leaves, and tables below."""
+    level, size = table.level, 1 << 12 + 9 * table.level
+    above_writable, above_user, above_nx = table.writable, table.user, table.nx
+    first = table.va + _indices(table, start, end)[0] * size
+    # Page-table isolation marks user entries of the top level NX in the kernel's copy, which is what we read.
+    isolated = level == levels - 1
+    address = ADDRESS & -size
     below: list[_Table] = []
     leaves: list[Pte] = []
-    for entry in array("Q", raw):
-        if entry:
-            writable, user = table.writable and bool(entry & WRITABLE), table.user and bool(entry & USER)
-            # Page-table isolation marks user entries of the top level NX in the kernel's copy, which is what we read.
-            nx = table.nx or (bool(entry & NX) and not (table.level == levels - 1 and va >> 63 == 0))
-            if table.level and entry & PRESENT and not entry & LARGE:
-                below.append(_Table(entry & ADDRESS, va, table.level - 1, writable, user, nx))
-            elif table.level < 3:
-                present = bool(entry & PRESENT)
-                gpa = entry & ADDRESS & -(1 << shift) if present else 0
-                used, dirty = bool(entry & ACCESSED), bool(entry & DIRTY)
-                leaves.append(Pte(va, gpa, 1 << shift, present, writable, user, nx, used, dirty, entry))
-        va += 1 << shift
-    if not below:
-        yield from leaves
-        return
-    budget[0] -= len(below)
-    if budget[0] < 0:
-        raise Implausible(f"more than {MAX_TABLES} page tables for one range of addresses")
-    contents = memory.readv([_part(child, start, end) for child in below])
-    position = 0
-    for child, content in zip(below, contents, strict=True):
-        while position < len(leaves) and leaves[position].va < child.va:
-            yield leaves[position]
-            position += 1
-        if content is not None:
-            yield from _walk_table(memory, child, content, start, end, budget, levels)
-    yield from leaves[position:]
+    entries = array("Q", raw)
+    for index in compress(range(len(entries)), entries):  # the others are zero
+        va, entry = first + index * size, entries[index]
+        writable, user = above_writable and entry & WRITABLE != 0, above_user and entry & USER != 0
+        nx = above_nx or (entry & NX != 0 and not (isolated and va >> 63 == 0))
+        present = entry & PRESENT != 0
+        if level and present and not entry & LARGE:
+            below.append(_Table(entry & ADDRESS, va, level - 1, writable, user, nx))
+        elif level < 3:
+            gpa = entry & address if present else 0
+            used, dirty = entry & ACCESSED != 0, entry & DIRTY != 0
+            leaves.append(Pte(va, gpa, size, present, writable, user, nx, used, dirty, entry))
+    return leaves, below
