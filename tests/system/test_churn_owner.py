@@ -93,14 +93,32 @@ def flow(guest, protocol, lport, rport, direction, **more):
 
 
 def test_what_has_no_process_says_why(guest, eye):
-    tcp, udp = Transport.TCP, Transport.UDP
+    tcp, udp, icmp = Transport.TCP, Transport.UDP, Transport.ICMP
     assert eye.find_owner(flow(guest, tcp, 4, 5, Direction.IN)).reason is Reason.CLOSED
     assert eye.find_owner(flow(guest, udp, 4, 5, Direction.IN)).reason is Reason.CLOSED
-    assert eye.find_owner(flow(guest, tcp, 4, 5, Direction.OUT)).reason is Reason.LATE
-    elsewhere = Endpoint(ip_address("10.99.0.1"), 4)
-    assert eye.find_owner(flow(guest, tcp, 4, 5, Direction.OUT, local=elsewhere)).reason is Reason.FORWARDED
-    assert eye.find_owner(flow(guest, Transport.ICMP, 0, 0, Direction.IN)).match is Match.KERNEL
-    assert eye.find_owner(flow(guest, Transport.ICMP, 0, 0, Direction.OUT)).match is Match.KERNEL
+    for protocol in (tcp, udp, icmp):  # late or hidden: only the flow's further life tells
+        finding = eye.find_owner(flow(guest, protocol, 4, 5, Direction.OUT))
+        assert (finding.match, finding.reason, finding.final) == (Match.NONE, None, False)
+    assert eye.find_owner(flow(guest, icmp, 0, 0, Direction.IN)).match is Match.KERNEL
+
+
+@pytest.mark.parametrize("protocol", [Transport.TCP, Transport.UDP, Transport.ICMP])
+@pytest.mark.parametrize("direction", Direction)
+def test_what_the_guest_routes_for_others_is_nobodys(guest, eye, protocol, direction):
+    """Not even that of a socket on this port of every address."""
+    code = "import socket, time\nlistener, datagrams = socket.socket(), socket.socket(2, 2)\n"
+    code += "listener.bind(('', 8100)); listener.listen(); datagrams.bind(('', 8100))\nprint('READY', flush=True)"
+    job = guest.spawn(["/usr/bin/python3", "-S", "-E", "-c", code + "\ntime.sleep(99)"])
+    job.wait_for("READY", 30)
+    time.sleep(0.3)  # since the last look at the guest's addresses
+    elsewhere = Endpoint(ip_address("10.99.0.1"), 8100)
+    finding = eye.find_owner(flow(guest, protocol, 8100, 5, direction, local=elsewhere))
+    assert (finding.match, finding.reason, finding.owners) == (Match.NONE, Reason.FORWARDED, ())
+    if protocol is Transport.UDP:
+        own = eye.find_owner(flow(guest, protocol, 8100, 5, direction))
+        assert (own.match, len(own.owners)) == (Match.UNCONNECTED, 1)
+    job.kill()
+    job.wait(10)
 
 
 def test_raw_sockets_are_the_suspects_where_no_socket_fits(guest, eye):

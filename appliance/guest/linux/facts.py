@@ -106,6 +106,7 @@ RECORDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
             "sock_common.skc_v6_rcv_saddr?",
             "sock_common.skc_v6_daddr?",
             "sock_common.skc_ipv6only?",  # a bit; see Facts.ipv6only
+            "sock_common.skc_bound_dev_if?",  # SO_BINDTODEVICE
         ),
     ),
     "sock": ("include/net/sock.h", ("sock.sk_socket", "sock.sk_uid")),
@@ -216,6 +217,7 @@ SYMBOLS: Final[dict[str, bool]] = {
     "net_namespace_list": True,
     "tcp_hashinfo": False,  # net/ipv4/tcp_ipv4.c; per namespace where the namespace names it
     "udp_table": False,  # net/ipv4/udp.c
+    "udplite_table": False,  # net/ipv4/udplite.c
     "raw_v4_hashinfo": False,  # net/ipv4/raw.c
     "raw_v6_hashinfo": False,  # net/ipv6/raw.c
     "ping_table": False,  # net/ipv4/ping.c

@@ -7,6 +7,7 @@ socket once more. Whatever does not fit at once is left to them: None says nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any
@@ -22,7 +23,6 @@ from appliance.guest.linux.record import KERNEL_HALF
 from appliance.guest.linux.sockets import Common, Raw, Sockets, is_mapped
 from appliance.model import Finding, Flow, Match, Owner, Transport
 
-MAX_NAMESPACES = 8  # with more of them one batch is cheaper than this
 MAX_CHAIN = 16
 MAX_KNOWN = 16_384
 Span = tuple[int, int]
@@ -91,10 +91,9 @@ class FastPath:
         here, there = local.ip.packed, remote.ip.packed
         v6 = len(here) == 16
         read = self._read
-        namespaces = self._namespaces.all
-        if not (self._hashes.ready6 if v6 else self._hashes.ready4) or len(namespaces) > MAX_NAMESPACES:
+        if not (self._hashes.ready6 if v6 else self._hashes.ready4):
             return None
-        for namespace in namespaces.values():
+        for namespace in self._homes(here):
             table = namespace.tcp
             if table is None:
                 continue
@@ -118,6 +117,13 @@ class FastPath:
                 node = c[0]
         return None
 
+    def _homes(self, address: bytes) -> Iterable[Namespace]:
+        """The only namespace, or the only one with this address: elsewhere the same tuple may be another connection."""
+        if len(self._namespaces.all) == 1:
+            return self._namespaces.all.values()
+        home = self._namespaces.sole(address)
+        return () if home is None else (home,)
+
     def _udp(self, flow: Flow) -> Finding | None:
         """A connected socket, if it is the only one on this port that can be meant (see Probe.datagram)."""
         local, remote = flow.tuple.local, flow.tuple.remote
@@ -127,9 +133,9 @@ class FastPath:
         v6 = len(here) == 16
         laddr, faddr = int.from_bytes(here, "little"), int.from_bytes(there, "little")
         read = self._read
-        if not port or len(self._namespaces.all) > MAX_NAMESPACES:
+        if not port:
             return None
-        for namespace in self._namespaces.of_address(here):
+        for namespace in self._homes(here):
             table = namespace.udp
             if table is None:
                 continue

@@ -12,15 +12,12 @@ from appliance.errors import UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import LISTEN, NEW_SYN_RECV, TIME_WAIT, Facts
 from appliance.guest.linux.owners import Owners, Span
+from appliance.guest.linux.probe import TornError
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.sockets import Common, Raw, Sockets
 from appliance.model import Evidence, Finding, Match, Owner, Reason, Transport
 
 MAX_FILES = 65_536
-
-
-class TornError(Exception):
-    """What was read contradicts itself: start over."""
 
 
 class Holding:

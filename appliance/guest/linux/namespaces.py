@@ -6,18 +6,24 @@ of its own (``net.ipv4.tcp_child_ehash_entries``), since 6.2 a UDP table too; be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from typing import NamedTuple
 
 from appliance.errors import GuestError, UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.record import is_object
-from appliance.model import Gap, IpAddress
+from appliance.model import Gap
 
 MAX_NAMESPACES = 16_384
-MAX_DEVICES = 4096  # in one namespace
-MAX_ADDRESSES = 4096  # of one device and family
+MAX_DEVICES = 1024  # in one namespace
+MAX_ADDRESSES = 4096  # in one namespace
+MAX_READS = 16_384  # devices and addresses between two looks, over all namespaces
+REST_NS = 50_000_000  # between two looks that a miss asks for: any user of the guest can make namespaces and misses
+REST_TIMES = 4  # and this many times as long as the last look took
+STALE_NS = 1_000_000_000  # an older look is not asked whose an address is
 MAX_BUCKETS = 1 << 20  # tcp_init() makes 512 Ki at most unless thash_entries says more (net/ipv4/tcp.c)
 
 
@@ -52,9 +58,12 @@ class Namespace(NamedTuple):
 class Namespaces:
     """Reads the namespaces of one guest."""
 
-    def __init__(self, kernel: Kernel, facts: Facts) -> None:
+    def __init__(self, kernel: Kernel, facts: Facts, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._kernel = kernel
         self._facts = facts
+        self._clock_ns = clock_ns
+        self._looked_ns = self._rested_ns = -STALE_NS
+        self.looks = 0  # how often we looked
         self._record = facts.record("net")
         self._hashinfo = facts.record("inet_hashinfo")
         self._udp = facts.record("udp_table")
@@ -64,18 +73,40 @@ class Namespaces:
         self.all: dict[int, Namespace] = {}  # by address, the initial one first
         self._addresses = Addresses(kernel, facts)
         self._own: dict[int, set[bytes]] = {}  # addresses by namespace, as far as anybody asked
+        self._vague: set[int] = set()  # namespaces not all of whose addresses could be read
+        self._reads = MAX_READS
         self._tcp_tables: dict[int, Hashinfo | None] = {}
         self._udp_tables: dict[int, UdpTable | None] = {}
+        self.lite: UdpTable | None = None  # UDP-Lite, one table for all of them
+
+    def refresh(self) -> bool:
+        """Look again, unless that was done a moment ago; says whether it was done now."""
+        began = self._clock_ns()
+        if self.all and began < self._rested_ns:
+            return False
+        self.look()
+        return True
 
     def look(self) -> list[Gap]:
         """Read the list of namespaces anew. Raises GuestError when not even the initial one can be read."""
+        began = self._clock_ns()
+        gaps = self._look()
+        self.looks += 1
+        self._looked_ns = self._clock_ns()
+        self._rested_ns = self._looked_ns + max(REST_NS, REST_TIMES * (self._looked_ns - began))
+        return gaps
+
+    def _look(self) -> list[Gap]:
         gaps: list[Gap] = []
         self._tcp_tables.clear()
         self._udp_tables.clear()
         self._own.clear()
+        self._vague.clear()
+        self._reads = MAX_READS
         found: dict[int, Namespace] = {}
         try:
             found[self._init] = self._read(self._init)[0]
+            self.lite = self._udp_table(self._facts.symbol("udplite_table") or 0)
             node = self._kernel.u64(self._head)
         except UnreadableMemory as error:
             raise GuestError(f"the guest's initial network namespace cannot be read: {error}") from error
@@ -99,26 +130,39 @@ class Namespaces:
         return gaps
 
     def of_address(self, address: bytes) -> list[Namespace]:
-        """The namespaces that have a local address as their own; all of them if none has."""
-        everybody = list(self.all.values())
-        if len(everybody) == 1:
-            return everybody
-        own = [namespace for namespace in everybody if address in self._own_addresses(namespace)]
-        return own or everybody
+        """The namespaces that have a local address as their own: none for what the guest routes for somebody else."""
+        if is_everywhere(address):
+            return list(self.all.values())
+        if self._clock_ns() - self._looked_ns > STALE_NS:
+            self.refresh()
+        return self._having(address) or (self._having(address) if self.refresh() else [])
 
-    def has(self, ip: IpAddress) -> bool:
-        """Whether an address is one of the guest's own; a group address always is."""
-        if ip.is_multicast or ip.is_unspecified or ip.packed == b"\xff" * 4:
-            return True
-        if any(ip.packed in self._own_addresses(namespace) for namespace in self.all.values()):
-            return True
-        self.look()  # addresses come and go: look again before saying no
-        return any(ip.packed in self._own_addresses(namespace) for namespace in self.all.values())
+    def is_foreign(self, address: bytes, since: int) -> bool:
+        """Whether an address is certainly nobody's own, as a look after ``looks`` was ``since`` has shown.
+
+        An older look is not enough: the address may be new.
+        """
+        if is_everywhere(address) or self._having(address):
+            return False
+        fresh = self.looks > since or self.refresh()
+        return fresh and not self._having(address) and not self._vague
+
+    def sole(self, address: bytes) -> Namespace | None:
+        """The one namespace that has this address, if there is just one, as far as the last look knows."""
+        own = self._having(address) if not is_everywhere(address) else []
+        return own[0] if len(own) == 1 else None
+
+    def _having(self, address: bytes) -> list[Namespace]:
+        return [namespace for namespace in self.all.values() if address in self._own_addresses(namespace)]
 
     def _own_addresses(self, namespace: Namespace) -> set[bytes]:
         found = self._own.get(namespace.va)
         if found is None:
-            found = self._own[namespace.va] = self._addresses.read(namespace)
+            found, left = self._addresses.read(namespace, self._reads)
+            self._own[namespace.va] = found
+            if left is None:
+                self._vague.add(namespace.va)
+            self._reads = max(0, self._reads - len(found) - 1) if left is None else left
         return found
 
     def _read(self, va: int) -> tuple[Namespace, int]:
@@ -159,51 +203,76 @@ class Addresses:
         self._if_list = facts.find("inet6_ifaddr.if_list")
         self._ifaddr6 = facts.record("inet6_ifaddr")
 
-    def read(self, namespace: Namespace) -> set[bytes]:
-        """Addresses of a namespace: 4 or 16 bytes each, IPv4 broadcast addresses included."""
-        found: set[bytes] = set()
-        try:
-            for in_dev, inet6_dev in self._devices(namespace):
-                if is_object(in_dev):
-                    found.update(self._v4(in_dev))
-                if is_object(inet6_dev):
-                    found.update(self._v6(inet6_dev))
-        except UnreadableMemory:
-            pass  # a device that goes away while we look; what was found so far holds
-        return found
+    def read(self, namespace: Namespace, reads: int) -> tuple[set[bytes], int | None]:
+        """Addresses of a namespace: 4 or 16 bytes each, IPv4 broadcast addresses included.
 
-    def _devices(self, namespace: Namespace) -> Iterator[tuple[int, int]]:
+        Also returns what is left of ``reads``, None when that or the lists' bounds did not suffice, or one was broken.
+        """
+        found: set[bytes] = set()
+        budget = _Budget(reads)
+        try:
+            for in_dev, inet6_dev in self._devices(namespace, budget):
+                if is_object(in_dev):
+                    found.update(self._v4(in_dev, budget))
+                if is_object(inet6_dev):
+                    found.update(self._v6(inet6_dev, budget))
+        except UnreadableMemory:
+            return found, None  # a device that goes away while we look; what was found so far holds
+        return found, budget.left
+
+    def _devices(self, namespace: Namespace, budget: _Budget) -> Iterator[tuple[int, int]]:
         node, head = namespace.devices, namespace.va + self._dev_head
-        for _ in range(MAX_DEVICES):
+        while node != head:
             device = node - self._dev_list
-            if node == head or not is_object(device):
-                return
+            budget.take(device, device=True)
             node, in_dev, inet6_dev = self._device.parse(self._kernel.read(*self._device.span(device)))
             yield in_dev, inet6_dev
 
-    def _v4(self, in_dev: int) -> Iterator[bytes]:
+    def _v4(self, in_dev: int, budget: _Budget) -> Iterator[bytes]:
         """``in_device.ifa_list`` (include/linux/inetdevice.h)."""
         node = self._kernel.u64(in_dev + self._ifa_list)
-        for _ in range(MAX_ADDRESSES):
-            if not is_object(node):
-                return
+        while node:
+            budget.take(node)
             node, local, broadcast, mask = self._ifaddr.parse(self._kernel.read(*self._ifaddr.span(node)))
             yield local.to_bytes(4, "little")
             yield broadcast.to_bytes(4, "little")
             yield (local | ~mask & 0xFFFF_FFFF).to_bytes(4, "little")
 
-    def _v6(self, inet6_dev: int) -> Iterator[bytes]:
+    def _v6(self, inet6_dev: int, budget: _Budget) -> Iterator[bytes]:
         """``inet6_dev.addr_list`` (include/net/if_inet6.h)."""
         if self._addr_list is None or self._if_list is None:
             return
         head = inet6_dev + self._addr_list
         node = self._kernel.u64(head)
-        for _ in range(MAX_ADDRESSES):
+        while node != head:
             entry = node - self._if_list
-            if node == head or not is_object(entry):
-                return
+            budget.take(entry)
             node, address = self._ifaddr6.parse(self._kernel.read(*self._ifaddr6.span(entry)))
             yield address
+
+
+class _Budget:
+    """How much of a namespace's lists is read; no entry twice."""
+
+    def __init__(self, reads: int) -> None:
+        self.left = reads
+        self._seen: set[int] = set()
+        self._devices, self._addresses = MAX_DEVICES, MAX_ADDRESSES
+
+    def take(self, va: int, device: bool = False) -> None:
+        """Note one entry. Raises UnreadableMemory where the list must not be followed any further."""
+        self.left -= 1
+        self._devices -= device
+        self._addresses -= not device
+        if not is_object(va) or va in self._seen or min(self.left, self._devices, self._addresses) < 0:
+            raise UnreadableMemory(va, 0, "the list is broken, or longer than we follow")
+        self._seen.add(va)
+
+
+def is_everywhere(address: bytes) -> bool:
+    """An address that every namespace takes for its own: loop-back, groups, broadcast, and none yet (DHCP)."""
+    ip = ip_address(address)
+    return ip.is_multicast or ip.is_unspecified or ip.is_loopback or address == b"\xff" * 4
 
 
 def _is_mask(value: int) -> bool:

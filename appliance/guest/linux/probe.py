@@ -29,8 +29,8 @@ from appliance.model import Flow, Transport
 
 TRIES = 3
 FEW = 8  # a single read costs a tenth of a batch
-MAX_CHAIN = 1024  # sockets followed in one bucket
-MAX_GROUP = 64  # sockets of one SO_REUSEPORT group
+MAX_CHAIN = 4096  # sockets followed in one bucket
+LOOPBACK_IFINDEX = 1  # include/net/net_namespace.h: of the loop-back device in every namespace
 
 
 class Key(NamedTuple):
@@ -46,6 +46,10 @@ class Key(NamedTuple):
     def address(self) -> bytes:
         """The local address in network order."""
         return self.local if isinstance(self.local, bytes) else self.local.to_bytes(4, "little")
+
+
+class TornError(Exception):
+    """What was read contradicts itself: start over."""
 
 
 class Probe:
@@ -64,17 +68,24 @@ class Probe:
         self._tail_at = self._tail.low - self._low
         self.torn = 0  # chains that contradicted themselves, since the count was last reset
 
-    def connection(self, key: Key) -> Raw | None:
-        """The socket with exactly this tuple, in any network namespace."""
-        raw = self._probe(key, list(self._namespaces.all.values()))
-        if raw is not None:
-            return raw
-        known = set(self._namespaces.all)
-        self._namespaces.look()  # a namespace may be new
-        fresh = [namespace for va, namespace in self._namespaces.all.items() if va not in known]
-        return self._probe(key, fresh) if fresh else None
+    def connections(self, key: Key) -> list[Raw]:
+        """The socket with exactly this tuple; those of several network namespaces if it cannot be told which one."""
+        raws = self._probe(key, list(self._namespaces.all.values()))
+        if not raws:
+            known = set(self._namespaces.all)
+            self._namespaces.refresh()  # a namespace may be new
+            fresh = [namespace for va, namespace in self._namespaces.all.items() if va not in known]
+            raws = self._probe(key, fresh) if fresh else []
+        return self._at_home(key, raws)
 
-    def _probe(self, key: Key, namespaces: Sequence[Namespace]) -> Raw | None:
+    def _at_home(self, key: Key, raws: list[Raw]) -> list[Raw]:
+        """Of equal tuples, the one whose namespace has the address."""
+        if len({raw.namespace.va for raw in raws}) < 2:
+            return raws
+        own = {namespace.va for namespace in self._namespaces.of_address(key.address)}
+        return [raw for raw in raws if raw.namespace.va in own] or raws
+
+    def _probe(self, key: Key, namespaces: Sequence[Namespace]) -> list[Raw]:
         hashes = self._sockets.hashes
         if not (hashes.ready6 if key.v6 else hashes.ready4):
             return self._search(key)
@@ -84,11 +95,8 @@ class Probe:
             if table is not None:
                 value = self._hash(key, namespace.mix)
                 places.append((namespace, value, table.ehash + 8 * (value & table.ehash_mask)))
-        for namespace, value, place, head in self._heads(places):
-            raw = self._follow(key, namespace, value, place, head)
-            if raw is not None:
-                return raw
-        return None
+        raws = (self._follow(key, *found) for found in self._heads(places))
+        return [raw for raw in raws if raw is not None]
 
     def _heads(self, places: list[tuple[Namespace, int, int]]) -> Iterator[tuple[Namespace, int, int, int]]:
         """First pointers of buckets: one by one where they are few, in one batch where they are many."""
@@ -127,7 +135,7 @@ class Probe:
                 return None
             self.torn += 1  # carried off to another bucket, or the chain broke: start over
             node = self._kernel.u64(place)
-        return None
+        raise TornError
 
     def read(self, va: int, namespace: Namespace) -> Raw | None:
         """A socket in one read. What lies behind ``sock_common`` is only looked at where it is a ``struct sock``."""
@@ -147,27 +155,25 @@ class Probe:
         sk_socket, uid = self._tail.parse(data[self._tail_at :])
         return Raw(Transport.TCP, va, c, namespace, c.state, mapped, sk_socket, uid)
 
-    def _search(self, key: Key) -> Raw | None:
+    def _search(self, key: Key) -> list[Raw]:
         """Without a confirmed hash: look at every connection. The first one found also teaches us the hash."""
-        for namespace in self._namespaces.all.values():
-            if namespace.tcp is None:
-                continue
-            nodes = self._sockets.walk_ehash(namespace.tcp).nodes
+        found: dict[int, Raw] = {}
+        for table in {namespace.tcp for namespace in self._namespaces.all.values() if namespace.tcp is not None}:
+            nodes = self._sockets.walk_ehash(table).nodes
             self._sockets.calibrate(nodes, self._namespaces.all)
             for node in nodes:
                 c = self._sockets.parse(node.raw)
                 owner = self._namespaces.all.get(c.net)
-                if owner is not None and _matches(c, key):
-                    return self.read(node.va, owner)
-        return None
+                if owner is not None and _matches(c, key) and (raw := self.read(node.va, owner)) is not None:
+                    found[node.va] = raw
+        return list(found.values())
 
     def listeners(self, key: Key, namespaces: Sequence[Namespace]) -> list[Raw]:
-        """The listening socket, or the SO_REUSEPORT group, that a connection to this address goes to."""
-        for namespace in namespaces:
-            best = self._best(key, list(self._listening(key, namespace)))
-            if best:
-                return best
-        return []
+        """The listening socket, or the SO_REUSEPORT group, that a connection to this address goes to.
+
+        Of more than one namespace, or more than one device, if it cannot be told which one. Raises TornError.
+        """
+        return [raw for namespace in namespaces for raw in self._best(key, list(self._listening(key, namespace)))]
 
     def _listening(self, key: Key, namespace: Namespace) -> Iterator[Raw]:
         """Listeners on this port in the two buckets where they can be: this address, and any address."""
@@ -184,16 +190,15 @@ class Probe:
         link = self._facts.offset("icsk.listen_node") if old else self._link
         for bucket in {value & table.lhash2_mask for value in hashes}:
             place = table.lhash2 + bucket * stride + head
-            for _ in range(TRIES):
-                found, end = self._chain(place, link, old, namespace)
-                if old or end >> 1 in (bucket, bucket + LISTENING_NULLS_BASE):
-                    break
-                self.torn += 1
+            found, end = self._chain(place, link, old, namespace)
+            if end not in ((0,) if old else (bucket << 1 | 1, (bucket + LISTENING_NULLS_BASE) << 1 | 1)):
+                raise TornError
             for raw in found:
                 if raw.common.state == LISTEN and raw.common.num == port and raw.common.net == namespace.va:
                     yield raw
 
     def _chain(self, place: int, link: int, old: bool, namespace: Namespace) -> tuple[list[Raw], int]:
+        """The sockets of a bucket, and what stands at its end: -1 where it could not be reached."""
         found: list[Raw] = []
         try:
             node = self._kernel.u64(place)
@@ -206,43 +211,66 @@ class Probe:
                 found.append(raw)
                 node = self._kernel.u64(node) if old else raw.common.next
         except UnreadableMemory:
-            return found, 0
+            return found, -1
         return found, node
 
     def _best(self, key: Key, found: Sequence[Raw]) -> list[Raw]:
-        """The best scores of ``compute_score``: a bound address beats the wildcard, the packet's family the other."""
+        """The best scores of ``compute_score``: a bound address beats the wildcard, the packet's family the other.
+
+        Which of the guest's devices the packet goes through is not known, so the best ones of each device that sockets
+        are bound to (SO_BINDTODEVICE) stand beside the best ones that are bound to none.
+        """
         only = self._facts.ipv6only
         scored = [(score, raw) for raw in found if (score := _score(raw.common, key, only)) > 0]
-        top = max((score for score, _ in scored), default=0)
-        return [raw for score, raw in scored if score == top][:MAX_GROUP]
+        top: dict[int, int] = {}
+        for score, raw in scored:
+            top[raw.common.bound] = max(score, top.get(raw.common.bound, 0))
+        top.pop(LOOPBACK_IFINDEX, None)  # no packet of the guest's port goes through it
+        return [raw for score, raw in scored if score == top.get(raw.common.bound)]
 
-    def datagram(self, key: Key) -> list[Raw]:
-        """The UDP socket, or the SO_REUSEPORT group, of this tuple: a connected one before an unconnected one."""
-        found = self._datagrams(key, self._namespaces.of_address(key.address))
-        if not found:
-            known = set(self._namespaces.all)
-            self._namespaces.look()
-            fresh = [namespace for va, namespace in self._namespaces.all.items() if va not in known]
-            found = self._datagrams(key, fresh)
-        return found
+    def datagram(self, key: Key, lite: bool = False) -> list[Raw]:
+        """The UDP socket, or the SO_REUSEPORT group, of this tuple: a connected one before an unconnected one.
 
-    def _datagrams(self, key: Key, namespaces: Sequence[Namespace]) -> list[Raw]:
+        An unconnected one counts only where its namespace has the address. Raises TornError.
+        """
+        found = self._datagrams(key, self._namespaces.of_address(key.address), lite)
+        if found:
+            return found
+        self._namespaces.refresh()  # a namespace may be new
+        others = [raw for raw in self._datagrams(key, list(self._namespaces.all.values()), lite) if raw.common.dport]
+        return others or self._datagrams(key, self._namespaces.of_address(key.address), lite)
+
+    def _datagrams(self, key: Key, namespaces: Sequence[Namespace], lite: bool) -> list[Raw]:
+        """The best ones of each namespace; only connected ones, if there is any."""
         stride, head = self._facts.size("udp_hslot"), self._facts.offset("udp_hslot.head")
+        places: list[tuple[Namespace, int, int]] = []
         for namespace in namespaces:
-            table = namespace.udp
-            if table is None:
-                continue
-            place = table.hash + ((key.lport + namespace.mix) & table.mask) * stride + head
-            found, _ = self._chain(place, self._link, False, namespace)
-            own = [
-                raw._replace(transport=Transport.UDP, mapped=False)
-                for raw in found
-                if raw.common.num == key.lport and raw.common.net == namespace.va
-            ]
-            best = self._best(key, own)
-            if best:
-                return best
-        return []
+            table = self._namespaces.lite if lite else namespace.udp
+            if table is not None:
+                bucket = (key.lport + namespace.mix) & table.mask  # udp_hashfn
+                places.append((namespace, bucket, table.hash + bucket * stride + head))
+        best: list[Raw] = []
+        for namespace, bucket, place, first in self._heads(places):
+            if first:
+                best += self._best(key, self._slot(key, namespace, bucket, place, lite))
+        return [raw for raw in best if raw.common.dport] or best
+
+    def _slot(self, key: Key, namespace: Namespace, bucket: int, place: int, lite: bool) -> list[Raw]:
+        """The sockets on a port. A chain that ends elsewhere, or strays into another bucket, says nothing."""
+        table = self._namespaces.lite if lite else namespace.udp
+        assert table is not None
+        found, end = self._chain(place, self._link, False, namespace)
+        if end:
+            raise TornError
+        transport = Transport.RAW if lite else Transport.UDP
+        own = []
+        for raw in found:
+            home = self._namespaces.all.get(raw.common.net)
+            if home is not None and (raw.common.num + home.mix) & table.mask != bucket:
+                raise TornError
+            if raw.common.net == namespace.va and raw.common.num == key.lport:
+                own.append(raw._replace(transport=transport, mapped=False))
+        return own
 
 
 def key_of(flow: Flow) -> Key:

@@ -40,6 +40,7 @@ class Common(NamedTuple):
     v6_rcv_saddr: bytes
     v6_daddr: bytes
     bits: int  # the byte with skc_ipv6only
+    bound: int = 0  # index of the only device it uses (SO_BINDTODEVICE)
 
     @property
     def tuple(self) -> tuple[Any, ...]:
