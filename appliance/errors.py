@@ -42,13 +42,17 @@ class Problem:
 
 
 class RuleError(ParasightError):
-    """The rule author: every mistake of every file at once."""
+    """The rule author: every mistake of every file at once. As text it tells the first `SHOWN` of them."""
 
     exit_code = 3
+    SHOWN = 200
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         self.problems = problems
-        super().__init__("\n".join(str(problem) for problem in problems))
+        lines = [str(problem) for problem in problems[: self.SHOWN]]
+        if len(problems) > self.SHOWN:
+            lines.append(f"and {len(problems) - self.SHOWN} more")
+        super().__init__("\n".join(lines))
 
 
 class HostError(ParasightError):

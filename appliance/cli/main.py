@@ -97,8 +97,7 @@ def run() -> None:
 
 def _complain(error: ParasightError) -> None:
     if isinstance(error, RuleError):
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
+        print(error, file=sys.stderr)
         count = len(error.problems)
         print(f"parasight: {count} mistake{'s' if count > 1 else ''} in the rules; nothing was loaded", file=sys.stderr)
         return

@@ -5,24 +5,27 @@ These checks read the plain data, not the validated models, so that a typo elsew
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
 
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from appliance.errors import Problem
 from appliance.rules.compile import conditions_of, rank_of
-from appliance.rules.conditions import Condition, can_coincide
+from appliance.rules.conditions import Condition, ParentIs, TextIs, UserIs, can_coincide
 from appliance.rules.globs import Glob
 from appliance.rules.match import Rank
 from appliance.rules.schema import MATCHING, Matching
 from appliance.rules.text import Document, Path
 from appliance.rules.values import RESERVED, guess, parse_member
 
+MAX_TIES = 1000  # told; whoever has more of them has one mistake, not a thousand
 _COMM = 15  # bytes of a Linux process name
+_WILD = re.compile(r"\*+|\?")
+_SEPARATOR = re.compile(r"[/\\]")
 
 
 def check(document: Document) -> None:
@@ -163,20 +166,76 @@ def check_ties(documents: list[Document]) -> None:
     for candidate in (c for document in documents for c in _candidates(document)):
         literal = candidate.image.pattern.lower() if candidate.image and candidate.image.literal else None
         groups[(candidate.rank, literal)].append(candidate)
-    told = set()
-    for group in groups.values():
-        for first, second in combinations(group, 2):
-            pair = (id(first.document), first.path, id(second.document), second.path)
-            if pair[:2] != pair[2:] and pair not in told and _tie(first, second):
-                told.add(pair)
-                other = first.document.problem((*first.path, "match"), "")
-                where = f"line {other.line}" if first.document is second.document else f"{other.path}:{other.line}"
-                second.document.report(
-                    (*second.path, "match"),
-                    f"'{second.name}' and '{first.name}' ({where}) are equally specific and can match the same process",
-                    "add a condition to one of them, or a priority",
-                    at_key=True,
-                )
+    told: set[tuple[object, ...]] = set()
+    for first, second in (pair for group in groups.values() for pair in _pairs(group)):
+        pair = (id(first.document), first.path, id(second.document), second.path)
+        if pair[:2] != pair[2:] and pair not in told and _tie(first, second):
+            at = (*second.path, "match")
+            if len(told) == MAX_TIES:
+                second.document.report(at, f"more than {MAX_TIES} pairs of profiles tie; the others are not listed")
+                return
+            told.add(pair)
+            other = first.document.problem((*first.path, "match"), "")
+            where = f"line {other.line}" if first.document is second.document else f"{other.path}:{other.line}"
+            second.document.report(
+                at,
+                f"'{second.name}' and '{first.name}' ({where}) are equally specific and can match the same process",
+                "add a condition to one of them, or a priority",
+                at_key=True,
+            )
+
+
+def _pairs(group: list[_Candidate]) -> Iterator[tuple[_Candidate, _Candidate]]:
+    """The pairs that have no plain reason not to meet. Sets of candidates are bits of one number."""
+    keys = [_keys(candidate) for candidate in group]
+    holders: dict[str, dict[object, int]] = defaultdict(lambda: defaultdict(int))  # aspect -> key -> candidates
+    asked: dict[str, int] = defaultdict(int)  # aspect -> candidates that it says anything about
+    for number, aspects in enumerate(keys):
+        for aspect, wanted in aspects.items():
+            asked[aspect] |= 1 << number
+            for key in wanted:
+                holders[aspect][key] |= 1 << number
+    everybody = (1 << len(group)) - 1
+    for number, aspects in enumerate(keys):
+        left = everybody >> number + 1 << number + 1
+        for aspect, wanted in aspects.items():
+            same = everybody & ~asked[aspect]
+            for key in wanted:
+                same |= holders[aspect][key]
+            left &= same
+        while left:
+            lowest = left & -left
+            yield group[number], group[lowest.bit_length() - 1]
+            left ^= lowest
+
+
+def _keys(candidate: _Candidate) -> dict[str, set[object]]:
+    """By aspect, what one of must be shared: two candidates with no common key of an aspect cannot meet."""
+    keys: dict[str, set[object]] = {}
+    image = candidate.image
+    if image is not None and not image.literal:
+        pieces = _WILD.split(image.pattern.lower())
+        keys[f"image begins, {len(pieces[0])}"] = {pieces[0]}
+        last = _SEPARATOR.split(pieces[-1])
+        if len(last) > 1:  # the last component of the path is fixed
+            keys["image ends"] = {last[-1]}
+    for condition in candidate.conditions:
+        if isinstance(condition, TextIs):
+            keys.update(_literal(condition.what, condition.patterns))
+        elif isinstance(condition, ParentIs) and not condition.names:
+            keys.update(_literal("parent's image", condition.images))
+        elif isinstance(condition, ParentIs) and not condition.images:
+            keys.update(_literal("parent's name", condition.names))
+        elif isinstance(condition, UserIs) and not condition.names:
+            keys["uid"] = set(condition.uids)
+        elif isinstance(condition, UserIs) and not condition.uids:
+            keys["user"] = {name.lower() for name in condition.names}
+    return keys
+
+
+def _literal(aspect: str, patterns: tuple[Glob, ...]) -> dict[str, set[object]]:
+    """Patterns without a wildcard meet those of the same letters only."""
+    return {aspect: {p.pattern.lower() for p in patterns}} if all(p.literal for p in patterns) else {}
 
 
 def _tie(first: _Candidate, second: _Candidate) -> bool:
