@@ -20,6 +20,7 @@ from appliance.errors import HostError, PermissionRefused, UsageError
 from appliance.model import Availability, GuestPort
 from appliance.tap.bpf import Program, build_filter
 from appliance.tap.frame import SNAP, CapturedFrame
+from appliance.tap.kind import read_kind, sends_outwards
 from appliance.tap.netns import call_in_netns
 from appliance.tap.ring import SOL_PACKET, Ring
 
@@ -43,9 +44,9 @@ class PortSource:
         self.port = port
         self.why: str | None = None  # why it is exhausted
         self._lost = 0
-        self._socket = call_in_netns(port.netns, lambda: _open(port))
+        self._socket, self.kind = call_in_netns(port.netns, lambda: _open(port))
         try:
-            self._ring = Ring(self._socket, ring_bytes)
+            self._ring = Ring(self._socket, ring_bytes, outgoing_is_guests=sends_outwards(self.kind))
             self._socket.bind((port.ifname, ETH_P_ALL))
         except OSError as error:
             self._socket.close()
@@ -117,8 +118,8 @@ def probe() -> Availability:
     return Availability(name, ok=True, reason="AF_PACKET opens")
 
 
-def _open(port: GuestPort) -> socket.socket:
-    """A packet socket in the current namespace that receives nothing yet."""
+def _open(port: GuestPort) -> tuple[socket.socket, str | None]:
+    """A packet socket in the current namespace that receives nothing yet, and the kind of the port."""
     try:
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     except OSError as error:
@@ -130,13 +131,14 @@ def _open(port: GuestPort) -> socket.socket:
             raise HostError(f"port {port.ifname} is another interface by now (index {index}, not {port.ifindex})")
         program = Program(build_filter(SNAP))
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program.option)
+        kind = read_kind(index)
     except OSError as error:
         sock.close()
         raise _explain(error, port) from error
     except HostError:
         sock.close()
         raise
-    return sock
+    return sock, kind
 
 
 def _find_index(ifname: str) -> int | None:

@@ -27,7 +27,7 @@ TP_STATUS_VLAN_VALID: Final = 1 << 4
 SLOT: Final = 2432  # tpacket2_hdr, sockaddr_ll, virtio_net_hdr, alignment, SNAP bytes; a multiple of 16
 BLOCK: Final = 1 << 18
 
-PACKET_OUTGOING: Final = 4  # the host sends it out of the port, so to the guest
+PACKET_OUTGOING: Final = 4  # sent out of the port: on a tap to the guest, on a macvtap by it (see kind.py)
 VNET_GSO_UDP_L4: Final = 5  # include/uapi/linux/virtio_net.h
 
 # struct tpacket2_hdr: status, len, snaplen, mac, net, sec, nsec, vlan_tci, vlan_tpid; then sockaddr_ll.sll_pkttype.
@@ -38,7 +38,8 @@ _VNET = Struct("=xBHH").unpack_from  # struct virtio_net_hdr: flags, gso_type, h
 class Ring:
     """The mapped ring of one socket; read by one thread."""
 
-    def __init__(self, sock: socket.socket, size: int) -> None:
+    def __init__(self, sock: socket.socket, size: int, *, outgoing_is_guests: bool = False) -> None:
+        self._outgoing_is_guests = outgoing_is_guests
         blocks = max(size // BLOCK, 1)
         per_block = BLOCK // SLOT
         sock.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V2)
@@ -73,7 +74,8 @@ class Ring:
             if gso_type:
                 segments = count_segments(data, length, gso_size, udp=gso_type & 0x7F == VNET_GSO_UDP_L4)
             vlan = tci & 0xFFF or None if status & TP_STATUS_VLAN_VALID else None
-            yield CapturedFrame(sec * 1_000_000_000 + nsec, pkttype != PACKET_OUTGOING, data, length, segments, vlan)
+            from_guest = (pkttype == PACKET_OUTGOING) is self._outgoing_is_guests
+            yield CapturedFrame(sec * 1_000_000_000 + nsec, from_guest, data, length, segments, vlan)
 
     def close(self) -> None:
         """Unmap."""
