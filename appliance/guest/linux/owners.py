@@ -22,6 +22,7 @@ from appliance.model import Gap, GuestProcess, Owner
 MAX_CONFIRMED = 1024  # holders confirmed for one file
 MAX_USERS = 256  # processes that share one descriptor table (CLONE_FILES)
 MAX_SETTLED = 4096
+TRIES = 3
 MAX_OWNERS = 65_536
 
 Span = tuple[int, int]
@@ -37,7 +38,7 @@ class Held(NamedTuple):
 class _Confirmed(NamedTuple):
     users: list[tuple[Holder, Task]]  # descriptor and the leader as read just now
     references: int  # file->f_count, 0 when unknown
-    tail: int
+    complete: bool  # no process was added since the list was walked
     guards: Sequence[bytes | None]
 
 
@@ -50,7 +51,6 @@ class Owners:
         self.descriptors = Descriptors(kernel, facts)
         self.processes = Processes(kernel, facts)
         self._init = facts.needed("init_task")
-        self._tail = self.task_list.tail_span()[0]
         self._file = facts.record("file")
         self._bias = 0 if facts.find("file.f_ref") is None else 1  # file_ref counts from 0
         self.tasks = Tasks([], {}, [], 0)
@@ -75,7 +75,7 @@ class Owners:
     def _extend(self) -> bool:
         """Take in the processes started since the last look, if that is all that happened."""
         try:
-            if self._kernel.u64(self._tail) == self.tasks.tail:
+            if self.task_list.is_tail(self.tasks, *self._kernel.readv(self.task_list.tail_spans(self.tasks))):
                 return True
             tasks = self.task_list.newcomers(self.tasks)
         except UnreadableMemory:
@@ -141,9 +141,13 @@ class Owners:
         elif not self._extend():
             self._walk_tasks()
         confirmed = self._confirm(file, self.descriptors.search(file), guards)
-        if not (confirmed.users and (self._is_all(file, confirmed) or confirmed.tail == self.tasks.tail)):
+        for _ in range(TRIES - 1):
+            if confirmed.users and (confirmed.complete or self._is_all(file, confirmed)):
+                break
             self._walk_tasks()
             confirmed = self._confirm(file, self.descriptors.search(file), guards)
+            if confirmed.complete:
+                break
         holders = list(dict.fromkeys(holder for holder, _ in confirmed.users))
         if not holders:
             self.descriptors.index.pop(file, None)
@@ -160,7 +164,7 @@ class Owners:
         slots = _slots(confirmed)
         if 0 < confirmed.references <= len(slots):
             return True
-        return confirmed.tail == self.tasks.tail and self._settled.get(file) == (confirmed.references, slots)
+        return confirmed.complete and self._settled.get(file) == (confirmed.references, slots)
 
     def _confirm(self, file: int, holders: Sequence[Holder], guards: Sequence[Span]) -> _Confirmed:
         holders = holders[:MAX_CONFIRMED]
@@ -174,7 +178,7 @@ class Owners:
                     spans.append(span(via.va))
             spans.extend(self.descriptors.checks(holder))
         spans.append(self._file.span(file))
-        spans.append(self.task_list.tail_span())
+        spans.extend(self.task_list.tail_spans(self.tasks))
         spans.extend(guards)
         raws = self._kernel.readv(spans)
         values = iter(raws)
@@ -194,8 +198,8 @@ class Owners:
                 found += [(holder, leader) for leader in alive]
         value = next(values)
         references = 0 if value is None else (self._file.parse(value)[0] + self._bias) & 0xFFFF_FFFF
-        tail = _number(next(values))
-        return _Confirmed(found, references, tail, raws[len(raws) - len(guards) :] if guards else ())
+        complete = self.task_list.is_tail(self.tasks, next(values), next(values))
+        return _Confirmed(found, references, complete, raws[len(raws) - len(guards) :] if guards else ())
 
     def _held(self, confirmed: _Confirmed) -> Held:
         if len(confirmed.users) == 1:

@@ -87,7 +87,11 @@ class Processes:
         cached = self._cache.get((task.va, task.start_ns))
         if cached is None or cached[2] != task.description or not task.exec_id:
             return None
-        return cached[1]
+        try:
+            uid = self._kernel.u32(task.cred + self._uid)  # the credentials before last may lie at the same place
+        except UnreadableMemory:
+            return None
+        return cached[1] if uid == cached[1].uid else None
 
     def read_clock(self) -> None:
         """Read the guest's own idea of when it booted (timekeeper.offs_real - offs_boot), which it may change."""

@@ -88,7 +88,8 @@ class Tasks(NamedTuple):
     leaders: list[Task]
     threads: dict[int, list[Task]]  # leader VA -> its further threads; absent for single-threaded processes
     gaps: list[Gap]
-    tail: int  # ``init_task.tasks.prev``: unchanged as long as no process was added
+    tail: int  # ``init_task.tasks.prev``: unchanged as long as no process was added,
+    tail_start_ns: int = 0  # if it still is the same process that is there: a task's memory is used again
 
 
 class TaskList:
@@ -116,7 +117,7 @@ class TaskList:
         threads = self._walk_threads(leaders, fresh, gaps)
         self._known = [task.va for task in leaders] + [thread.va for group in threads.values() for thread in group]
         tail = leaders[-1].va + self._tasks if leaders else self._init + self._tasks
-        return Tasks(leaders, threads, gaps, tail)
+        return Tasks(leaders, threads, gaps, tail, leaders[-1].start_ns if leaders else 0)
 
     def newcomers(self, tasks: Tasks) -> Tasks | None:
         """The same list with the processes added at its end since; None when it is not that simple.
@@ -134,7 +135,8 @@ class TaskList:
             if known.get(task.va) == task.start_ns:
                 gone = {task.va for task in fresh}
                 leaders = [task for task in tasks.leaders if task.va not in gone] + fresh[::-1]
-                return Tasks(leaders, {**tasks.threads}, tasks.gaps, tail)
+                start_ns = (fresh[0] if fresh else task).start_ns
+                return Tasks(leaders, {**tasks.threads}, tasks.gaps, tail, start_ns)
             if task.thread_next != task.signal + self._head:
                 return None  # it has threads: a full walk finds them
             fresh.append(task)
@@ -144,6 +146,16 @@ class TaskList:
     def tail_span(self) -> tuple[int, int]:
         """Where ``init_task.tasks.prev`` is."""
         return self._tail, 8
+
+    def tail_spans(self, tasks: Tasks) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What tells whether a process was added since; for :meth:`is_tail`."""
+        return self.tail_span(), self.span(tasks.tail - self._tasks)
+
+    def is_tail(self, tasks: Tasks, tail: bytes | None, last: bytes | None) -> bool:
+        """Whether the list still ends with the process with which it ended then."""
+        if tail is None or last is None or int.from_bytes(tail, "little") != tasks.tail:
+            return False
+        return self.parse(tasks.tail - self._tasks, last).start_ns == tasks.tail_start_ns
 
     def span(self, va: int) -> tuple[int, int]:
         """The span of a task to read for :meth:`parse`."""
