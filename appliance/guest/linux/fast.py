@@ -25,6 +25,7 @@ from appliance.model import Finding, Flow, Match, Owner, Transport
 
 MAX_CHAIN = 16
 MAX_KNOWN = 16_384
+CRED = 5  # of the record "identity"
 Span = tuple[int, int]
 
 
@@ -38,6 +39,7 @@ class _Known:
     socket: int  # struct socket
     file: Span
     task: Span
+    uid: Span  # in the credentials: those before last may lie at the same place
     identity: tuple[Any, ...]
     links: tuple[tuple[Span, bytes], ...]  # from files_struct to the slot, where the table is not embedded
     table: Span  # the files_struct, where it is
@@ -72,6 +74,7 @@ class FastPath:
         self._identity = facts.record("identity")
         self._files = facts.record("files")
         self._file = facts.record("file")
+        self._uid = facts.offset("cred.uid")
         self._socket = facts.record("socket")
         self._bias = 0 if facts.find("file.f_ref") is None else 1
         self._pointer = Struct("<Q").unpack
@@ -220,7 +223,7 @@ class FastPath:
             if self._identity.parse(task) != known.identity:
                 return False
             known.task_was = task
-        return True
+        return int.from_bytes(read(*known.uid), "little") == known.owner.process.uid
 
     def _learn(self, sk: int, sk_socket: int) -> _Known | None:
         """Who is said to hold the socket; the caller confirms it."""
@@ -270,6 +273,7 @@ class FastPath:
             socket=sk_socket,
             file=self._file.span(file),
             task=self._identity.span(owner.process.task_va),
+            uid=(identity[CRED] + self._uid, 4),
             identity=identity,
             links=links,
             table=self._files.span(table.files),

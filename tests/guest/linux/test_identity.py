@@ -3,9 +3,11 @@
 import struct
 
 from appliance.guest.layout import Field
+from appliance.guest.linux.fast import FastPath, _Known
 from appliance.guest.linux.processes import Processes
 from appliance.guest.linux.record import Record
 from appliance.guest.linux.tasks import Task, TaskList
+from appliance.model import Owner
 from tests.guest.linux.test_walks import BASE, Ram
 from tests.worlds.nouns import process
 
@@ -85,3 +87,17 @@ def test_a_description_is_not_trusted_when_the_credentials_at_the_same_place_say
     struct.pack_into("<I", ram.data, 16 + 8, 33)
     assert processes.describe_quickly(task) is None
     assert processes.describe_quickly(task._replace(cred=BASE + 4096)) is None
+
+
+def test_a_remembered_owner_is_not_confirmed_when_its_credentials_say_another_user():
+    ram = Ram(bytearray(64))
+    fast = FastPath.__new__(FastPath)
+    fast._read = ram.read
+    span, raw = (BASE, 8), bytes(8)
+    known = _Known(
+        socket=0, file=span, task=span, uid=(BASE + 16, 4), identity=(), links=((span, raw),), table=span, place=(0, 0),
+        slot=slice(0), expected=b"", owner=Owner(process(1), (3,)), file_was=raw, task_was=raw,
+    )  # fmt: skip
+    assert fast._is_confirmed(known)
+    struct.pack_into("<I", ram.data, 16, 33)
+    assert not fast._is_confirmed(known)
