@@ -81,6 +81,10 @@ class UnreadableMemory(GuestError):
         super().__init__(f"cannot read {size} bytes of guest memory at {address:#x}: {why}")
 
 
+class OutOfTime(GuestError):
+    """A walk through the guest took longer than it may: cut short, named, and never told beyond the port."""
+
+
 class Implausible(GuestError):
     """Guest memory that was read but cannot be what it should be."""
 

@@ -8,12 +8,15 @@ Sources: Linux Documentation/arch/x86/x86_64/mm.rst (virtual memory map), arch/x
 
 from __future__ import annotations
 
+import math
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
-from appliance.errors import UnreadableMemory
+from appliance.errors import OutOfTime, UnreadableMemory
 from appliance.guest.kallsyms import KallsymsTable as Symbols
 from appliance.guest.layout import BtfTypes as Types
 from appliance.guest.layout import Field
@@ -25,6 +28,7 @@ __all__ = ["Field", "Image", "Kernel", "Pte", "Symbols", "Types"]
 READ_LIMIT = 64 << 20  # bytes of one read: no length that a guest names may be larger
 CACHE_LIMIT = 1 << 16  # remembered translations
 KERNEL_HALF = 1 << 63
+SLICE = 1 << 14  # spans read between two looks at the clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,28 @@ class Kernel:
         self._packed: Callable[[bytes, int], list[bytes | None] | None] | None = getattr(memory, "readv_packed", None)
         self._pages: dict[int, int] = {}
         bind = getattr(memory, "bind_reader", None)
-        # Return exactly ``size`` bytes at a kernel address. Where the memory allows, the direct map costs one frame.
-        self.read: Callable[[int, int], bytes] = bind(page_offset, self._read_anywhere) if bind else self._read_anywhere
+        # The same as `read`, without a deadline: for what reads a few times only. The direct map costs one frame.
+        anywhere = self._read_anywhere
+        self.read_unlimited: Callable[[int, int], bytes] = bind(page_offset, anywhere) if bind else anywhere
+        self._until, self._clock = math.inf, time.monotonic
+
+    @contextmanager
+    def limit(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+        """Within this, `read` and `readv` raise OutOfTime once so many seconds have passed."""
+        before = self._until, self._clock
+        self._until, self._clock = clock() + seconds, clock
+        try:
+            yield
+        finally:
+            self._until, self._clock = before
 
     # -- the kernel's own address space --
+
+    def read(self, va: int, size: int) -> bytes:
+        """Return exactly ``size`` bytes at a kernel address."""
+        if self._clock() > self._until:
+            raise OutOfTime("reading the guest took too long")
+        return self.read_unlimited(va, size)
 
     def _read_anywhere(self, va: int, size: int) -> bytes:
         if self.page_offset <= va and va + size <= self._direct_end and size >= 0:
@@ -85,6 +107,11 @@ class Kernel:
         """Read many ``(va, size)`` spans in as few system calls as can be; None where one is unreadable."""
         if not spans:
             return []
+        if self._clock() > self._until:
+            raise OutOfTime("reading the guest took too long")
+        if len(spans) > SLICE:
+            slices = (spans[at : at + SLICE] for at in range(0, len(spans), SLICE))
+            return [piece for part in slices for piece in self.readv(part)]
         if self._packed is not None:
             try:
                 raw = struct.pack(f"<{2 * len(spans)}Q", *chain.from_iterable(spans))

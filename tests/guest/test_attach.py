@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from appliance.errors import GuestError, Implausible, UnreadableMemory, UnsupportedGuest
+from appliance.errors import GuestError, Implausible, OutOfTime, UnreadableMemory, UnsupportedGuest
 from appliance.guest import profile
 from appliance.guest.attach import attach
 from tests.worlds.tiny import (
@@ -294,3 +294,19 @@ def test_rodata_full_of_look_alikes_does_not_take_for_ever():
     with pytest.raises(GuestError):
         attach(tiny.memory(), cache=False)
     assert time.monotonic() - began < 10
+
+
+def test_reads_end_at_their_deadline():
+    tiny = Tiny()
+    kernel = attach(tiny.memory(), cache=False)
+    va = tiny.names["init_task"]
+    now = [0.0]
+    with kernel.limit(2.0, lambda: now[0]):
+        now[0] = 1.9
+        assert kernel.readv([(va, 9)]) == [kernel.read(va, 9)]
+        now[0] = 2.1
+        with pytest.raises(OutOfTime):
+            kernel.read(va, 9)
+        with pytest.raises(OutOfTime):
+            kernel.readv([(va, 9)])
+    assert kernel.read(va, 9) == b"swapper/0"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
-from appliance.errors import UnreadableMemory
+from appliance.errors import OutOfTime, UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import LISTENING_NULLS_BASE
 from appliance.guest.linux.record import Record, is_object
@@ -19,6 +19,7 @@ from appliance.model import Gap
 MAX_NODES = 1 << 20  # sockets in one table
 MAX_LEVELS = 4096  # nodes in one chain; SO_REUSEPORT groups put many sockets into one
 TRIES = 3
+OUT_OF_TIME = "out of time"
 _EVEN = bytes(0 if byte & 1 else 1 for byte in range(256))  # 1 where the byte is even
 
 
@@ -55,10 +56,13 @@ class ChainWalker:
         chains, bad = self._follow([pair for pair in firsts if is_object(pair[1])], nulls)
         bad.update(bucket for bucket, first in firsts if not is_object(first))
         for _ in range(TRIES - 1):
-            if not bad:
+            if not bad or any(gap.why == OUT_OF_TIME for gap in chains.gaps):
                 break
             torn = chains.torn + len(bad)
-            again = self._heads(sorted(bad), base, stride, head, nulls)
+            try:
+                again = self._heads(sorted(bad), base, stride, head, nulls)
+            except OutOfTime:
+                break
             more, still = self._follow(again, nulls)
             kept = [node for node in chains.nodes if node.bucket not in bad]
             chains, bad = Chains(kept + more.nodes, chains.gaps + more.gaps, torn), still
@@ -85,7 +89,11 @@ class ChainWalker:
             if len(nodes) + len(level) > MAX_NODES:
                 gaps.append(Gap(self._name, level[0][1], f"more than {MAX_NODES} sockets"))
                 return Chains(nodes, gaps, 0), bad
-            raws = self._kernel.readv([(node + low, size) for _, node in level])
+            try:
+                raws = self._kernel.readv([(node + low, size) for _, node in level])
+            except OutOfTime:
+                gaps.append(Gap(self._name, level[0][1], OUT_OF_TIME))
+                return Chains(nodes, gaps, 0), set()
             following: list[tuple[int, int]] = []
             for (bucket, node), raw in zip(level, raws, strict=True):
                 if raw is None or node in seen:

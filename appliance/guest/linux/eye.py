@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from appliance.errors import OutOfTime
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.fast import FastPath
@@ -21,20 +22,49 @@ from appliance.guest.linux.owners import Owners
 from appliance.guest.linux.probe import Probe
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.sockets import Raw, Sockets
-from appliance.model import Evidence, Finding, Flow, Gap, GuestProcess, GuestSocket, Owner, ProcessKey, Snapshot
+from appliance.model import (
+    Evidence,
+    Finding,
+    Flow,
+    Gap,
+    GuestProcess,
+    GuestSocket,
+    Match,
+    Owner,
+    ProcessKey,
+    Reason,
+    Snapshot,
+)
 
 TRIES = 3
+LOOK_S = 2.0  # a thousand sockets take a twentieth of a second, the first time
+OFFLINE_LOOK_S = 60.0  # of a dump, which nobody waits for with packets in hand
+LOOKUP_S = 0.05
 MAX_GAPS = 256  # named one by one; more are summed up
 
 
 class LinuxEye:
     """Implements ``ports.GuestEye`` for a Linux guest."""
 
-    def __init__(self, kernel: Kernel, clock_ns: Callable[[], int] = time.time_ns) -> None:
-        """Resolve the facts. Raises UnsupportedGuest naming what this kernel lacks."""
+    def __init__(
+        self,
+        kernel: Kernel,
+        clock_ns: Callable[[], int] = time.time_ns,
+        clock_s: Callable[[], float] = time.monotonic,
+        look_s: float | None = None,
+        lookup_s: float = LOOKUP_S,
+    ) -> None:
+        """Resolve the facts. ``look_s`` and ``lookup_s`` are how long a full look and a lookup may take.
+
+        Raises UnsupportedGuest naming what this kernel lacks.
+        """
         self.os, self.live = "linux", kernel.memory.live
         self._kernel = kernel
-        self._clock_ns = clock_ns
+        self._clock_ns, self._clock_s = clock_ns, clock_s
+        self._look_s = look_s or (LOOK_S if kernel.memory.live else OFFLINE_LOOK_S)
+        self._lookup_s = lookup_s
+        self._took_s = self._look_s  # by the last full look
+        self._fresh = True  # the first lookup may have to do all that a full look does
         self.describe = f"Linux {kernel.release}, build id {kernel.build_id}"
         self._facts = Facts(kernel)
         self._namespaces = Namespaces(kernel, self._facts)
@@ -51,23 +81,44 @@ class LinuxEye:
     def read_snapshot(self) -> Snapshot:
         """Walk everything: a full look."""
         began = self._clock_ns()
+        start_s = self._clock_s()
         self._kernel.forget()
-        self._owners.processes.read_clock()
-        gaps = list(self._namespaces.look())
-        walked = self._sockets.walk(self._namespaces.all)
-        gaps += walked.gaps
-        files = self._files(walked.found)
-        kept, owners, torn, more = self._resolve(walked.found, files)
-        gaps += more
-        sockets = self._build(kept, owners, files)
-        took = self._clock_ns() - began
-        return Snapshot(began, self._processes(), sockets, _bounded(gaps), walked.torn + torn, took)
+        gaps: list[Gap] = []
+        sockets: tuple[GuestSocket, ...] = ()
+        processes: tuple[GuestProcess, ...] = ()
+        torn = 0
+        try:
+            with self._kernel.limit(self._look_s / 2, self._clock_s):  # the rest is for what is found
+                self._owners.processes.read_clock()
+                gaps += self._namespaces.look()
+                walked = self._sockets.walk(self._namespaces.all)
+            with self._kernel.limit(start_s + self._look_s - self._clock_s(), self._clock_s):
+                torn = walked.torn
+                found = self._sockets.complete(walked)
+                gaps += walked.gaps
+                files = self._files(found)
+                kept, owners, lost, more = self._resolve(found, files)
+                torn += lost
+                gaps += more
+                processes = self._processes()
+                sockets = self._build(kept, owners, files)
+        except OutOfTime:  # what was not read twice is not told
+            gaps.append(Gap("full look", 0, f"not done within {self._look_s:g} s: no process and no socket is told"))
+        self._took_s, self._fresh = self._clock_s() - start_s, False
+        return Snapshot(began, processes, sockets, _bounded(gaps), torn, self._clock_ns() - began)
 
     def find_owner(self, flow: Flow) -> Finding:
-        """Say who owns a flow's tuple now."""
-        if not self._namespaces.all:
-            self._namespaces.look()
-        return self._lookup.find(flow)
+        """Say who owns a flow's tuple now; torn where that takes too long."""
+        # A guest with very many processes needs more than the usual guest; how long, its last full look tells.
+        patience_s = self._look_s if self._fresh else max(self._lookup_s, min(self._took_s, 10 * self._lookup_s))
+        self._fresh = False
+        try:
+            with self._kernel.limit(patience_s, self._clock_s):
+                if not self._namespaces.all:
+                    self._namespaces.look()
+                return self._lookup.find(flow)
+        except OutOfTime:
+            return Finding(Match.NONE, reason=Reason.TORN, torn=1)
 
     def read_process(self, key: ProcessKey) -> GuestProcess | None:
         """Describe one process afresh; None when it is gone or its pid was reused."""

@@ -61,7 +61,7 @@ class FastPath:
     def __init__(
         self, kernel: Kernel, facts: Facts, namespaces: Namespaces, sockets: Sockets, owners: Owners, hashes: TupleHash
     ) -> None:
-        self._read = kernel.read
+        self._read = kernel.read_unlimited  # at most some hundred times
         self._namespaces, self._sockets, self._owners, self._hashes = namespaces, sockets, owners, hashes
         common, tail = facts.record("common"), facts.record("sock")
         self._parse, self._parse_tail = common.parse, tail.parse

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from appliance.errors import GuestError, UnreadableMemory
+from appliance.errors import GuestError, OutOfTime, UnreadableMemory
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import Facts
 from appliance.guest.linux.record import is_object
@@ -121,6 +121,9 @@ class Namespaces:
                 found[va], node = self._read(va)
             except UnreadableMemory:
                 gaps.append(Gap("network namespaces", node, "unreadable link"))
+                break
+            except OutOfTime:
+                gaps.append(Gap("network namespaces", node, "out of time"))
                 break
         self.all = {va: fresh if self.all.get(va) != fresh else self.all[va] for va, fresh in found.items()}
         if found[self._init].tcp is None:

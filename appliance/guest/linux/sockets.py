@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, NamedTuple
 
+from appliance.errors import OutOfTime
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.chains import Chains, ChainWalker, Node
 from appliance.guest.linux.facts import AF_INET6, LISTEN, NEW_SYN_RECV, TCP_STATES, TIME_WAIT, Facts
@@ -98,13 +99,22 @@ class Sockets:
         found: list[Raw] = []
         torn = 0
         for step in (self._tcp, self._listeners, self._udp, self._raw, self._ping, self._packet):
-            raws, more, lost = step(namespaces)
+            try:
+                raws, more, lost = step(namespaces)
+            except OutOfTime:
+                gaps.append(Gap("sockets", 0, "out of time"))
+                break
             found += raws
             gaps += more
             torn += lost
-        found = self._complete(found, gaps)
         self._last = {raw.va: raw for raw in found}
         return RawSockets(found, gaps, torn)
+
+    def complete(self, walked: RawSockets) -> list[Raw]:
+        """What :meth:`walk` found, with what lies behind ``sock_common``: sockets and users."""
+        found = self._complete(walked.found, walked.gaps)
+        self._last = {raw.va: raw for raw in found}
+        return found
 
     def walk_rare(self, namespaces: dict[int, Namespace]) -> list[Raw]:
         """Raw, ping and packet sockets only."""
