@@ -7,7 +7,7 @@ socket once more. Whatever does not fit at once is left to them: None says nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any
@@ -25,6 +25,7 @@ from appliance.model import Finding, Flow, Match, Owner, Transport
 
 MAX_CHAIN = 16
 MAX_KNOWN = 16_384
+MAX_HOMES = 4
 CRED = 5  # of the record "identity"
 Span = tuple[int, int]
 
@@ -79,6 +80,8 @@ class FastPath:
         self._bias = 0 if facts.find("file.f_ref") is None else 1
         self._pointer = Struct("<Q").unpack
         self._known: dict[int, _Known] = {}
+        self._homes_of: dict[bytes, tuple[Namespace, ...]] = {}
+        self._homes_at = -1  # the look at the namespaces that they are of
 
     def find(self, flow: Flow) -> Finding | None:
         """The exact owner of a connection, or None: then the long way must say."""
@@ -96,6 +99,7 @@ class FastPath:
         read = self._read
         if not (self._hashes.ready6 if v6 else self._hashes.ready4):
             return None
+        found: tuple[int, Namespace, tuple[Any, ...], bytes] | None = None
         for namespace in self._homes(here):
             table = namespace.tcp
             if table is None:
@@ -105,7 +109,8 @@ class FastPath:
             else:
                 laddr, faddr = int.from_bytes(here, "little"), int.from_bytes(there, "little")
                 value = self._hashes.v4(laddr, lport, faddr, port, namespace.mix)
-            (node,) = self._pointer(read(table.ehash + 8 * (value & table.ehash_mask), 8))
+            bucket = value & table.ehash_mask
+            (node,) = self._pointer(read(table.ehash + 8 * bucket, 8))
             for _ in range(MAX_CHAIN):
                 if node & 1 or node < KERNEL_HALF:
                     break
@@ -114,18 +119,33 @@ class FastPath:
                 if c[1] == value and c[4] == lport and c[5] == port and c[8] == namespace.va:
                     same = (c[10] == here and c[11] == there) if v6 else (c[2] == laddr and c[3] == faddr)
                     if same:
-                        if c[7] in (TIME_WAIT, NEW_SYN_RECV):
-                            return None
-                        return self._of_socket(Transport.TCP, node - self._node, namespace, c, data)
+                        if found is not None or c[7] in (TIME_WAIT, NEW_SYN_RECV):
+                            return None  # the long way lists the owners in both namespaces
+                        found = node - self._node, namespace, c, data
+                        break
                 node = c[0]
-        return None
+            else:
+                return None
+            if (found is None or found[1] is not namespace) and node != bucket << 1 | 1:
+                return None  # not the chain's own end: nothing is known of this namespace
+        return self._of_socket(Transport.TCP, *found) if found is not None else None
 
-    def _homes(self, address: bytes) -> Iterable[Namespace]:
-        """The only namespace, or the only one with this address: elsewhere the same tuple may be another connection."""
-        if len(self._namespaces.all) == 1:
-            return self._namespaces.all.values()
-        home = self._namespaces.sole(address)
-        return () if home is None else (home,)
+    def _homes(self, address: bytes) -> Sequence[Namespace]:
+        """The namespaces that have this address: in each of them the same tuple may be another connection.
+
+        None where they are too many for a short way.
+        """
+        if self._homes_at != self._namespaces.looks:
+            self._homes_of.clear()
+            self._homes_at = self._namespaces.looks
+        homes = self._homes_of.get(address)
+        if homes is None:
+            everyone = self._namespaces.all
+            own = everyone.values() if len(everyone) == 1 else self._namespaces.having(address)
+            homes = tuple(own) if len(own) <= MAX_HOMES else ()
+            if len(self._homes_of) < MAX_KNOWN:
+                self._homes_of[address] = homes
+        return homes
 
     def _udp(self, flow: Flow) -> Finding | None:
         """A connected socket, if it is the only one on this port that can be meant (see Probe.datagram)."""
@@ -136,9 +156,10 @@ class FastPath:
         v6 = len(here) == 16
         laddr, faddr = int.from_bytes(here, "little"), int.from_bytes(there, "little")
         read = self._read
-        if not port:
+        homes = self._homes(here)
+        if not port or len(homes) > 1:
             return None
-        for namespace in self._homes(here):
+        for namespace in homes:
             table = namespace.udp
             if table is None:
                 continue

@@ -150,10 +150,9 @@ class Namespaces:
         fresh = self.looks > since or self.refresh()
         return fresh and not self._having(address) and not self._vague
 
-    def sole(self, address: bytes) -> Namespace | None:
-        """The one namespace that has this address, if there is just one, as far as the last look knows."""
-        own = self._having(address) if not is_everywhere(address) else []
-        return own[0] if len(own) == 1 else None
+    def having(self, address: bytes) -> list[Namespace]:
+        """The namespaces that have this address, as far as the last look knows."""
+        return list(self.all.values()) if is_everywhere(address) else self._having(address)
 
     def _having(self, address: bytes) -> list[Namespace]:
         return [namespace for namespace in self.all.values() if address in self._own_addresses(namespace)]
