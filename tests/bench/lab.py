@@ -19,7 +19,7 @@ from tests.against.btf import Btf
 from tests.against.symbols import read_symbols
 
 IMAGE = "debian-12-cloud"
-WORKLOAD = "exec python3 -S -E /opt/workloads/sockets.py --count {count} --server {v4} --server6 {v6}"
+WORKLOAD = "exec python3 -S -E /opt/workloads/sockets.py --count {count} --server {v4} --server6 {v6} --own"
 
 
 @dataclass(frozen=True)

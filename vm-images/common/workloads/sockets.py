@@ -49,26 +49,26 @@ def client(family: int, port: int, host: str | None = None, kind: int = TCP) -> 
     return sock
 
 
-def pair(server: socket.socket) -> tuple[socket.socket, socket.socket]:
-    """Both ends of a new connection over loopback."""
-    near = client(server.family, server.getsockname()[1])
+def pair(server: socket.socket, host: str | None = None) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a new connection, over loopback if no other address is named."""
+    near = client(server.family, server.getsockname()[1], host)
     far, _ = server.accept()
     held.append(far)
     return near, far
 
 
-def worker() -> None:
+def worker(hosts: dict[int, str]) -> None:
     """A listener with four connections per family, and UDP sockets of both kinds."""
     for family in (V4, V6):
         server = listener(family)
         for _ in range(4):
-            pair(server)
+            pair(server, hosts[family])
         receiver = socket.socket(family, UDP)
-        receiver.bind((LOOPBACK[family], 0))
+        receiver.bind((hosts[family], 0))
         unbound = socket.socket(family, UDP)
         unbound.bind(("::" if family == V6 else "0.0.0.0", 0))
         held.extend((receiver, unbound))
-        client(family, receiver.getsockname()[1], kind=UDP)
+        client(family, receiver.getsockname()[1], hosts[family], kind=UDP)
 
 
 def world(addresses: dict[int, str], port: int) -> None:
@@ -147,7 +147,7 @@ def namespaces() -> None:
     if os.fork() == 0:
         Path(CONTAINER, "cgroup.procs").write_text("0")
         subprocess.run(["/usr/bin/ip", "link", "set", "lo", "up"], check=True)
-        worker()
+        worker(LOOPBACK)
         os.write(write_end, b"x")
         sleep_for_ever()
     os.close(write_end)
@@ -231,6 +231,7 @@ def main() -> None:
     arguments.add_argument("--server", help="an IPv4 address with an echo server")
     arguments.add_argument("--server6", help="an IPv6 address with one")
     arguments.add_argument("--port", type=int, default=7000)
+    arguments.add_argument("--own", action="store_true", help="connect to our own address, not over loopback")
     chosen = arguments.parse_args()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     for address in SILENT.values():
@@ -239,6 +240,7 @@ def main() -> None:
     Path("/proc/sys/net/ipv4/tcp_synack_retries").write_text("8")
     Path("/proc/sys/net/ipv4/tcp_syn_retries").write_text("8")
 
+    hosts = {f: own_address(f, address) if chosen.own else LOOPBACK[f] for f, address in SILENT.items()}
     servers: dict[int, str] = {f: a for f, a in ((V4, chosen.server), (V6, chosen.server6)) if a}
     special = [
         v4_mapped,
@@ -255,7 +257,7 @@ def main() -> None:
     if servers:
         in_process(lambda: world(servers, chosen.port))
     for _ in range(-(-chosen.count // PER_WORKER)):
-        in_process(worker)
+        in_process(lambda: worker(hosts))
     while True:
         time_wait()
         silent_peers({family: own_address(family, address) for family, address in SILENT.items()})
