@@ -281,14 +281,13 @@ def test_a_process_that_is_nothing_but_injected_code_costs_bounded_time(
 ) -> None:
     process = look.process(trick("crowd")[0])
     began = time.monotonic()
-    found = look.injection.find(process)
-    took = time.monotonic() - began
+    assert look.injection.find(process)
+    assert time.monotonic() - began < 10  # a bound, not a speed: 60,000 mappings must not hold the appliance up
+    found = Injection(look.kernel, Facts(look.kernel), clock=lambda: 0.0).find(process)  # how much without a hurry
     regions = of_kind(found, "anon-exec")
     assert len(regions) == 65
     assert {one.weight for one in regions} == {2}
     assert any("more odd executable mappings" in one.claim for one in regions)
-    print(f"{len(found)} findings in {took:.2f} s")
-    assert took < 10
 
 
 def test_a_tracer_is_found(look: Look, sleeper: int, trick: Callable[..., tuple[int, int]]) -> None:
