@@ -14,7 +14,7 @@ _HALF: Final = 0x80000000
 class Talk:
     """One flow that was told and has not ended."""
 
-    __slots__ = ("counts", "flow", "key", "last_ns", "limit", "ranges", "told")
+    __slots__ = ("counts", "flow", "key", "last_ns", "limit", "ranges", "seen", "told")
 
     def __init__(self, flow: Flow, key: bytes, limit: int) -> None:
         self.flow = flow
@@ -23,6 +23,7 @@ class Talk:
         self.last_ns = flow.started_ns
         self.counts = (0, 0, 0, 0)  # packets out, in, bytes out, in: as the last sweep found them
         self.told = [0, 0]
+        self.seen = 0  # what the kernel has said of it so far
         self.ranges: list[list[tuple[int, int]]] = [[], []]
 
     def fresh(self, side: int, offset: int, length: int) -> tuple[int, int]:

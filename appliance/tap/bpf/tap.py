@@ -17,6 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from fcntl import ioctl
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from struct import pack
@@ -246,7 +247,8 @@ class KernelTap:
             talk = self._start(number, key, at_ns, first_side, first_flags, icmp_type, icmp_code)
             events.append(FlowStarted(talk.flow, at_ns))
             started = True
-        if seen:
+        if seen != talk.seen:
+            talk.seen = seen
             self._learn_servers(key, seen)
         if kind & PAYLOAD and talk.told[side] < talk.limit:
             skip, stop = (0, captured) if talk.flow.ip_protocol != 6 else talk.fresh(side, offset, length)
@@ -274,13 +276,12 @@ class KernelTap:
         is_icmp = protocol in {1, 58}
         ends = ((local, local_port), (remote, remote_port))[:: -1 if side else 1]
         sorts = (icmp_type, icmp_code) if is_icmp else (ends[0][1], ends[1][1])
-        make = IPv4Address if version == 4 else IPv6Address
         flow = Flow(
             FlowId(self.vm, self._flows),
             FiveTuple(
                 _TRANSPORTS.get(protocol, Transport.RAW),
-                Endpoint(make(local), local_port),
-                Endpoint(make(remote), remote_port),
+                Endpoint(_address(local), local_port),
+                Endpoint(_address(remote), remote_port),
             ),
             direction,
             at_ns,
@@ -460,6 +461,11 @@ class KernelTap:
         if value is None:
             raise HostError("kernel tap: its counters are gone")
         return tuple(map(sum, zip(*layout.STATS.iter_unpack(value), strict=True)))
+
+
+@lru_cache(4096)
+def _address(packed: bytes) -> IpAddress:
+    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
 
 
 def _counts(packets_out: int, packets_in: int, bytes_out: int, bytes_in: int) -> FlowCounts:
