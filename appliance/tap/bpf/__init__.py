@@ -1,1 +1,0 @@
-"""The tap in the kernel: a tc program counts and follows flows, user space hears only of what matters."""
