@@ -59,7 +59,7 @@ class GuestLayer(interfaces.layers.DataLayerInterface):
             raise InvalidAddressException(self.name, offset, "not RAM") from None
 
     def write(self, offset: int, data: bytes) -> None:
-        raise NotImplementedError("a guest is only ever read")
+        raise NotImplementedError("a guest is only ever read")  # volatility3 asks every layer for this method
 
     @classmethod
     def get_requirements(cls):

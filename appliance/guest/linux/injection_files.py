@@ -19,7 +19,8 @@ from appliance.model import Missing
 TEMPORARY: Final = ("/tmp/", "/var/tmp/", "/dev/shm/", "/run/shm/", "/run/user/", "/dev/mqueue/")  # noqa: S108
 USUAL: Final = ("/usr/", "/lib/", "/lib32/", "/lib64/", "/libx32/", "/bin/", "/sbin/", "/opt/")  # hier(7)
 USUAL_ELSEWHERE: Final = ("/nix/store/", "/gnu/store/", "/snap/", "/app/", "/home/linuxbrew/")  # package managers
-SHARED_HOMES: Final = ("/usr/", "/usr/local/", "/opt/", "/home/", "/root/")
+# Folders of the guest in which many programs live: no home of one program alone, hier(7)
+SHARED_HOMES: Final = tuple(f"/{home}/" for home in ("usr", "usr/local", "opt", "home", "root"))
 PROGRAM_FOLDERS: Final = ("bin", "sbin", "libexec")
 MEMORY_FILES: Final = ("/memfd:", "/secretmem")  # memfd_create(2), memfd_secret(2)
 SHARED_MEMORY: Final = re.compile(r"/(dev/zero|SYSV[0-9a-f]{8})$")  # mm/shmem.c, ipc/shm.c: anonymous, but shared
