@@ -35,6 +35,15 @@ def spaces() -> Iterator[tuple[str, str]]:
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=10)
 
 
+def descriptors_of(pid: int) -> list[str]:
+    """What each open file of a process is; one that it closes meanwhile is left out."""
+    names = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.append(str(entry.readlink()))
+    return names
+
+
 @contextlib.contextmanager
 def running(netns: str, *words: str, fds: tuple[int, ...] = ()) -> Iterator[int]:
     command = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-m", "48", "-nodefaults", "-display", "none", *words]
@@ -44,7 +53,7 @@ def running(netns: str, *words: str, fds: tuple[int, ...] = ()) -> Iterator[int]
         for _ in range(100):
             if process.poll() is not None:
                 pytest.fail(f"QEMU ended: {process.stderr.read().decode()}")
-            names = [str(entry.readlink()) for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
+            names = descriptors_of(process.pid)
             if any("eventfd" in name for name in names) and len(names) > 8:
                 break
             time.sleep(0.05)

@@ -1,5 +1,6 @@
 """The memory of another process, on a process of our own."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -96,15 +97,22 @@ def test_a_pid_that_is_no_qemu_or_no_process_is_the_callers_mistake():
         read_command_line(os.getpid())
 
 
-def test_a_qemu_of_another_architecture_is_told_apart(tmp_path):
-    fake = tmp_path / "qemu-system-aarch64"
+@contextlib.contextmanager
+def pretender(fake):
+    """The pid of a sleep that bears another name, once its exec has written its command line."""
     fake.symlink_to("/bin/sleep")
     with subprocess.Popen([str(fake), "60"]) as child:
         try:
-            with pytest.raises(HostError, match="emulates aarch64"):
-                open_qemu(child.pid)
+            while not Path(f"/proc/{child.pid}/cmdline").read_bytes():
+                assert child.poll() is None
+            yield child.pid
         finally:
             child.kill()
+
+
+def test_a_qemu_of_another_architecture_is_told_apart(tmp_path):
+    with pretender(tmp_path / "qemu-system-aarch64") as pid, pytest.raises(HostError, match="emulates aarch64"):
+        open_qemu(pid)
 
 
 def test_where_ram_begins_is_told_by_the_kernel_in_it(own):
@@ -120,13 +128,8 @@ def test_where_ram_begins_is_told_by_the_kernel_in_it(own):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up the rights that only root has")
 def test_a_qemu_we_may_not_look_at_is_refused_with_the_remedy(tmp_path):
-    fake = tmp_path / "qemu-system-x86_64"
-    fake.symlink_to("/bin/sleep")
-    with subprocess.Popen([str(fake), "60"]) as child:
-        try:
-            said = as_nobody(lambda: open_qemu(child.pid))
-        finally:
-            child.kill()
+    with pretender(tmp_path / "qemu-system-x86_64") as pid:
+        said = as_nobody(lambda: open_qemu(pid))
     assert said.startswith("PermissionRefused:")
     assert "CAP_SYS_PTRACE" in said
 
