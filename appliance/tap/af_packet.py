@@ -18,7 +18,7 @@ from typing import Final
 
 from appliance.errors import HostError, PermissionRefused, UsageError
 from appliance.model import Availability, GuestPort
-from appliance.tap.bpf import Program, build_filter
+from appliance.tap.classic import Program, build_filter
 from appliance.tap.frame import SNAP, CapturedFrame
 from appliance.tap.kind import read_kind, sends_outwards
 from appliance.tap.netns import call_in_netns

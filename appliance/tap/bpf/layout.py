@@ -1,0 +1,78 @@
+"""The structures and maps that ``parasight_tap.bpf.c`` shares with us, in its order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+# struct key: ifindex, vlan, local port, remote port, protocol, IP version, zero, local, remote address.
+KEY = Struct("=IIHHBBH16s16s")
+# struct flow: id, first, last; packets, bytes, frames, isn, top, ack, base, dropped, late, told, sent by side; state,
+# first side, first flags, ICMP type, code, fins, last fin, has, missed, seen.
+FLOW = Struct("=3Q6Q10I6H10B2x")
+# The part of it that a sweep needs: id, first, last, packets, bytes, state ... seen.
+SWEPT = Struct("=3Q4Q16x40x12x10B2x")
+# struct event: id, time, kind, side, reason, state, missed, seen, first side, first flags, payload offset, wire length,
+# captured, ICMP type, code, key, packets, bytes.
+EVENT = Struct("=QQ8BIIIBB2x48s4Q")
+# struct verdict: action, ifindex, deadline, MAC.
+VERDICT = Struct("=IIQ6s2x")
+# struct port: heartbeat, patience, flags.
+PORT = Struct("=QQI4x")
+MAC = Struct("=I6s2x")
+
+START: Final = 1
+PAYLOAD: Final = 2
+END: Final = 4
+
+ALLOW, DROP, HOLD, REDIRECT = range(4)
+FAIL_CLOSED: Final = 1
+HAS_VERDICTS: Final = 2
+HAS_BANS: Final = 4
+
+IGNORED: Final = (
+    "", "runt", "llc", "arp", "lldp", "pppoe", "eapol", "other-ethertype", "cut-ip", "bad-ip-version", "bad-ip-length",
+    "long-extension-chain", "bad-tcp", "bad-udp", "cut-icmp", "cut-transport", "fragment-without-first", "igmp",
+    "multicast", "stray-close", "flooded", "icmp-error", "nd", "mld", "router-discovery",
+)  # fmt: skip
+# struct stats: packets, bytes, flows, events, lost, unmade, dropped, next id, ignored by reason.
+STATS = Struct(f"={8 + len(IGNORED)}Q")
+
+SECOND_NS: Final = 1_000_000_000
+SYN_SENT, SYN_RECV, ESTABLISHED, HALF_CLOSED, CLOSING, CLOSED, MIDSTREAM, UDP_ONEWAY, UDP_BIDIR, ICMP, RAW = range(11)
+TIMEOUT_NS: Final = tuple(
+    seconds * SECOND_NS for seconds in (40, 60, 3600, 120, 10, 10, 300, 30, 180, 30, 600)
+)  # by state
+
+_HASH, _PERCPU_ARRAY, _LRU_HASH, _LPM_TRIE, _RINGBUF = 1, 6, 9, 11, 27
+NO_PREALLOC: Final = 1
+_SCRATCH_BYTES: Final = EVENT.size + 2048 + KEY.size + FLOW.size + 48 + 56 + 8 * 4 + 4
+
+
+@dataclass(frozen=True, slots=True)
+class MapSpec:
+    """One map as the kernel is asked for it."""
+
+    name: str
+    kind: int
+    key_size: int
+    value_size: int
+    entries: int
+    flags: int = 0
+
+
+def build_specs(max_flows: int, ring_bytes: int) -> tuple[MapSpec, ...]:
+    """The maps of one tap."""
+    return (
+        MapSpec("flows", _LRU_HASH, KEY.size, FLOW.size, max_flows),
+        MapSpec("verdicts", _HASH, KEY.size, VERDICT.size, 16384, NO_PREALLOC),
+        MapSpec("peers4", _LPM_TRIE, 12, VERDICT.size, 16384, NO_PREALLOC),
+        MapSpec("peers6", _LPM_TRIE, 24, VERDICT.size, 16384, NO_PREALLOC),
+        MapSpec("ports", _HASH, 4, PORT.size, 64),
+        MapSpec("stats", _PERCPU_ARRAY, 4, STATS.size, 1),
+        MapSpec("events", _RINGBUF, 0, 0, ring_bytes),
+        MapSpec("macs", _LRU_HASH, MAC.size, 8, 1024),
+        MapSpec("fragments", _LRU_HASH, 48, 56, 4096),
+        MapSpec("scratch", _PERCPU_ARRAY, 4, (_SCRATCH_BYTES + 7) & ~7, 1),
+    )

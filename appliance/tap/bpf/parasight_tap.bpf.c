@@ -1,0 +1,882 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+/* The tap of one guest in the kernel: tc (clsact), direct action, on both hooks of each of the guest's ports.
+ *
+ * Decodes as appliance/flow/decode.py does and follows TCP as appliance/flow/tcp.py does; user space hears of a flow when
+ * it starts, of its first payloads and of its end, never of each packet. Kept plain so that a loader of a few lines can
+ * load it: no BTF, no CO-RE, no global data, no loops, no calls; maps are made by layout.py, whose structures repeat the
+ * ones below. Every structure is packed by hand: sizes are multiples of 8, there is no hidden padding.
+ *
+ * Build: clang -O2 -target bpf -fno-jump-tables -I/usr/include/$(uname -m)-linux-gnu -c -o parasight_tap.bpf.o
+ */
+#include <linux/bpf.h>
+
+typedef __u8 u8;
+typedef __u16 u16;
+typedef __u32 u32;
+typedef __u64 u64;
+
+#define SEC(name) __attribute__((section(name), used))
+#define inline inline __attribute__((always_inline))
+#define likely(x) __builtin_expect(!!(x), 1)
+#define SECOND 1000000000ULL
+
+static void *(*map_lookup)(void *map, const void *key) = (void *)1;
+static long (*map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
+static u64 (*ktime)(void) = (void *)5;
+static u32 (*cpu_id)(void) = (void *)8;
+static long (*load_bytes)(const void *skb, u32 at, void *to, u32 size) = (void *)26;
+static long (*ring_output)(void *ring, void *data, u64 size, u64 flags) = (void *)130;
+
+/* -- what user space shares (layout.py) -- */
+
+struct key {
+	u32 ifindex;
+	u32 vlan; /* 0: none; outermost VID, with QinQ outer << 12 | inner */
+	u16 local_port; /* host order */
+	u16 remote_port;
+	u8 protocol;
+	u8 version; /* 4, 6 */
+	u16 zero;
+	u32 local[4]; /* the guest's; IPv4 fills the first word */
+	u32 remote[4];
+};
+
+enum state { SYN_SENT, SYN_RECV, ESTABLISHED, HALF_CLOSED, CLOSING, CLOSED, MIDSTREAM, UDP_ONEWAY, UDP_BIDIR, ICMP, RAW };
+
+/* Arrays of two: 0 sent by the guest, 1 sent to it. */
+struct flow {
+	u64 id; /* never used twice in the life of the maps */
+	u64 first_ns; /* bpf_ktime_get_ns() */
+	u64 last_ns;
+	u64 packets[2]; /* on the wire: GSO segments */
+	u64 bytes[2]; /* IP bytes on the wire */
+	u64 frames[2]; /* as the host saw them: GSO super-packets */
+	u32 isn[2];
+	u32 top[2]; /* sequence number after the last one seen */
+	u32 ack[2];
+	u32 base[2]; /* where counting of payload bytes begins */
+	u32 dropped[2];
+	u16 late[2]; /* segments with new data after the end */
+	u16 told[2]; /* payload events that brought new bytes */
+	u16 sent[2]; /* payload events */
+	u8 state;
+	u8 first_side;
+	u8 first_flags; /* TCP flags of the first packet */
+	u8 icmp_type;
+	u8 icmp_code;
+	u8 fins; /* bit per side */
+	u8 last_fin;
+	u8 has; /* HAS_* << side */
+	u8 missed; /* START, PAYLOAD, END events that found the ring full */
+	u8 seen; /* SEEN_* */
+	u8 zero[2];
+};
+
+#define HAS_ISN 1
+#define HAS_TOP 4
+#define HAS_ACK 16
+#define HAS_BASE 64
+#define SEEN_SYNACK 1 /* << side of its sender */
+
+#define START 1
+#define PAYLOAD 2
+#define END 4
+
+enum reason { END_FIN, END_RST, END_IDLE };
+
+struct event {
+	u64 id;
+	u64 at_ns;
+	u8 kind; /* START | PAYLOAD | END, in this order */
+	u8 side;
+	u8 reason;
+	u8 state;
+	u8 missed;
+	u8 seen;
+	u8 first_side;
+	u8 first_flags;
+	u32 offset; /* of the payload, from the flow's base */
+	u32 wire_len; /* of the payload */
+	u32 captured;
+	u8 icmp_type;
+	u8 icmp_code;
+	u8 zero[2];
+	struct key key;
+	u64 packets[2];
+	u64 bytes[2];
+};
+
+/* What to do with a flow or a peer. Written by user space only, read here. */
+struct verdict {
+	u32 action;
+	u32 ifindex; /* REDIRECT: where to */
+	u64 deadline_ns; /* 0: none; bpf_ktime_get_ns() */
+	u8 mac[6]; /* REDIRECT: the new target */
+	u16 zero;
+};
+
+enum action { ALLOW, DROP, HOLD, REDIRECT }; /* HOLD and REDIRECT: nothing carries them out yet; they pass */
+
+/* Written by user space only. */
+struct port {
+	u64 heartbeat_ns;
+	u64 patience_ns; /* verdicts hold for so long after the last heartbeat */
+	u32 flags;
+	u32 zero;
+};
+
+#define FAIL_CLOSED 1 /* verdicts hold without a heartbeat */
+#define HAS_VERDICTS 2 /* otherwise the look-ups are spared */
+#define HAS_BANS 4
+
+struct peer4 {
+	u32 prefix; /* bits, 32 for the scope included */
+	u32 scope; /* ifindex; 0: all ports */
+	u32 address;
+};
+
+struct peer6 {
+	u32 prefix;
+	u32 scope;
+	u32 address[4];
+};
+
+enum ignored {
+	NONE, RUNT, LLC, ARP, LLDP, PPPOE, EAPOL, OTHER_ETHERTYPE, CUT_IP, BAD_IP_VERSION, BAD_IP_LENGTH, LONG_CHAIN, BAD_TCP,
+	BAD_UDP, CUT_ICMP, CUT_TRANSPORT, NO_FIRST, IGMP, MULTICAST, STRAY_CLOSE, FLOODED, ICMP_ERROR, ND, MLD, ROUTER, REASONS
+};
+
+struct stats {
+	u64 packets;
+	u64 bytes;
+	u64 flows;
+	u64 events;
+	u64 lost; /* events that found the ring full */
+	u64 unmade; /* packets of flows for which the map had no room */
+	u64 dropped; /* packets, by verdict or ban */
+	u64 next_id;
+	u64 ignored[REASONS];
+};
+
+/* -- of this file only -- */
+
+struct mac {
+	u32 ifindex;
+	u8 address[6];
+	u16 zero;
+};
+
+struct datagram {
+	u32 ifindex;
+	u32 vlan;
+	u32 ident;
+	u32 protocol;
+	u32 src[4];
+	u32 dst[4];
+};
+
+struct noted {
+	struct key key;
+	u64 at_ns;
+};
+
+#define MAX_DATA 2048
+#define FIRST 1
+#define LATER 2
+
+struct scratch {
+	struct event event;
+	u8 data[MAX_DATA]; /* behind the event: one output tells both */
+	struct key key;
+	struct flow fresh;
+	struct datagram datagram;
+	struct noted noted;
+	u32 ip_at, ip_bytes, payload_at, payload_len, header_len;
+	u32 seq, ack, ident;
+	u8 flags, icmp_type, icmp_code, fragment;
+};
+
+struct map { int unused; };
+struct map flows SEC("maps");
+struct map verdicts SEC("maps");
+struct map peers4 SEC("maps");
+struct map peers6 SEC("maps");
+struct map ports SEC("maps");
+struct map stats SEC("maps");
+struct map events SEC("maps");
+struct map macs SEC("maps");
+struct map fragments SEC("maps");
+struct map scratch SEC("maps");
+
+#define ntohs(x) __builtin_bswap16(x)
+#define ntohl(x) __builtin_bswap32(x)
+#define FIN 1
+#define SYN 2
+#define RST 4
+#define ACK 16
+#define HALF 0x80000000U
+#define SLACK (1U << 20)
+#define MAX_LATE 1024
+
+static inline u64 timeout(u8 state)
+{
+	if (state == ESTABLISHED)
+		return 3600 * SECOND;
+	if (state == UDP_BIDIR)
+		return 180 * SECOND;
+	if (state == CLOSED || state == CLOSING)
+		return 10 * SECOND;
+	if (state == SYN_SENT)
+		return 40 * SECOND;
+	if (state == SYN_RECV)
+		return 60 * SECOND;
+	if (state == MIDSTREAM)
+		return 300 * SECOND;
+	if (state == HALF_CLOSED)
+		return 120 * SECOND;
+	if (state == RAW)
+		return 600 * SECOND;
+	return 30 * SECOND; /* UDP_ONEWAY, ICMP */
+}
+
+static inline int after(u32 a, u32 b)
+{
+	return a - b - 1 < HALF - 1; /* 0 < a - b < HALF */
+}
+
+/* -- decoding (appliance/flow/decode.py) -- */
+
+static inline int is_icmp_reply(u8 type)
+{
+	return type == 0 || type == 14 || type == 16 || type == 18 || type == 129 || type == 140 || type == 145;
+}
+
+static inline void set_ports(struct key *key, int side, u16 src, u16 dst)
+{
+	key->local_port = side ? dst : src;
+	key->remote_port = side ? src : dst;
+}
+
+static inline int transport(struct __sk_buff *skb, struct scratch *s, int side, u32 at)
+{
+	struct key *key = &s->key;
+	u8 protocol = key->protocol;
+	u32 rest = s->ip_bytes > at - s->ip_at ? s->ip_bytes - (at - s->ip_at) : 0;
+	u32 header = 0;
+	u16 two[7];
+
+	s->payload_at = at;
+	s->header_len = at - s->ip_at;
+	if (protocol == 6) {
+		header = 20;
+		if (rest >= 14 && !load_bytes(skb, at, two, 14)) {
+			header = (two[6] & 0xf0) >> 2;
+			if (header < 20 || (header > rest && !s->fragment))
+				return BAD_TCP;
+			s->flags = two[6] >> 8;
+			s->seq = ntohs(two[2]) << 16 | ntohs(two[3]);
+			s->ack = ntohs(two[4]) << 16 | ntohs(two[5]);
+			goto done;
+		}
+	} else if (protocol == 17) {
+		header = 8;
+		if (rest >= 8 && !load_bytes(skb, at, two, 8)) {
+			u32 length = ntohs(two[2]);
+
+			if (length && length < 8)
+				return BAD_UDP;
+			set_ports(key, side, ntohs(two[0]), ntohs(two[1]));
+			s->payload_at += 8;
+			s->header_len += 8;
+			s->payload_len = rest - 8;
+			if (length && length < rest && !s->fragment)
+				s->payload_len = length - 8;
+			return 0;
+		}
+	} else if (protocol == 1 || protocol == 58) {
+		if (rest < 8 || load_bytes(skb, at, two, 8))
+			return CUT_ICMP;
+		s->icmp_type = two[0] & 0xff;
+		s->icmp_code = two[0] >> 8;
+		u16 ident = ntohs(two[2]);
+		/* the one who asks owns the identifier */
+		if (is_icmp_reply(s->icmp_type))
+			set_ports(key, side, 0, ident);
+		else
+			set_ports(key, side, ident, 0);
+		s->payload_at += 8;
+		s->header_len += 8;
+		s->payload_len = rest - 8;
+		return 0;
+	} else if (protocol == 33 || protocol == 132 || protocol == 136) {
+		header = 4;
+	} else {
+		s->payload_len = rest;
+		return 0;
+	}
+	if (rest < 4 || load_bytes(skb, at, two, 4))
+		return CUT_TRANSPORT;
+done:
+	set_ports(key, side, ntohs(two[0]), ntohs(two[1]));
+	s->payload_at += header;
+	s->header_len += header;
+	s->payload_len = rest > header ? rest - header : 0;
+	return 0;
+}
+
+static inline int ipv4(struct __sk_buff *skb, struct scratch *s, int side, u32 at)
+{
+	struct { u8 version_ihl, tos; u16 total, ident, frag; u8 ttl, protocol; u16 check; u32 src, dst; } head;
+	struct key *key = &s->key;
+
+	if (load_bytes(skb, at, &head, 20))
+		return CUT_IP;
+	u32 header = (head.version_ihl & 15) << 2, room = skb->len - at, size = ntohs(head.total);
+	if (head.version_ihl >> 4 != 4)
+		return BAD_IP_VERSION;
+	if (!size) /* BIG TCP */
+		size = room;
+	if (header < 20 || size < header)
+		return BAD_IP_LENGTH;
+	s->ip_bytes = size < room ? size : room;
+	key->version = 4;
+	key->protocol = head.protocol;
+	key->local[0] = side ? head.dst : head.src;
+	key->remote[0] = side ? head.src : head.dst;
+	u16 frag = ntohs(head.frag);
+	if (frag & 0x3fff) {
+		s->ident = ntohs(head.ident);
+		s->fragment = frag & 0x1fff ? LATER : FIRST;
+		if (s->fragment == LATER)
+			return 0;
+	}
+	return transport(skb, s, side, at + header);
+}
+
+static inline int ipv6(struct __sk_buff *skb, struct scratch *s, int side, u32 at)
+{
+	struct { u32 version; u16 length; u8 next, hops; u32 src[4], dst[4]; } head;
+	struct key *key = &s->key;
+
+	if (load_bytes(skb, at, &head, 40))
+		return CUT_IP;
+	if ((head.version & 0xf0) != 0x60)
+		return BAD_IP_VERSION;
+	u32 room = skb->len - at, size = head.length ? 40 + ntohs(head.length) : room, here = at + 40;
+	u8 next = head.next;
+	s->ip_bytes = size < room ? size : room;
+	key->version = 6;
+	__builtin_memcpy(key->local, side ? head.dst : head.src, 16);
+	__builtin_memcpy(key->remote, side ? head.src : head.dst, 16);
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		u8 word[8];
+
+		if (next != 0 && next != 43 && next != 44 && next != 51 && next != 60 && next != 135 && next != 139 && next != 140) {
+			key->protocol = next;
+			return transport(skb, s, side, here);
+		}
+		if (load_bytes(skb, here, word, 8))
+			return CUT_IP;
+		if (next == 44) {
+			u32 offset = word[2] << 8 | word[3];
+
+			here += 8;
+			s->ident = (u32)word[4] << 24 | word[5] << 16 | word[6] << 8 | word[7];
+			if (offset & 0xfff9) /* RFC 6946: offset 0 without M is a whole packet */
+				s->fragment = offset & 0xfff8 ? LATER : FIRST;
+			next = word[0];
+			if (s->fragment == LATER) {
+				key->protocol = next;
+				return 0;
+			}
+		} else {
+			here += next == 51 ? (word[1] + 2) << 2 : (word[1] + 1) << 3;
+			next = word[0];
+		}
+	}
+	return LONG_CHAIN;
+}
+
+static inline int decode(struct __sk_buff *skb, struct scratch *s, int side, u16 kind)
+{
+	u32 at = 14;
+
+	if (skb->vlan_present)
+		s->key.vlan = skb->vlan_tci & 0xfff;
+#pragma unroll
+	for (int i = 0; i < 2; i++) {
+		u16 tag[2];
+
+		if (kind != 0x8100 && kind != 0x88a8 && kind != 0x9100)
+			break;
+		if (load_bytes(skb, at, tag, 4))
+			break;
+		u32 vid = ntohs(tag[0]) & 0xfff;
+		kind = ntohs(tag[1]);
+		at += 4;
+		if (vid)
+			s->key.vlan = s->key.vlan ? (s->key.vlan & 0xfff) << 12 | vid : vid;
+	}
+	s->ip_at = at;
+	if (kind == 0x0800)
+		return ipv4(skb, s, side, at);
+	if (kind == 0x86dd)
+		return ipv6(skb, s, side, at);
+	if (kind < 0x0600)
+		return LLC;
+	if (kind == 0x0806 || kind == 0x8035)
+		return ARP;
+	if (kind == 0x88cc)
+		return LLDP;
+	if (kind == 0x8863 || kind == 0x8864)
+		return PPPOE;
+	return kind == 0x888e ? EAPOL : OTHER_ETHERTYPE;
+}
+
+/* -- what is no flow (appliance/flow/table.py, icmp.py) -- */
+
+static inline int is_foreign(u32 ifindex, const u8 *eth, int side, u64 now)
+{
+	struct mac mac = {.ifindex = ifindex}, any = {.ifindex = ifindex};
+
+	__builtin_memcpy(mac.address, side ? eth : eth + 6, 6);
+	if (map_lookup(&macs, &mac))
+		return 0;
+	if (!side) {
+		map_update(&macs, &mac, &now, BPF_ANY);
+		map_update(&macs, &any, &now, BPF_ANY); /* at least one is known */
+		return 0;
+	}
+	return map_lookup(&macs, &any) != 0;
+}
+
+static inline int control(struct scratch *s)
+{
+	u8 type = s->icmp_type;
+
+	if (s->key.protocol == 1) {
+		if (type == 3 || type == 4 || type == 5 || type == 11 || type == 12)
+			return ICMP_ERROR;
+		return type == 9 || type == 10 ? ROUTER : 0;
+	}
+	if (type >= 1 && type <= 4)
+		return ICMP_ERROR;
+	if ((type >= 130 && type <= 132) || type == 143)
+		return MLD;
+	if ((type >= 133 && type <= 137) || type == 141 || type == 142 || type == 148 || type == 149)
+		return ND;
+	return type >= 151 && type <= 153 ? ROUTER : 0;
+}
+
+static inline int is_multicast(struct key *key) /* to the guest, so its local address is the target */
+{
+	u8 first = key->local[0] & 0xff;
+
+	if (key->version == 6)
+		return first == 0xff;
+	return (first >= 224 && first < 240) || key->local[0] == 0xffffffff;
+}
+
+/* -- TCP (appliance/flow/tcp.py) -- */
+
+static inline int has(struct flow *f, int what, int side)
+{
+	return f->has & (what << side);
+}
+
+static inline int is_new_connection(struct flow *f, struct scratch *s, int side)
+{
+	if ((s->flags & (SYN | ACK)) != SYN)
+		return 0;
+	if (has(f, HAS_ISN, side))
+		return f->isn[side] != s->seq;
+	return f->state != SYN_SENT && f->state != SYN_RECV;
+}
+
+static inline int absorbs(struct flow *f, struct scratch *s, int side)
+{
+	if (s->flags & RST)
+		return 1;
+	if (s->flags & ACK && has(f, HAS_TOP, 1 - side) && after(s->ack, f->top[1 - side]))
+		return 0;
+	if (s->payload_len && (!has(f, HAS_TOP, side) || after(s->seq + s->payload_len, f->top[side])))
+		f->late[side]++;
+	return (!f->late[0] || !f->late[1]) && f->late[0] <= MAX_LATE && f->late[1] <= MAX_LATE;
+}
+
+static inline int is_valid_reset(struct flow *f, struct scratch *s, int side)
+{
+	int other = 1 - side;
+	u32 floor;
+
+	if (!has(f, HAS_TOP, side)) {
+		if (!has(f, HAS_ISN, other) || !(s->flags & ACK))
+			return 1;
+		return s->ack - f->isn[other] - 1 < SLACK;
+	}
+	if (has(f, HAS_ACK, other))
+		floor = f->ack[other];
+	else if (has(f, HAS_ISN, side))
+		floor = f->isn[side];
+	else
+		return 1;
+	return s->seq - floor + 1 <= SLACK;
+}
+
+/* The flow after one more segment; 1 when it ends here. */
+static inline int step(struct flow *f, struct scratch *s, int side, u8 *reason)
+{
+	u8 flags = s->flags, state = f->state;
+	int other = 1 - side;
+
+	if (flags & RST) {
+		if (!is_valid_reset(f, s, side))
+			return 0;
+		f->state = CLOSED;
+		*reason = END_RST;
+		return 1;
+	}
+	if (flags & SYN) {
+		f->isn[side] = s->seq;
+		f->has |= HAS_ISN << side;
+		if ((has(f, HAS_ISN, other) || flags & ACK) && state == SYN_SENT)
+			state = SYN_RECV;
+		if (flags & ACK)
+			f->seen |= SEEN_SYNACK << side;
+	}
+	u32 top = s->seq + s->payload_len + (flags & FIN) + (flags >> 1 & 1);
+	if (!has(f, HAS_TOP, side) || after(top, f->top[side])) {
+		f->top[side] = top;
+		f->has |= HAS_TOP << side;
+	}
+	if (flags & ACK) {
+		f->ack[side] = s->ack;
+		f->has |= HAS_ACK << side;
+		if (!(flags & SYN)) {
+			if (state == SYN_RECV)
+				state = ESTABLISHED;
+			else if ((state == SYN_SENT || state == MIDSTREAM) && has(f, HAS_ACK, other))
+				state = ESTABLISHED;
+		}
+	}
+	if (flags & FIN) {
+		f->fins |= 1 << side;
+		f->last_fin = side;
+		f->state = f->fins == 3 ? CLOSING : HALF_CLOSED;
+		return 0;
+	}
+	f->state = state;
+	if (state == CLOSING && side != f->last_fin && flags & ACK) {
+		f->state = CLOSED;
+		*reason = END_FIN;
+		return 1;
+	}
+	return 0;
+}
+
+/* -- telling -- */
+
+static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f, struct stats *st, u8 kind, int side,
+			u8 reason, u64 at_ns)
+{
+	struct event *e = &s->event;
+	u64 size = 0;
+
+	e->id = f->id;
+	e->at_ns = at_ns;
+	e->side = side;
+	e->reason = reason;
+	e->state = f->state;
+	e->seen = f->seen;
+	e->missed = f->missed;
+	e->first_side = f->first_side;
+	e->first_flags = f->first_flags;
+	e->icmp_type = f->icmp_type;
+	e->icmp_code = f->icmp_code;
+	e->key = s->key;
+	e->packets[0] = f->packets[0];
+	e->packets[1] = f->packets[1];
+	e->bytes[0] = f->bytes[0];
+	e->bytes[1] = f->bytes[1];
+	if (kind & PAYLOAD) {
+		u64 room = skb->len > s->payload_at ? skb->len - s->payload_at : 0;
+
+		size = s->payload_len < room ? s->payload_len : room;
+		if (size > MAX_DATA)
+			size = MAX_DATA;
+		asm volatile("" : "+r"(size)); /* so that the verifier sees the next check */
+		if (!size || size > MAX_DATA || load_bytes(skb, s->payload_at, s->data, size)) {
+			kind &= ~PAYLOAD;
+			size = 0;
+		}
+		e->wire_len = s->payload_len;
+		e->offset = s->seq + (s->flags >> 1 & 1) - f->base[side];
+	}
+	e->captured = size;
+	e->kind = kind;
+	if (!kind)
+		return;
+	st->events++;
+	if (size > MAX_DATA)
+		return;
+	if (ring_output(&events, e, sizeof(*e) + size, 0)) {
+		st->lost++;
+		f->missed |= kind;
+	}
+}
+
+/* Whether this packet has bytes that may be a new first payload; counts it. User space removes what it knows. */
+static inline int is_payload(struct flow *f, struct scratch *s, int side)
+{
+	u32 limit = 3, tries = 8;
+	u32 begin = s->seq + (s->flags >> 1 & 1);
+
+	if (!s->payload_len)
+		return 0;
+	if (s->key.protocol == 17 && s->key.remote_port == 53)
+		limit = tries = 256;
+	if (f->told[side] >= limit || f->sent[side] >= tries)
+		return 0;
+	f->sent[side]++;
+	if (s->key.protocol != 6) {
+		f->told[side]++;
+		return 1;
+	}
+	if (!has(f, HAS_BASE, side)) {
+		f->base[side] = has(f, HAS_ISN, side) ? f->isn[side] + 1 : begin;
+		f->has |= HAS_BASE << side;
+		f->told[side]++;
+		return 1;
+	}
+	return 1;
+}
+
+/* -- one packet -- */
+
+static inline int is_banned(struct key *key, u64 now)
+{
+	struct verdict *v;
+
+	if (key->version == 4) {
+		struct peer4 peer = {64, key->ifindex, key->remote[0]};
+
+		v = map_lookup(&peers4, &peer);
+		if (!v || (v->deadline_ns && v->deadline_ns < now)) {
+			peer.scope = 0;
+			v = map_lookup(&peers4, &peer);
+		}
+	} else {
+		struct peer6 peer = {160, key->ifindex, {key->remote[0], key->remote[1], key->remote[2], key->remote[3]}};
+
+		v = map_lookup(&peers6, &peer);
+		if (!v || (v->deadline_ns && v->deadline_ns < now)) {
+			peer.scope = 0;
+			v = map_lookup(&peers6, &peer);
+		}
+	}
+	return v && v->action == DROP && (!v->deadline_ns || v->deadline_ns >= now);
+}
+
+/* A flow's own verdict comes before a ban of its peer. */
+static inline int is_dropped(struct port *port, struct key *key, u64 now)
+{
+	if (likely(!(port->flags & (HAS_VERDICTS | HAS_BANS))))
+		return 0;
+	if (!(port->flags & FAIL_CLOSED) && now > port->heartbeat_ns && now - port->heartbeat_ns > port->patience_ns)
+		return 0; /* nobody is there who would lift it */
+	if (port->flags & HAS_VERDICTS) {
+		struct verdict *v = map_lookup(&verdicts, key);
+
+		if (v && (!v->deadline_ns || v->deadline_ns >= now))
+			return v->action == DROP;
+	}
+	return port->flags & HAS_BANS && is_banned(key, now);
+}
+
+static inline void count(struct flow *f, struct scratch *s, int side, u32 segments, u64 now)
+{
+	__sync_fetch_and_add(&f->packets[side], segments);
+	__sync_fetch_and_add(&f->frames[side], 1);
+	__sync_fetch_and_add(&f->bytes[side], s->ip_bytes + (u64)(segments - 1) * s->header_len);
+	if (now > f->last_ns)
+		f->last_ns = now;
+}
+
+static inline int later_fragment(struct scratch *s, struct port *port, struct stats *st, int side, u32 segments, u64 now)
+{
+	struct noted *noted = map_lookup(&fragments, &s->datagram);
+	struct flow *f;
+
+	if (!noted || now - noted->at_ns > 30 * SECOND)
+		return NO_FIRST;
+	s->key = noted->key;
+	f = map_lookup(&flows, &s->key);
+	if (!f)
+		return NO_FIRST;
+	if (is_dropped(port, &s->key, now)) {
+		f->dropped[side] += segments;
+		st->dropped += segments;
+		return -1;
+	}
+	count(f, s, side, segments, now);
+	return 0;
+}
+
+/* Returns why it is no flow; 0 when it is; -1 to drop it. */
+static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *port, struct stats *st, int side, u8 group,
+			u32 segments, u64 now)
+{
+	struct key *key = &s->key;
+	struct flow *f;
+	u8 kind = 0, reason = 0;
+
+	if (s->fragment) {
+		s->datagram.ifindex = key->ifindex;
+		s->datagram.vlan = key->vlan;
+		s->datagram.ident = s->ident;
+		s->datagram.protocol = key->protocol;
+		__builtin_memcpy(s->datagram.src, side ? key->remote : key->local, 16);
+		__builtin_memcpy(s->datagram.dst, side ? key->local : key->remote, 16);
+		if (s->fragment == LATER)
+			return later_fragment(s, port, st, side, segments, now);
+	}
+	if (key->protocol == 1 || key->protocol == 58) {
+		int why = control(s);
+
+		if (why)
+			return why;
+	}
+	if (key->protocol == 2)
+		return IGMP;
+	f = map_lookup(&flows, key);
+	if (is_dropped(port, key, now)) {
+		if (f)
+			f->dropped[side] += segments;
+		st->dropped += segments;
+		return -1;
+	}
+	if (f) { /* does this packet still belong to it? */
+		u64 limit = timeout(f->state);
+
+		if (now > f->last_ns && now - f->last_ns > limit) {
+			if (f->state != CLOSED)
+				tell(skb, s, f, st, END, side, f->state == CLOSING ? END_FIN : END_IDLE, f->last_ns + limit);
+			f = 0;
+		} else if (key->protocol == 6) {
+			if (s->flags & SYN && is_new_connection(f, s, side)) {
+				if (f->state != CLOSED)
+					tell(skb, s, f, st, END, side, f->fins ? END_FIN : END_IDLE, now);
+				f = 0;
+			} else if (f->state == CLOSED && !absorbs(f, s, side)) {
+				f = 0;
+			}
+		}
+	}
+	if (!f) {
+		struct flow *n = &s->fresh;
+
+		if (side && (group || is_multicast(key)))
+			return MULTICAST;
+		if (key->protocol == 6 && s->flags & (FIN | RST) && !(s->flags & SYN) && !s->payload_len)
+			return STRAY_CLOSE;
+		__builtin_memset(n, 0, sizeof(*n));
+		n->id = (u64)cpu_id() << 40 | ++st->next_id;
+		n->first_ns = n->last_ns = now;
+		n->first_side = side;
+		n->first_flags = s->flags;
+		n->icmp_type = s->icmp_type;
+		n->icmp_code = s->icmp_code;
+		n->state = RAW;
+		if (key->protocol == 6)
+			n->state = !(s->flags & SYN) ? MIDSTREAM : s->flags & ACK ? SYN_RECV : SYN_SENT;
+		else if (key->protocol == 17)
+			n->state = UDP_ONEWAY;
+		else if (key->protocol == 1 || key->protocol == 58)
+			n->state = ICMP;
+		map_update(&flows, key, n, BPF_ANY);
+		f = map_lookup(&flows, key);
+		if (!f) {
+			st->unmade += segments;
+			return 0;
+		}
+		st->flows++;
+		kind = START;
+	}
+	count(f, s, side, segments, now);
+	if (s->fragment) {
+		s->noted.key = *key;
+		s->noted.at_ns = now;
+		map_update(&fragments, &s->datagram, &s->noted, BPF_ANY);
+	}
+	if (f->state == CLOSED)
+		return 0;
+	/* Before step(), which moves top: whether this segment goes beyond all earlier ones. */
+	u32 end = s->seq + s->payload_len + (s->flags >> 1 & 1);
+	int fresh = has(f, HAS_BASE, side) && after(end, f->top[side]);
+	if (key->protocol == 6) {
+		if (step(f, s, side, &reason))
+			kind |= END;
+	} else if (f->state == UDP_ONEWAY && f->packets[0] && f->packets[1]) {
+		f->state = UDP_BIDIR;
+	}
+	if (is_payload(f, s, side)) {
+		kind |= PAYLOAD;
+		if (key->protocol == 6 && fresh)
+			f->told[side]++;
+	}
+	if (kind)
+		tell(skb, s, f, st, kind, side, reason, now);
+	return 0;
+}
+
+static inline int handle(struct __sk_buff *skb, const int side)
+{
+	u32 zero = 0, ifindex = skb->ifindex, segments = 1;
+	struct port *port = map_lookup(&ports, &ifindex);
+	struct scratch *s = map_lookup(&scratch, &zero);
+	struct stats *st = map_lookup(&stats, &zero);
+	u16 eth[7];
+	int why = RUNT;
+
+	if (!port || !s || !st)
+		return -1; /* TC_ACT_UNSPEC: other filters still run */
+	u64 now = ktime();
+	__builtin_memset(&s->key, 0, sizeof(s->key));
+	s->payload_len = s->seq = s->ack = s->ident = s->header_len = 0;
+	s->flags = s->icmp_type = s->icmp_code = s->fragment = 0;
+	s->key.ifindex = ifindex;
+	st->bytes += skb->len;
+	if (load_bytes(skb, 0, eth, 14))
+		goto ignore;
+	u8 group = eth[0] & 1;
+	why = FLOODED;
+	if (!group && is_foreign(ifindex, (u8 *)eth, side, now))
+		goto ignore;
+	why = decode(skb, s, side, ntohs(eth[6]));
+	if (why)
+		goto ignore;
+	u32 size = skb->gso_size, headers = s->ip_at + s->header_len;
+	if (size && skb->len > headers)
+		segments = (skb->len - headers + size - 1) / size;
+	why = place(skb, s, port, st, side, group, segments, now);
+ignore:
+	st->packets += segments;
+	if (why < 0)
+		return 2; /* TC_ACT_SHOT */
+	if (why > 0 && why < REASONS)
+		st->ignored[why]++;
+	return -1;
+}
+
+SEC("classifier/from_guest") int from_guest(struct __sk_buff *skb)
+{
+	return handle(skb, 0);
+}
+
+SEC("classifier/to_guest") int to_guest(struct __sk_buff *skb)
+{
+	return handle(skb, 1);
+}
+
+char _license[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,89 @@
+"""The committed object is what its source says."""
+
+import platform
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from appliance.errors import HostError
+from appliance.tap.bpf import elf
+from appliance.tap.bpf.layout import EVENT, FLOW, IGNORED, KEY, PORT, STATS, VERDICT, build_specs
+from appliance.tap.bpf.loader import OBJECT, PROGRAMS, Loaded
+from appliance.tap.bpf.syscalls import VerifierError, load_program
+
+SOURCE = OBJECT.with_suffix(".c")
+BUILT_WITH = "14.0"
+FLAGS = ("-O2", "-target", "bpf", "-fno-jump-tables", "-Wall", "-Werror")
+
+
+def include() -> str:
+    return f"-I/usr/include/{platform.machine()}-linux-gnu"
+
+
+@pytest.fixture
+def clang() -> str:
+    if not (found := shutil.which("clang")):
+        pytest.skip("no clang here")
+    return found
+
+
+def test_the_object_is_built_from_its_source(clang, tmp_path) -> None:
+    built = tmp_path / "built.o"
+    subprocess.run([clang, *FLAGS, include(), "-c", "-o", built, SOURCE], check=True, timeout=120)
+    ours, theirs = elf.parse(OBJECT.read_bytes()), elf.parse(built.read_bytes())
+    assert set(ours.programs) == set(theirs.programs) == set(PROGRAMS)
+    version = subprocess.run([clang, "--version"], check=True, capture_output=True, text=True, timeout=10).stdout
+    if f"version {BUILT_WITH}" in version:
+        assert ours == theirs, "run clang as the head of the source says, and commit the object"
+    try:
+        Loaded(1024, 1 << 16, built).close()
+    except HostError as error:
+        pytest.skip(str(error)) if "CAP_BPF" in str(error) else pytest.fail(str(error))
+
+
+def test_the_structures_are_as_long_as_in_the_source(clang, tmp_path) -> None:
+    sizes = {"key": KEY, "flow": FLOW, "event": EVENT, "verdict": VERDICT, "port": PORT, "stats": STATS}
+    values = {spec.name: spec for spec in build_specs(1024, 4096)}
+    checks = [f'_Static_assert(sizeof(struct {name}) == {layout.size}, "{name}");' for name, layout in sizes.items()]
+    checks += [
+        f'_Static_assert(sizeof(struct {struct}) == {values[name].key_size}, "{name}");'
+        for name, struct in (("peers4", "peer4"), ("peers6", "peer6"), ("macs", "mac"), ("fragments", "datagram"))
+    ]
+    checks += [
+        f'_Static_assert(sizeof(struct scratch) == {values["scratch"].value_size}, "scratch");',
+        f'_Static_assert(sizeof(struct noted) == {values["fragments"].value_size}, "noted");',
+        f'_Static_assert(REASONS == {len(IGNORED)}, "reasons");',
+    ]
+    probe = tmp_path / "probe.c"
+    probe.write_text("\n".join([f'#include "{SOURCE}"', *checks, ""]))
+    subprocess.run([clang, *FLAGS, include(), "-fsyntax-only", probe], check=True, timeout=60)
+
+
+def test_the_programs_stay_within_what_old_kernels_take() -> None:
+    for program in elf.parse(OBJECT.read_bytes()).programs.values():
+        assert len(program.instructions) // 8 <= 4096
+        assert {name for _, name in program.maps} <= {spec.name for spec in build_specs(1024, 4096)}
+    assert re.search(rb"GPL", elf.parse(OBJECT.read_bytes()).license)
+
+
+def test_a_damaged_object_is_named(tmp_path) -> None:
+    data = OBJECT.read_bytes()
+    for broken in (b"", b"\x7fELF", data[:3000], bytes(200), data[:18] + b"\x3e" + data[19:]):
+        with pytest.raises(ValueError, match="BPF object"):
+            elf.parse(broken)
+        path = tmp_path / "broken.o"
+        path.write_bytes(broken)
+        with pytest.raises(HostError, match="its object cannot be used"):
+            Loaded(1024, 1 << 16, path)
+
+
+def test_the_verifier_is_quoted() -> None:
+    exit_without_value = b"\x95" + bytes(7)
+    try:
+        load_program("bad", exit_without_value, b"GPL")
+    except VerifierError as error:
+        assert "R0 !read_ok" in str(error)
+    except PermissionError:
+        pytest.skip("needs root")
