@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 IpAddress = IPv4Address | IPv6Address
+IpNetwork = IPv4Network | IPv6Network
 
 
 class Missing(Enum):
@@ -137,6 +138,7 @@ class Flow:
     icmp_type: int | None = None
     midstream: bool = False  # its beginning was not seen; the direction is then a guess
     community_id: str = ""
+    spoofed_mac: str | None = None  # the guest sent it with a MAC address that its port was not given
 
 
 class FlowEnd(StrEnum):
@@ -165,10 +167,11 @@ class FlowCounts:
 
 @dataclass(frozen=True, slots=True)
 class FlowStarted:
-    """The first packet of a flow."""
+    """The first packet of a flow. ``held``: it waits in the host for a verdict (see ``HoldPolicy``)."""
 
     flow: Flow
     at_ns: int
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +422,39 @@ class Verdict:
     rules_version: str = ""
     new_process: bool = False  # this flow added its process to the process queue
     parasitic: bool = False  # denied, and foreign code was found in the process (P15)
+
+
+# -- the hand --
+
+
+class Act(StrEnum):
+    """What the hand does to one flow."""
+
+    RELEASE = "release"  # a held flow goes on: what was held is sent on, unchanged
+    BLOCK = "block"  # its packets are dropped, both ways; a held TCP connection is refused to a guest that opens it
+    RESET = "reset"  # both ends of an established TCP connection are told that it is over; then as BLOCK
+    HOLD = "hold"  # its packets wait until a person decides, or until the deadline
+    REDIRECT = "redirect"  # its packets go to a decoy, with their addresses as they are
+
+
+@dataclass(frozen=True, slots=True)
+class HoldPolicy:
+    """Which new flows of one guest wait for a verdict: TCP by its SYN, UDP by its first datagrams."""
+
+    outgoing: bool = True
+    incoming: bool = True
+    payload: bool = False  # the initiator's first payload waits, not its SYN
+    deadline_s: float = 1.0  # at most 3: a SYN is repeated after 1 s
+    default: Decision = Decision.ALLOW  # what becomes of a flow that has no verdict by then
+
+
+@dataclass(frozen=True, slots=True)
+class Decoy:
+    """The far end of a redirect: a port on the same layer 2, and the MAC address behind it."""
+
+    name: str
+    port: GuestPort
+    mac: str
 
 
 # -- hosts --

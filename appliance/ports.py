@@ -6,12 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from appliance.model import (
+    Decision,
+    Decoy,
     Evidence,
     Finding,
     Flow,
     FlowEvent,
     GuestId,
     GuestProcess,
+    HoldPolicy,
+    IpNetwork,
     ProcessKey,
     Region,
     Snapshot,
@@ -112,6 +116,42 @@ class PacketTap(Protocol):
 
     def close(self) -> Iterable[FlowEvent]:
         """Stop; the events that end the flows still open."""
+        ...
+
+
+class PacketHand(Protocol):
+    """The hand on single flows of one guest. Whatever it does ends by itself, can be undone, and touches one flow only.
+
+    Used by the thread that polls the tap. Methods that name a flow return whether it lives and the act was done. All may
+    raise HostError.
+    """
+
+    def hold_new(self, policy: HoldPolicy | None) -> None:
+        """From now on new flows wait for a verdict; None: they do not."""
+        ...
+
+    def release(self, flow: FlowId) -> bool:
+        """Let a flow go on, whatever was decided before: what was held is sent on, in order."""
+        ...
+
+    def block(self, flow: FlowId, seconds: float | None = None, *, reset: bool = False) -> bool:
+        """Drop its packets both ways; ``reset`` tells both ends of an established TCP connection that it is over."""
+        ...
+
+    def hold(self, flow: FlowId, seconds: float, default: Decision) -> bool:
+        """Let its packets wait; after ``seconds`` without another act, ``default`` is what becomes of it."""
+        ...
+
+    def redirect(self, flow: FlowId, decoy: Decoy) -> bool:
+        """Send a held flow to the decoy instead; established ones cannot be redirected (False)."""
+        ...
+
+    def ban(self, peer: IpNetwork, seconds: float | None = None) -> None:
+        """Drop what comes from or goes to these addresses, existing flows too; None: until ``unban``."""
+        ...
+
+    def unban(self, peer: IpNetwork) -> bool:
+        """Lift a ban; whether there was one."""
         ...
 
 
