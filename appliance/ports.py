@@ -12,6 +12,7 @@ from appliance.model import (
     Finding,
     Flow,
     FlowEvent,
+    FlowId,
     GuestId,
     GuestProcess,
     HoldPolicy,
@@ -120,9 +121,9 @@ class PacketTap(Protocol):
 
 
 class PacketHand(Protocol):
-    """The hand on single flows of one guest. Whatever it does ends by itself, can be undone, and touches one flow only.
+    """The hand on single flows of one guest. Its acts end by themselves, can be undone, and touch no other flow.
 
-    Used by the thread that polls the tap. Methods that name a flow return whether it lives and the act was done. All may
+    Used by the thread that polls the tap. Methods that name a flow return whether the act was done. All may
     raise HostError.
     """
 
