@@ -27,6 +27,7 @@ def environment(home: Path) -> dict[str, str]:
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         "PARASIGHT_STATE": str(home / "state"),
+        "PARASIGHT_RUN_DIR": str(home / "run"),
         "XDG_CACHE_HOME": str(home / "cache"),
     }
 
@@ -72,6 +73,11 @@ class Watching:
 
     def _read_err(self) -> None:
         self.said.extend(line.rstrip() for line in self._process.stderr)
+
+    def kill(self) -> None:
+        """As by the kernel: it has no time for anything."""
+        self._process.kill()
+        self._process.wait(timeout=10)
 
     def end(self) -> int:
         self._process.terminate()
