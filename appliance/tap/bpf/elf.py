@@ -14,6 +14,7 @@ EM_BPF: Final = 247
 SHT_SYMTAB: Final = 2
 SHT_REL: Final = 9
 R_BPF_64_64: Final = 1
+KINDS: Final = {"socket": 1, "classifier": 3}  # section -> enum bpf_prog_type
 PSEUDO_MAP_FD: Final = 1  # src_reg of BPF_LD_IMM64: the immediate is a map's descriptor
 LD_IMM64: Final = 0x18
 
@@ -28,6 +29,7 @@ class Code:
     """One program: its instructions and the maps they name, by byte offset."""
 
     name: str
+    kind: int  # enum bpf_prog_type
     instructions: bytes
     maps: tuple[tuple[int, str], ...]
 
@@ -73,7 +75,7 @@ def _parse(data: bytes) -> Object:
     ]
     relocations: dict[int, list[tuple[int, str]]] = {}
     for section, body in zip(sections, bodies, strict=True):
-        if section[1] != SHT_REL or not names[section[7]].startswith("classifier/"):
+        if section[1] != SHT_REL or not _is_program(names[section[7]]):
             continue
         for at, info in _REL.iter_unpack(body):
             symbol, home = symbols[info >> 32]
@@ -81,11 +83,17 @@ def _parse(data: bytes) -> Object:
                 raise ValueError(f"relocation of {symbol!r} is none of a map")
             relocations.setdefault(section[7], []).append((at, symbol))
     programs = {
-        name.partition("/")[2]: Code(name.partition("/")[2], bodies[index], tuple(relocations.get(index, ())))
+        name.partition("/")[2]: Code(
+            name.partition("/")[2], KINDS[name.partition("/")[0]], bodies[index], tuple(relocations.get(index, ()))
+        )
         for index, name in enumerate(names)
-        if name.startswith("classifier/")
+        if _is_program(name)
     }
     return Object(programs, bodies[names.index("license")].rstrip(b"\0"))
+
+
+def _is_program(section: str) -> bool:
+    return section.partition("/")[0] in KINDS
 
 
 def _text(strings: bytes, at: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from struct import Struct
 from typing import Final
 
@@ -30,6 +31,7 @@ ALLOW, DROP, HOLD, REDIRECT = range(4)
 FAIL_CLOSED: Final = 1
 HAS_VERDICTS: Final = 2
 HAS_BANS: Final = 4
+SWAPPED: Final = 8
 
 IGNORED: Final = (
     "", "runt", "llc", "arp", "lldp", "pppoe", "eapol", "other-ethertype", "cut-ip", "bad-ip-version", "bad-ip-length",
@@ -45,9 +47,16 @@ TIMEOUT_NS: Final = tuple(
     seconds * SECOND_NS for seconds in (40, 60, 3600, 120, 10, 10, 300, 30, 180, 30, 600)
 )  # by state
 
-_HASH, _PERCPU_ARRAY, _LRU_HASH, _LPM_TRIE, _RINGBUF = 1, 6, 9, 11, 27
+_HASH, _PERF_EVENT_ARRAY, _PERCPU_ARRAY, _LRU_HASH, _LPM_TRIE, _RINGBUF = 1, 4, 6, 9, 11, 27
 NO_PREALLOC: Final = 1
 _SCRATCH_BYTES: Final = EVENT.size + 2048 + KEY.size + FLOW.size + 48 + 56 + 8 * 4 + 4
+
+
+class Transport(StrEnum):
+    """How events reach user space."""
+
+    RING = "ring"  # BPF ring buffer, Linux 5.8
+    PERF = "perf"  # perf event array, one buffer for each CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +71,13 @@ class MapSpec:
     flags: int = 0
 
 
-def build_specs(max_flows: int, ring_bytes: int) -> tuple[MapSpec, ...]:
-    """The maps of one tap."""
+def build_specs(
+    max_flows: int, ring_bytes: int, transport: Transport = Transport.RING, cpus: int = 1
+) -> tuple[MapSpec, ...]:
+    """The maps of one tap. ``cpus``: all that may ever come; a perf event array has an entry for each."""
+    events = MapSpec("events", _RINGBUF, 0, 0, ring_bytes)
+    if transport is Transport.PERF:
+        events = MapSpec("events", _PERF_EVENT_ARRAY, 4, 4, cpus)
     return (
         MapSpec("flows", _LRU_HASH, KEY.size, FLOW.size, max_flows),
         MapSpec("verdicts", _HASH, KEY.size, VERDICT.size, 16384, NO_PREALLOC),
@@ -71,7 +85,7 @@ def build_specs(max_flows: int, ring_bytes: int) -> tuple[MapSpec, ...]:
         MapSpec("peers6", _LPM_TRIE, 24, VERDICT.size, 16384, NO_PREALLOC),
         MapSpec("ports", _HASH, 4, PORT.size, 64),
         MapSpec("stats", _PERCPU_ARRAY, 4, STATS.size, 1),
-        MapSpec("events", _RINGBUF, 0, 0, ring_bytes),
+        events,
         MapSpec("macs", _LRU_HASH, MAC.size, 8, 1024),
         MapSpec("fragments", _LRU_HASH, 48, 56, 4096),
         MapSpec("scratch", _PERCPU_ARRAY, 4, (_SCRATCH_BYTES + 7) & ~7, 1),

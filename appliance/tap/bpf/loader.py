@@ -12,19 +12,29 @@ from typing import Final
 from appliance.errors import HostError, PermissionRefused
 from appliance.model import Availability
 from appliance.tap.bpf import elf
-from appliance.tap.bpf.layout import build_specs
-from appliance.tap.bpf.syscalls import Map, load_program, raise_memlock
+from appliance.tap.bpf.layout import Transport, build_specs
+from appliance.tap.bpf.syscalls import Map, count_cpus, load_program, raise_memlock
 
 OBJECT: Final = Path(__file__).with_name("parasight_tap.bpf.o")
+OBJECTS: Final = {Transport.RING: OBJECT, Transport.PERF: OBJECT.with_name("parasight_tap_perf.bpf.o")}
 MAX_FLOWS: Final = 131072
 RING_BYTES: Final = 8 << 20
-PROGRAMS: Final = ("from_guest", "to_guest")
+PROGRAMS: Final = ("from_guest", "to_guest")  # on the hooks of a port
+OBSERVE: Final = ("observe",)  # on a packet socket
 
 
 class Loaded:
     """Maps and programs of one tap; they live until the last descriptor and the last filter are gone."""
 
-    def __init__(self, max_flows: int = MAX_FLOWS, ring_bytes: int = RING_BYTES, path: Path = OBJECT) -> None:
+    def __init__(
+        self,
+        max_flows: int = MAX_FLOWS,
+        ring_bytes: int = RING_BYTES,
+        path: Path | None = None,
+        *,
+        transport: Transport = Transport.RING,
+        programs: tuple[str, ...] = PROGRAMS,
+    ) -> None:
         """Raises PermissionRefused and HostError; the text holds the verifier's words."""
         if sys.byteorder != "little":
             raise HostError("the kernel tap is built for little-endian hosts only")
@@ -35,17 +45,17 @@ class Loaded:
             undo.callback(self.close)
             what = "its object"
             try:
-                code = elf.parse(path.read_bytes())
-                for spec in build_specs(max_flows, ring_bytes):
+                code = elf.parse((path or OBJECTS[transport]).read_bytes())
+                for spec in build_specs(max_flows, ring_bytes, transport, count_cpus()):
                     what = f"map {spec.name}"
                     self.maps[spec.name] = Map(
                         spec.name, spec.kind, spec.key_size, spec.value_size, spec.entries, spec.flags
                     )
                 descriptors = {name: made.fd for name, made in self.maps.items()}
-                for name in PROGRAMS:
+                for name in programs:
                     what = f"program {name}"
                     program = code.programs[name]
-                    self.programs[name] = load_program(name, program.link(descriptors), code.license)
+                    self.programs[name] = load_program(name, program.link(descriptors), code.license, program.kind)
             except OSError as error:
                 raise _explain(error, what) from error
             except (ValueError, KeyError) as error:

@@ -6,7 +6,10 @@
  * load it: no BTF, no CO-RE, no global data, no loops, no calls; maps are made by layout.py, whose structures repeat the
  * ones below. Every structure is packed by hand: sizes are multiples of 8, there is no hidden padding.
  *
+ * The same program as a socket filter on a packet socket only observes: no verdicts, no marks, nothing is queued.
+ *
  * Build: clang -O2 -target bpf -fno-jump-tables -I/usr/include/$(uname -m)-linux-gnu -c -o parasight_tap.bpf.o
+ * and once more with -DPERF_ARRAY to parasight_tap_perf.bpf.o, for kernels without ring buffers (before 5.8).
  */
 #include <linux/bpf.h>
 
@@ -19,13 +22,20 @@ typedef __u64 u64;
 #define inline inline __attribute__((always_inline))
 #define likely(x) __builtin_expect(!!(x), 1)
 #define SECOND 1000000000ULL
+#define PACKET_OUTGOING 4 /* linux/if_packet.h */
 
 static void *(*map_lookup)(void *map, const void *key) = (void *)1;
 static long (*map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
 static u64 (*ktime)(void) = (void *)5;
 static u32 (*cpu_id)(void) = (void *)8;
 static long (*load_bytes)(const void *skb, u32 at, void *to, u32 size) = (void *)26;
+#ifdef PERF_ARRAY
+static long (*perf_output)(void *skb, void *events, u64 flags, void *data, u64 size) = (void *)25;
+#define output(skb, data, size) perf_output(skb, &events, BPF_F_CURRENT_CPU, data, size)
+#else
 static long (*ring_output)(void *ring, void *data, u64 size, u64 flags) = (void *)130;
+#define output(skb, data, size) ring_output(&events, data, size, 0)
+#endif
 
 /* -- what user space shares (layout.py) -- */
 
@@ -128,6 +138,7 @@ struct port {
 #define FAIL_CLOSED 1 /* verdicts hold without a heartbeat */
 #define HAS_VERDICTS 2 /* otherwise the look-ups are spared */
 #define HAS_BANS 4
+#define SWAPPED 8 /* a macvtap: what the guest sends is outgoing for a packet socket */
 
 struct peer4 {
 	u32 prefix; /* bits, 32 for the scope included */
@@ -620,7 +631,7 @@ static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f
 	st->events++;
 	if (size > MAX_DATA)
 		return;
-	if (ring_output(&events, e, sizeof(*e) + size, 0)) {
+	if (output(skb, e, sizeof(*e) + size)) {
 		st->lost++;
 		f->missed |= kind;
 	}
@@ -703,7 +714,8 @@ static inline void count(struct flow *f, struct scratch *s, int side, u32 segmen
 		f->last_ns = now;
 }
 
-static inline int later_fragment(struct scratch *s, struct port *port, struct stats *st, int side, u32 segments, u64 now)
+static inline int later_fragment(struct scratch *s, struct port *port, struct stats *st, int side, u32 segments, u64 now,
+				 const int observe)
 {
 	struct noted *noted = map_lookup(&fragments, &s->datagram);
 	struct flow *f;
@@ -714,7 +726,7 @@ static inline int later_fragment(struct scratch *s, struct port *port, struct st
 	f = map_lookup(&flows, &s->key);
 	if (!f)
 		return NO_FIRST;
-	if (is_dropped(port, &s->key, now)) {
+	if (!observe && is_dropped(port, &s->key, now)) {
 		f->dropped[side] += segments;
 		st->dropped += segments;
 		return -1;
@@ -725,7 +737,7 @@ static inline int later_fragment(struct scratch *s, struct port *port, struct st
 
 /* Returns why it is no flow; 0 when it is; -1 to drop it. */
 static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *port, struct stats *st, int side, u8 group,
-			u32 segments, u64 now)
+			u32 segments, u64 now, const int observe)
 {
 	struct key *key = &s->key;
 	struct flow *f;
@@ -739,7 +751,7 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		__builtin_memcpy(s->datagram.src, side ? key->remote : key->local, 16);
 		__builtin_memcpy(s->datagram.dst, side ? key->local : key->remote, 16);
 		if (s->fragment == LATER)
-			return later_fragment(s, port, st, side, segments, now);
+			return later_fragment(s, port, st, side, segments, now, observe);
 	}
 	if (key->protocol == 1 || key->protocol == 58) {
 		int why = control(s);
@@ -750,7 +762,7 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 	if (key->protocol == 2)
 		return IGMP;
 	f = map_lookup(&flows, key);
-	if (is_dropped(port, key, now)) {
+	if (!observe && is_dropped(port, key, now)) {
 		if (f)
 			f->dropped[side] += segments;
 		st->dropped += segments;
@@ -830,7 +842,7 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 	return 0;
 }
 
-static inline int handle(struct __sk_buff *skb, const int side)
+static inline int handle(struct __sk_buff *skb, int side, const int observe)
 {
 	u32 zero = 0, ifindex = skb->ifindex, segments = 1;
 	struct port *port = map_lookup(&ports, &ifindex);
@@ -841,6 +853,8 @@ static inline int handle(struct __sk_buff *skb, const int side)
 
 	if (!port || !s || !st)
 		return -1; /* TC_ACT_UNSPEC: other filters still run */
+	if (observe)
+		side = (skb->pkt_type == PACKET_OUTGOING) ^ !!(port->flags & SWAPPED);
 	u64 now = ktime();
 	__builtin_memset(&s->key, 0, sizeof(s->key));
 	s->payload_len = s->seq = s->ack = s->ident = s->header_len = 0;
@@ -859,7 +873,7 @@ static inline int handle(struct __sk_buff *skb, const int side)
 	u32 size = skb->gso_size, headers = s->ip_at + s->header_len;
 	if (size && skb->len > headers)
 		segments = (skb->len - headers + size - 1) / size;
-	why = place(skb, s, port, st, side, group, segments, now);
+	why = place(skb, s, port, st, side, group, segments, now, observe);
 ignore:
 	st->packets += segments;
 	if (why < 0)
@@ -871,12 +885,18 @@ ignore:
 
 SEC("classifier/from_guest") int from_guest(struct __sk_buff *skb)
 {
-	return handle(skb, 0);
+	return handle(skb, 0, 0);
 }
 
 SEC("classifier/to_guest") int to_guest(struct __sk_buff *skb)
 {
-	return handle(skb, 1);
+	return handle(skb, 1, 0);
+}
+
+SEC("socket/observe") int observe(struct __sk_buff *skb)
+{
+	handle(skb, 0, 1);
+	return 0; /* bytes to queue */
 }
 
 char _license[] SEC("license") = "Dual MIT/GPL";

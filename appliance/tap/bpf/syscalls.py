@@ -13,13 +13,14 @@ import platform
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from struct import pack
 from typing import Final
 
 _NUMBER: Final = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 0)  # asm/unistd.h
 MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, PROG_LOAD = 0, 1, 2, 3, 5
 MAP_LOOKUP_BATCH, MAP_DELETE_BATCH = 24, 27
-PROG_TYPE_SCHED_CLS: Final = 3
+PROG_TYPE_SOCKET_FILTER, PROG_TYPE_SCHED_CLS = 1, 3
 LOG_BYTES: Final = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -146,11 +147,11 @@ def _batch(command: int, attr: bytes) -> tuple[int, bool]:
     return int.from_bytes(buffer.raw[32:36], "little"), number == errno.ENOENT
 
 
-def load_program(name: str, instructions: bytes, license_name: bytes) -> int:
-    """Load a tc program; return its descriptor. Raises VerifierError with the verifier's words, OSError."""
+def load_program(name: str, instructions: bytes, license_name: bytes, kind: int = PROG_TYPE_SCHED_CLS) -> int:
+    """Load a program; return its descriptor. Raises VerifierError with the verifier's words, OSError."""
     code = ctypes.create_string_buffer(instructions, len(instructions))
     words = ctypes.create_string_buffer(license_name)
-    attr = pack("=IIQQ", PROG_TYPE_SCHED_CLS, len(instructions) // 8, ctypes.addressof(code), ctypes.addressof(words))
+    attr = pack("=IIQQ", kind, len(instructions) // 8, ctypes.addressof(code), ctypes.addressof(words))
     tail = pack("=II16s", 0, 0, name.encode()[:15])
     try:
         return bpf(PROG_LOAD, attr + pack("=IIQ", 0, 0, 0) + tail)[0]
@@ -163,3 +164,9 @@ def load_program(name: str, instructions: bytes, license_name: bytes) -> int:
     except OSError as error:
         text = log.value.decode("utf-8", "replace").strip()
         raise VerifierError(error.errno, f"{name}: {error.strerror}: {text[-2000:] or 'no log'}") from error
+
+
+def count_cpus() -> int:
+    """How many CPUs a per-CPU value has: all that may ever come."""
+    text = Path("/sys/devices/system/cpu/possible").read_text("ascii").strip()
+    return int(text.replace(",", "-").rpartition("-")[2]) + 1 if text else os.cpu_count() or 1

@@ -10,7 +10,6 @@ over; should a packet of the same tuple come between its look and its removal, t
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections import OrderedDict, deque
@@ -19,7 +18,6 @@ from contextlib import ExitStack
 from fcntl import ioctl
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from pathlib import Path
 from struct import pack
 from typing import Final
 
@@ -47,6 +45,7 @@ from appliance.tap.bpf.attach import Attachment
 from appliance.tap.bpf.layout import CLOSED, CLOSING, END, EVENT, IGNORED, KEY, PAYLOAD, SECOND_NS, START, TIMEOUT_NS
 from appliance.tap.bpf.loader import MAX_FLOWS, RING_BYTES, Loaded
 from appliance.tap.bpf.ring import Ring
+from appliance.tap.bpf.syscalls import count_cpus
 from appliance.tap.bpf.talk import MAX_DNS, MAX_PAYLOADS, Talk
 from appliance.tap.netns import call_in_netns
 
@@ -100,7 +99,7 @@ class KernelTap:
         self._flags = layout.FAIL_CLOSED if fail_closed else 0
         self._gone = self._closed = False
         self._final: TapStats | None = None
-        self._cpus = _count_cpus()
+        self._cpus = count_cpus()
         now_ns = clock()
         self._offset_ns = now_ns - time.monotonic_ns()
         self._grace_ns = now_ns + GRACE_NS
@@ -480,9 +479,3 @@ def _verdict(action: int, seconds: float | None) -> bytes:
 def _peer_key(peer: IPv4Network | IPv6Network) -> tuple[str, bytes]:
     name = "peers4" if peer.version == 4 else "peers6"
     return name, pack("=II", 32 + peer.prefixlen, 0) + peer.network_address.packed
-
-
-def _count_cpus() -> int:
-    """How many CPUs a per-CPU value has: all that may ever come."""
-    text = Path("/sys/devices/system/cpu/possible").read_text("ascii").strip()
-    return int(text.replace(",", "-").rpartition("-")[2]) + 1 if text else os.cpu_count() or 1

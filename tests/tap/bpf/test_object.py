@@ -9,8 +9,8 @@ import pytest
 
 from appliance.errors import HostError
 from appliance.tap.bpf import elf
-from appliance.tap.bpf.layout import EVENT, FLOW, IGNORED, KEY, PORT, STATS, VERDICT, build_specs
-from appliance.tap.bpf.loader import OBJECT, PROGRAMS, Loaded
+from appliance.tap.bpf.layout import EVENT, FLOW, IGNORED, KEY, PORT, STATS, VERDICT, Transport, build_specs
+from appliance.tap.bpf.loader import OBJECT, OBJECTS, OBSERVE, PROGRAMS, Loaded
 from appliance.tap.bpf.syscalls import VerifierError, load_program
 
 SOURCE = OBJECT.with_suffix(".c")
@@ -29,16 +29,18 @@ def clang() -> str:
     return found
 
 
-def test_the_object_is_built_from_its_source(clang, tmp_path) -> None:
+@pytest.mark.parametrize("transport", Transport)
+def test_the_objects_are_built_from_their_source(clang, tmp_path, transport) -> None:
     built = tmp_path / "built.o"
-    subprocess.run([clang, *FLAGS, include(), "-c", "-o", built, SOURCE], check=True, timeout=120)
-    ours, theirs = elf.parse(OBJECT.read_bytes()), elf.parse(built.read_bytes())
-    assert set(ours.programs) == set(theirs.programs) == set(PROGRAMS)
+    defines = ["-DPERF_ARRAY"] if transport is Transport.PERF else []
+    subprocess.run([clang, *FLAGS, *defines, include(), "-c", "-o", built, SOURCE], check=True, timeout=120)
+    ours, theirs = elf.parse(OBJECTS[transport].read_bytes()), elf.parse(built.read_bytes())
+    assert set(ours.programs) == set(theirs.programs) == {*PROGRAMS, *OBSERVE}
     version = subprocess.run([clang, "--version"], check=True, capture_output=True, text=True, timeout=10).stdout
     if f"version {BUILT_WITH}" in version:
         assert ours == theirs, "run clang as the head of the source says, and commit the object"
     try:
-        Loaded(1024, 1 << 16, built).close()
+        Loaded(1024, 1 << 16, built, transport=transport, programs=(*PROGRAMS, *OBSERVE)).close()
     except HostError as error:
         pytest.skip(str(error)) if "CAP_BPF" in str(error) else pytest.fail(str(error))
 
@@ -61,8 +63,9 @@ def test_the_structures_are_as_long_as_in_the_source(clang, tmp_path) -> None:
     subprocess.run([clang, *FLAGS, include(), "-fsyntax-only", probe], check=True, timeout=60)
 
 
-def test_the_programs_stay_within_what_old_kernels_take() -> None:
-    for program in elf.parse(OBJECT.read_bytes()).programs.values():
+@pytest.mark.parametrize("transport", Transport)
+def test_the_programs_stay_within_what_old_kernels_take(transport) -> None:
+    for program in elf.parse(OBJECTS[transport].read_bytes()).programs.values():
         assert len(program.instructions) // 8 <= 4096
         assert {name for _, name in program.maps} <= {spec.name for spec in build_specs(1024, 4096)}
     assert re.search(rb"GPL", elf.parse(OBJECT.read_bytes()).license)
