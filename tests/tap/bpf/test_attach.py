@@ -11,7 +11,7 @@ import pytest
 
 from appliance.errors import HostError, UsageError
 from appliance.model import FlowEnd, FlowEnded, FlowStarted, GuestPort
-from appliance.tap.bpf.attach import clear
+from appliance.tap.bpf.attach import clean, list_ours
 from tests.tap.bpf.both import collect, drain, open_kernel, udp_talk
 from tests.tap.world import GUEST_IP, HOST_IP, PORT, ip, make_world
 
@@ -120,13 +120,18 @@ def test_a_crash_lifts_bans_and_the_next_attach_clears_what_it_left(world) -> No
 
 
 def test_what_a_crash_left_can_be_cleared_without_a_new_tap(world) -> None:
+    before = seen(world)
     command = [sys.executable, "-c", CRASH, PORT, world.host_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "ready\n"
-        assert clear(GuestPort(PORT, netns=world.host_path)) == 0, "its process lives"
+        assert clean(world.host_path) == [], "its process lives"
+        assert {one.owner.pid for one in list_ours(world.host_path)} == {child.pid}
         child.kill()
-    assert clear(GuestPort(PORT, netns=world.host_path)) == 2
-    assert "parasight_tap" not in seen(world)
+    assert [(one.what, one.hook) for one in clean(world.host_path)] == [
+        ("filter", "ingress"), ("filter", "egress"), ("qdisc", "")
+    ]  # fmt: skip
+    assert clean(world.host_path) == list_ours(world.host_path) == []
+    assert seen(world) == before
 
 
 def test_two_taps_on_one_port_do_not_disturb_each_other(world) -> None:
