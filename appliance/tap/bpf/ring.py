@@ -38,6 +38,10 @@ class Ring:
         """Whether a record waits."""
         return self._read[0] != self._written[0]
 
+    def fileno(self) -> int:
+        """Readable while records wait."""
+        return self._fd
+
     def wait(self, timeout_s: float) -> bool:
         """Wait for a record."""
         return self.ready or bool(self._poll.poll(max(0.0, timeout_s) * 1000))

@@ -41,10 +41,9 @@ from appliance.model import (
     Transport,
 )
 from appliance.tap.bpf import layout
-from appliance.tap.bpf.attach import Attachment
+from appliance.tap.bpf.hook import Hook, hang, open_ring
 from appliance.tap.bpf.layout import CLOSED, CLOSING, END, EVENT, IGNORED, KEY, PAYLOAD, SECOND_NS, START, TIMEOUT_NS
-from appliance.tap.bpf.loader import MAX_FLOWS, RING_BYTES, Loaded
-from appliance.tap.bpf.ring import Ring
+from appliance.tap.bpf.loader import MAX_FLOWS, PROGRAMS, RING_BYTES, Loaded
 from appliance.tap.bpf.syscalls import count_cpus
 from appliance.tap.bpf.talk import MAX_DNS, MAX_PAYLOADS, Talk
 from appliance.tap.netns import call_in_netns
@@ -84,6 +83,8 @@ class KernelTap:
         max_flows: int = MAX_FLOWS,
         ring_bytes: int = RING_BYTES,
         fail_closed: bool = False,
+        transport: layout.Transport = layout.Transport.RING,
+        programs: tuple[str, ...] = PROGRAMS,
     ) -> None:
         if len({port.netns for port in ports}) != 1:
             raise UsageError("a kernel tap needs ports, all of one network namespace")
@@ -106,18 +107,17 @@ class KernelTap:
         self._next_beat_ns = 0
         self._next_sweep_ns = time.monotonic_ns() + SWEEP_NS
         with ExitStack() as undo:
-            self._loaded = Loaded(max_flows, ring_bytes)
+            self._loaded = Loaded(max_flows, ring_bytes, transport=transport, programs=programs)
             undo.callback(self._loaded.close)
             self._maps = self._loaded.maps
-            self._ring = Ring(self._maps["events"].fd, ring_bytes)
+            self._ring = open_ring(transport, self._maps["events"], ring_bytes)
             undo.callback(self._ring.close)
             # A socket stays in its namespace: asked whether the ports are still there.
             self._socket = call_in_netns(ports[0].netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             undo.callback(self._socket.close)
-            self._attached: list[Attachment] = []
+            self._attached: list[Hook] = []
             for port in ports:
-                programs = self._loaded.programs
-                attached = Attachment(port, programs["from_guest"], programs["to_guest"])
+                attached = hang(port, self._loaded.programs)
                 undo.callback(attached.detach)
                 self._attached.append(attached)
                 if port.mac:
@@ -155,7 +155,7 @@ class KernelTap:
 
     def fileno(self) -> int:
         """The ring: readable while events wait."""
-        return self._maps["events"].fd
+        return self._ring.fileno()
 
     def stats(self) -> TapStats:
         """Counters since the start. ``lost`` counts events that found the ring full; a sweep makes up for them."""
@@ -422,7 +422,8 @@ class KernelTap:
     def _beat(self, now_ns: int) -> None:
         self._next_beat_ns = now_ns + BEAT_NS
         for attached in self._attached:
-            value = layout.PORT.pack(now_ns, PATIENCE_NS, self._flags)
+            flags = self._flags | (layout.SWAPPED if attached.swapped else 0)
+            value = layout.PORT.pack(now_ns, PATIENCE_NS, flags)
             self._maps["ports"].update(attached.ifindex.to_bytes(4, "little"), value)
 
     def _set_flags(self, flags: int) -> None:
@@ -446,7 +447,7 @@ class KernelTap:
     def _check_ports(self) -> None:
         self._gone = all(not self._is_there(attached) for attached in self._attached)
 
-    def _is_there(self, attached: Attachment) -> bool:
+    def _is_there(self, attached: Hook) -> bool:
         request = pack("=16si20x", attached.port.ifname.encode()[:15], 0)
         try:
             answer = ioctl(self._socket, 0x8933, request)  # SIOCGIFINDEX
