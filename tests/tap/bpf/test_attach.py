@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from appliance.errors import HostError, UsageError
-from appliance.model import FlowEnd, FlowEnded, FlowStarted, GuestPort
-from appliance.tap.bpf.attach import clean, list_ours
+from appliance.model import FlowEnd, FlowEnded, FlowStarted
+from appliance.tap.bpf.leftovers import clean, list_ours
 from tests.tap.bpf.both import collect, drain, open_kernel, udp_talk
 from tests.tap.world import GUEST_IP, HOST_IP, PORT, ip, make_world
 
