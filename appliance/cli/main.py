@@ -15,7 +15,7 @@ from typing import Annotated, ParamSpec, TypeVar, cast
 import typer
 
 from appliance import __version__
-from appliance.cli import check, look, watching
+from appliance.cli import check, look, stop, watching
 from appliance.errors import ParasightError, RuleError, UsageError
 
 INTERRUPTED = 130
@@ -74,6 +74,7 @@ app.command()(_quiet(watching.watch))
 app.command()(_quiet(watching.replay))
 app.command()(_quiet(watching.explain))
 app.command()(_quiet(check.doctor))
+app.command()(_quiet(stop.stop))
 app.add_typer(check.rules, name="rules")
 
 
