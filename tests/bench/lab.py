@@ -32,10 +32,24 @@ class Sizes:
     items: int = 20_000  # of things that take microseconds
     tap_s: float = 3.0
     impact_rounds: int = 100
+    eye_slices: int = 100
+    eye_packets: int = 6_000
+    eye_flows: int = 5_000
+    peers: bool = True  # those that take seconds to start
 
     @classmethod
     def quick(cls) -> "Sizes":
-        return cls(sockets=48, rounds=2, slow_rounds=1, items=200, tap_s=0.5, impact_rounds=4)
+        return cls(
+            sockets=48,
+            rounds=2,
+            slow_rounds=1,
+            items=200,
+            tap_s=0.5,
+            impact_rounds=4,
+            eye_slices=4,
+            eye_packets=5000,
+            eye_flows=200,
+        )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tests.bench.measure import Sample
 
-UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "x": 1.0}
+UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9, "x": 1.0}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The benchmarks still run. Their figures are never asserted: they belong to the machine."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -47,3 +48,11 @@ def test_rounds_are_interleaved_and_every_second_one_goes_backwards():
     samples = interleave(2, lambda: order.append("a"), lambda: order.append("b"))
     assert order == ["a", "b", "b", "a"]
     assert [len(sample) for sample in samples] == [2, 2]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_the_packet_eye_is_compared_with_tcpdump_and_loses_no_flow():
+    done = bench("eye", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [line["peer"]["name"] for line in document["lines"]][:2] == ["tcpdump -w", "tcpdump -w"]
