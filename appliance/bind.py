@@ -1,14 +1,16 @@
 """The knot: a flow and what the guest eye found become a Binding, an honest answer with its reason.
 
 The eye answers for one instant; this room knows the flow's life. It decides whether to ask again, and what a miss
-means: a socket that was gone before we looked (late), or a connection that lives on without one (hidden).
+means: a socket that was gone before we looked (late), or a connection that lives on without one (hidden). A flow that
+is held in the host does not live yet: its silence says nothing, and somebody waits for each answer.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from appliance.model import Binding, Direction, Finding, Flow, Match, Owner, Reason, Transport
+from appliance.model import Binding, Direction, Evidence, Finding, Flow, Handling, Match, Owner, Reason, Transport
 
 MS = 1_000_000
 
@@ -21,10 +23,17 @@ UDP_RETRIES_NS = (1 * MS, 10 * MS, 2000 * MS)
 # guest's first answer makes one more look, and a better one: by then the connection was accepted.
 ACCEPT_RETRIES_NS = (3 * MS, 15 * MS, 100 * MS)
 
+# While a flow is held its socket cannot go away unseen, and a person waits: close together, up to the longest hold.
+HELD_RETRIES_NS = (1 * MS, 3 * MS, 10 * MS, 30 * MS, 100 * MS, 300 * MS, 1000 * MS, 2000 * MS, 3000 * MS)
+
 PROMPT_NS = 20 * MS  # an answer that took longer says nothing of the moment it was asked about
 BEHIND_NS = 50 * MS  # so far behind, asking again soon would only put us further behind
 SETTLED_NS = 200 * MS  # by then a flow is no longer one question and one answer
 OLD_NS = 1000 * MS  # a socket cannot be gone from a TCP connection of this age that has not ended
+
+SPOOFED_MAC, SPOOFED_IP = "spoofed-mac", "spoofed-ip"  # kinds of evidence
+ALARM_REST_NS = 60_000 * MS  # one forged address is one alarm a minute, whatever is sent from it
+MAX_ALARMS = 4096  # forged addresses that are remembered
 
 _ANSWER_RANK = {Match.EXACT: 4, Match.KERNEL: 3, Match.LISTENER: 2, Match.UNCONNECTED: 2, Match.NONE: 0}
 _LASTING_MISSES = (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY, Reason.TIME_WAIT, Reason.ORPHAN)
@@ -54,6 +63,19 @@ class Case:
     looking: bool = False
     due_ns: int = 0  # when the next look is due by time
     judged: bool = field(default=False)
+    held: bool = False  # it waits in the host for its verdict
+    deadline_ns: int = 0  # of the hold
+    released_ns: int = 0  # when it was let go without a verdict; 0: it was not
+    handling: Handling | None = None  # how it was let go
+
+    @property
+    def since_ns(self) -> int:
+        """When its life on the wire began: ages and the times to ask again count from here."""
+        return max(self.flow.started_ns, self.released_ns)
+
+    def release(self, at_ns: int) -> None:
+        """It goes on without a verdict: from now on its life tells what it is."""
+        self.held, self.released_ns, self.retries, self.due_ns = False, at_ns, 0, 0
 
     def learn(self, finding: Finding, at_ns: int) -> None:
         """Take one answer in; the best answer so far stays."""
@@ -62,8 +84,9 @@ class Case:
             self.first_lag_ns = lag_ns
         self.attempts += 1
         self.torn += finding.torn
-        if finding.match is Match.NONE and finding.reason in _DOUBTFUL_MISSES and lag_ns <= PROMPT_NS:
-            age_ns = self.asked_ns - self.flow.started_ns
+        doubtful = finding.match is Match.NONE and finding.reason in _DOUBTFUL_MISSES
+        if doubtful and lag_ns <= PROMPT_NS and not self.held:
+            age_ns = self.asked_ns - self.since_ns
             self.settled_misses += self.on_packet and age_ns >= SETTLED_NS
             self.old_misses += age_ns >= OLD_NS
         if self.best is None or _better(finding, self.best):
@@ -78,9 +101,14 @@ def next_look_ns(case: Case) -> int | None:
     if finding.final or finding.match in (Match.EXACT, Match.KERNEL, Match.UNCONNECTED) or case.ended:
         return None
     if finding.match is Match.LISTENER:
+        if case.held:
+            return None  # nobody can accept it before it is let in
         schedule: tuple[int, ...] = ACCEPT_RETRIES_NS
     elif finding.reason in _LASTING_MISSES:
         return None
+    elif case.held:
+        later = (case.since_ns + wait_ns for wait_ns in HELD_RETRIES_NS)
+        return next((at_ns for at_ns in later if at_ns > case.asked_ns), None)
     else:
         tcp = case.flow.tuple.protocol is Transport.TCP
         schedule = TCP_RETRIES_NS if tcp else UDP_RETRIES_NS
@@ -88,7 +116,7 @@ def next_look_ns(case: Case) -> int | None:
             schedule = schedule[-2:] if tcp else schedule[-1:]
     if case.retries >= len(schedule):
         return None
-    return case.flow.started_ns + schedule[case.retries]
+    return case.since_ns + schedule[case.retries]
 
 
 def tie(case: Case, remembered: tuple[Owner, ...] = ()) -> Binding:
@@ -104,6 +132,39 @@ def tie(case: Case, remembered: tuple[Owner, ...] = ()) -> Binding:
         reason = Reason.AMBIGUOUS
     owners = tuple(sorted(owners, key=lambda owner: (owner.process.key.started_ns, owner.process.pid)))
     return Binding(match, reason, owners, latency_ns, case.attempts, finding.socket)
+
+
+def forged(flow: Flow) -> tuple[Evidence, ...]:
+    """What the flow's own packets say against it."""
+    mac = flow.spoofed_mac
+    if mac is None:
+        return ()
+    claim = f"the guest sent this from the MAC address {mac}, which its port was not given"
+    return (Evidence(claim, SPOOFED_MAC, detail=mac, weight=1),)
+
+
+class Forgeries:
+    """Which forged addresses were told of lately, so that a flood of packets is not a flood of alarms."""
+
+    def __init__(self) -> None:
+        self._told: OrderedDict[tuple[str, str | None], int] = OrderedDict()
+
+    def loudest(self, evidence: tuple[Evidence, ...], at_ns: int) -> Evidence | None:
+        """The first claim of a forged address that is worth an alarm now; None: there is none, or it was told."""
+        found = None
+        for item in evidence:
+            if item.kind not in (SPOOFED_MAC, SPOOFED_IP):
+                continue
+            key = item.kind, item.detail
+            told_ns = self._told.get(key)
+            if told_ns is not None and at_ns - told_ns < ALARM_REST_NS:
+                continue
+            self._told[key] = at_ns
+            self._told.move_to_end(key)
+            if len(self._told) > MAX_ALARMS:
+                self._told.popitem(last=False)
+            found = found or item
+        return found
 
 
 def _better(new: Finding, old: Finding) -> bool:

@@ -1,10 +1,14 @@
 """The whole appliance on one page: events in, commands out. No I/O, no clock, no randomness.
 
-    FlowStarted ──▶ LookUp ──▶ LookedUp ──▶ (ask again) ──▶ add the process, then judge ──▶ Report
-                                                                    │ denied
-                                                                    └──▶ GatherEvidence ──▶ EvidenceFound ──▶ Report
+    FlowStarted ──▶ LookUp ──▶ LookedUp ──▶ (ask again) ──▶ add the process, then judge ──▶ (Handle ──▶ Handled)
+                                                                                                    │
+                            Report ◀── (GatherEvidence ──▶ EvidenceFound, where it is denied) ◀─────┘
 
 One engine serves one guest. Time comes with each event, so that replay equals live (P10: add, then judge).
+
+A flow that waits in the host gets exactly one act that ends its waiting, before anything else is done about it. When
+its time is nearly up and nobody is known to own it, the policy for flows without a process decides; if that lets it
+go, it is judged by its further life, like a flow that was never held.
 """
 
 from __future__ import annotations
@@ -13,11 +17,28 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from ipaddress import IPv6Address
 from typing import Protocol
 
-from appliance.bind import Case, next_look_ns, tie
+from appliance.bind import Case, Forgeries, forged, next_look_ns, tie
+from appliance.messages import (
+    Command,
+    Decided,
+    Event,
+    EvidenceFound,
+    GatherEvidence,
+    Handle,
+    Handled,
+    LookedUp,
+    LookUp,
+    Report,
+    SnapshotTaken,
+    Tick,
+)
 from appliance.model import (
+    Act,
+    Ask,
     Binding,
     Decision,
     Direction,
@@ -27,23 +48,28 @@ from appliance.model import (
     FiveTuple,
     Flow,
     FlowEnded,
-    FlowEvent,
     FlowId,
     FlowPayload,
     FlowStarted,
     GuestProcess,
+    Handling,
+    HoldPolicy,
     IpAddress,
     Judgement,
     Owner,
     ProcessKey,
+    Severity,
     Snapshot,
     Verdict,
 )
-from appliance.rules.match import Subject
+from appliance.rules.acts import Order, by_default, order_for, stop
+from appliance.rules.match import Subject, louder
 
 MAX_PROCESSES = 65_536  # of the process queue: twice a default pid_max
 MAX_REMEMBERED = 65_536  # tuples whose owners an earlier look has seen
 MAX_RECORDS = 262_144  # open flows in the record queue
+MAX_WAITING = 4096  # flows held for a person; of more of them nobody will be asked
+LEAD_NS = 25_000_000  # so long before a hold ends its flow is decided, or the tap would have decided already
 EVIDENCE_FRESH_NS = 10_000_000_000  # foreign code is looked for at most once in this time for one process
 
 
@@ -72,88 +98,59 @@ class Names(Protocol):
         ...
 
 
-# -- commands --
+class Alarm(IntEnum):
+    """What a point in time is for."""
+
+    LOOK = 0  # ask again who owns a flow
+    OVERDUE = 1  # the hold of a new flow is about to end
+    UNANSWERED = 2  # nobody has decided on a flow that is held for a person
 
 
-@dataclass(frozen=True, slots=True)
-class LookUp:
-    """Ask the guest eye who owns this flow now; answer with LookedUp."""
-
-    flow: Flow
-
-
-@dataclass(frozen=True, slots=True)
-class GatherEvidence:
-    """Look for foreign code in this process; answer with EvidenceFound."""
-
-    flow: FlowId
-    process: GuestProcess
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A flow is judged: write it down, show it."""
+@dataclass(slots=True)
+class Waiting:
+    """A flow that is held until a person decides."""
 
     verdict: Verdict
+    since_ns: int
+    deadline_ns: int
+    fresh: bool  # it is held since its first packet: neither end knows of a connection
 
 
-Command = LookUp | GatherEvidence | Report
+@dataclass(slots=True)
+class _Doing:
+    """An act under way."""
 
-
-# -- events beside the tap's --
-
-
-@dataclass(frozen=True, slots=True)
-class LookedUp:
-    """The eye's answer to LookUp."""
-
-    flow: FlowId
-    finding: Finding
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class EvidenceFound:
-    """The eye's answer to GatherEvidence."""
-
-    flow: FlowId
-    evidence: tuple[Evidence, ...]
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotTaken:
-    """A full look: seeds the process queue and the owners of connections that are already open."""
-
-    snapshot: Snapshot
-    os: str = ""  # what the guest runs, for rules that are meant for one system
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-    at_ns: int
-
-
-Event = FlowEvent | LookedUp | EvidenceFound | SnapshotTaken | Tick
+    flow: Flow
+    order: Order
+    ask: Ask
+    held: bool  # the flow has never gone on: to stop it is to refuse it
+    since_ns: int | None = None  # since when it waits; None: it does not
+    verdict: Verdict | None = None  # not reported yet; None: it goes on without one, because the hold is over
+    again: bool = False
 
 
 class Engine:
     """Judges every flow of one guest."""
 
-    def __init__(self, judge: Judge, names: Names, *, tags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, judge: Judge, names: Names, *, tags: tuple[str, ...] = (), hold: HoldPolicy | None = None
+    ) -> None:
+        """``hold`` is the policy by which the tap holds new flows, if it does."""
         self._judge = judge
         self._names = names
+        self._hold = hold or HoldPolicy()
         self._os, self._tags = "", tags
         self._cases: dict[FlowId, Case] = {}
         self._pending: dict[FlowId, Verdict] = {}
-        self._due: list[tuple[int, int, FlowId]] = []
+        self._doing: dict[FlowId, _Doing] = {}
+        self._due: list[tuple[int, int, Alarm, FlowId]] = []
+        self._forgeries = Forgeries()
         self._remembered: dict[FiveTuple, tuple[Owner, ...]] = {}
         self._evidence: OrderedDict[ProcessKey, tuple[int, tuple[Evidence, ...]]] = OrderedDict()
         self._by_pid: dict[int, GuestProcess] = {}
         self.processes: OrderedDict[ProcessKey, GuestProcess] = OrderedDict()
         self.records: OrderedDict[FlowId, Verdict] = OrderedDict()
+        self.waiting: dict[FlowId, Waiting] = {}  # for a person
 
     @property
     def next_due_ns(self) -> int | None:
@@ -163,31 +160,60 @@ class Engine:
     def feed(self, event: Event) -> Iterator[Command]:
         """Take one event; yield what is to be done, in order."""
         match event:
-            case FlowStarted(flow, at_ns):
-                self._cases[flow.id] = Case(flow)
-                if not flow.midstream:
-                    self._remembered.pop(flow.tuple, None)  # the tuple belongs to another connection from now on
-                yield from self._look(self._cases[flow.id], at_ns, on_packet=flow.direction is Direction.OUT)
+            case FlowStarted(flow, at_ns, held):
+                yield from self._started(flow, at_ns, held=held)
             case LookedUp(flow_id, finding, at_ns):
                 yield from self._answered(flow_id, finding, at_ns)
+            case Handled():
+                yield from self._handled(event)
             case FlowPayload():
                 yield from self._payload(event)
             case FlowEnded(flow_id, _, _, at_ns):
                 yield from self._ended(flow_id, at_ns)
             case EvidenceFound(flow_id, evidence, at_ns):
                 yield from self._evidenced(flow_id, evidence, at_ns)
+            case Decided(flow_id, allow, who, at_ns):
+                yield from self._decided(flow_id, who, allow=allow)
             case SnapshotTaken(snapshot, os):
                 self._os = os
                 self._seed(snapshot)
             case Tick(at_ns):
                 while self._due and self._due[0][0] <= at_ns:
-                    _, _, flow_id = heapq.heappop(self._due)
-                    if (due := self._cases.get(flow_id)) is not None and not due.judged:
-                        due.retries, due.due_ns = due.retries + 1, 0
-                        if not due.looking:  # else the answer under way sets the next time
-                            yield from self._look(due, at_ns, on_packet=False)
+                    due_ns, _, alarm, flow_id = heapq.heappop(self._due)
+                    yield from self._woken(alarm, flow_id, due_ns, at_ns)
+
+    def _woken(self, alarm: Alarm, flow_id: FlowId, due_ns: int, at_ns: int) -> Iterator[Command]:
+        if alarm is Alarm.UNANSWERED:
+            if (waiting := self.waiting.get(flow_id)) is not None:
+                ask = waiting.verdict.judgement.ask
+                who = f"nobody decided within {ask.seconds:g} s"
+                yield from self._decided(flow_id, who, allow=ask.default is Decision.ALLOW)
+            return
+        case = self._cases.get(flow_id)
+        if case is None or case.judged:
+            return
+        if alarm is Alarm.OVERDUE:
+            if case.held:
+                yield from self._overdue(case, at_ns)
+        elif case.due_ns == due_ns:  # else another time was set since
+            case.retries, case.due_ns = case.retries + 1, 0
+            if not case.looking:  # else the answer under way sets the next time
+                yield from self._look(case, at_ns, on_packet=False)
 
     # -- binding --
+
+    def _started(self, flow: Flow, at_ns: int, *, held: bool) -> Iterator[Command]:
+        case = self._cases[flow.id] = Case(flow)
+        if held:
+            hold_ns = round(self._hold.deadline_s * 1e9)
+            case.held, case.deadline_ns = True, flow.started_ns + hold_ns
+            self._wake(case.deadline_ns - min(LEAD_NS, hold_ns // 4), flow.id, Alarm.OVERDUE)
+        if not flow.midstream:
+            self._remembered.pop(flow.tuple, None)  # the tuple belongs to another connection from now on
+        yield from self._look(case, at_ns, on_packet=flow.direction is Direction.OUT)
+
+    def _wake(self, at_ns: int, flow_id: FlowId, alarm: Alarm) -> None:
+        heapq.heappush(self._due, (at_ns, flow_id.number, alarm, flow_id))
 
     def _look(self, case: Case, at_ns: int, *, on_packet: bool) -> Iterator[Command]:
         case.looking, case.asked_ns, case.on_packet = True, at_ns, on_packet
@@ -199,14 +225,32 @@ class Engine:
             return
         case.looking = False
         case.learn(finding, at_ns)
+        yield from self._go_on(case, at_ns)
+
+    def _go_on(self, case: Case, at_ns: int) -> Iterator[Command]:
+        """Judge a flow of which all is known that can be, or set the time of the next look."""
         again_ns = next_look_ns(case)
         if again_ns is None:
             yield from self._judge_case(case, at_ns)
             if case.ended:
-                del self._cases[flow_id]
+                del self._cases[case.flow.id]
         elif case.due_ns != again_ns:
             case.due_ns = again_ns
-            heapq.heappush(self._due, (again_ns, flow_id.number, flow_id))
+            self._wake(again_ns, case.flow.id, Alarm.LOOK)
+
+    def _overdue(self, case: Case, at_ns: int) -> Iterator[Command]:
+        """The hold is nearly over, and no process is known: what is said of such flows decides, here and now."""
+        judgement = self._judgement(case.flow, tie(case), at_ns)
+        order = self._order(case, judgement, at_ns)
+        if order is None or order.act is not Act.RELEASE:
+            yield from self._judge_case(case, at_ns)
+            if case.ended:
+                del self._cases[case.flow.id]
+            return
+        yield from self._do(_Doing(case.flow, order, judgement.ask, True, case.flow.started_ns))
+        case.release(at_ns)
+        if not case.looking:
+            yield from self._go_on(case, at_ns)
 
     def _payload(self, event: FlowPayload) -> Iterator[Command]:
         case = self._cases.get(event.flow)
@@ -230,6 +274,9 @@ class Engine:
                 del self._cases[flow_id]
             self._remembered.pop(case.flow.tuple, None)
         self.records.pop(flow_id, None)
+        self.waiting.pop(flow_id, None)
+        while self._due and self._due[0][3] not in self._cases:
+            heapq.heappop(self._due)
 
     def _seed(self, snapshot: Snapshot) -> None:
         """Start afresh: what an earlier kernel of this guest did says nothing of this one."""
@@ -264,18 +311,28 @@ class Engine:
         known = self._remembered.get(flow.tuple, ()) if flow.midstream else ()
         binding = tie(case, known)
         added = [self._add(owner.process) for owner in binding.owners]
+        evidence = forged(flow) + (case.best.evidence if case.best else ())
         judgement = self._judgement(flow, binding, at_ns)
+        if (forgery := self._forgeries.loudest(evidence, at_ns)) is not None:
+            judgement = louder(judgement, Severity.MEDIUM, forgery.claim)
         verdict = Verdict(
             flow,
             binding,
             judgement,
             at_ns,
-            evidence=case.best.evidence if case.best else (),
+            evidence=evidence,
             names=self._names.names_of(flow.tuple.remote.ip, at_ns),
             rules_version=self._judge.version,
             new_process=any(added),
+            handling=case.handling,
         )
-        yield from self._decide(verdict, at_ns)
+        order = self._order(case, judgement, at_ns)
+        if order is None:
+            yield from self._gather(verdict, at_ns)
+            return
+        since_ns = flow.started_ns if case.held else None
+        yield from self._do(_Doing(flow, order, judgement.ask, self._still_held(case, at_ns), since_ns, verdict))
+        case.held = False
 
     def _judgement(self, flow: Flow, binding: Binding, at_ns: int) -> Judgement:
         names = self._names.names_of(flow.tuple.remote.ip, at_ns)
@@ -286,7 +343,79 @@ class Engine:
         parent = self._by_pid.get(process.parent_pid) if process else None
         return parent if parent and process and parent.key.started_ns <= process.key.started_ns else None
 
-    def _decide(self, verdict: Verdict, at_ns: int) -> Iterator[Command]:
+    # -- acting --
+
+    def _still_held(self, case: Case, at_ns: int) -> bool:
+        """Whether it waits for us; when its time was up, the tap did what the operator wants by default."""
+        return case.held and at_ns < case.deadline_ns
+
+    def _order(self, case: Case, judgement: Judgement, at_ns: int) -> Order | None:
+        """What the hand must do about a flow; whatever was held gets an answer."""
+        protocol, held = case.flow.tuple.protocol, self._still_held(case, at_ns)
+        if case.held and not case.attempts:  # nobody has answered who owns it
+            order: Order | None = by_default(self._hold.default, protocol, held=held)
+        else:
+            order = order_for(judgement, protocol, held=held)
+        if order is None:
+            return Order(Act.RELEASE) if case.held else None
+        if case.ended:  # nothing is left to be diverted, or to be asked about
+            act = Act.RELEASE if order.act is Act.RELEASE else Act.BLOCK
+            return Order(act) if case.held else None
+        if order.act is Act.HOLD and len(self.waiting) >= MAX_WAITING:
+            return by_default(judgement.ask.default, protocol, held=held)
+        return order
+
+    def _do(self, doing: _Doing) -> Iterator[Command]:
+        self._doing[doing.flow.id] = doing
+        seconds = doing.ask.seconds if doing.order.act is Act.HOLD else None
+        yield Handle(doing.flow.id, doing.order.act, seconds, doing.ask.default, doing.order.target)
+
+    def _handled(self, event: Handled) -> Iterator[Command]:
+        doing = self._doing.get(event.flow)
+        if doing is None or doing.order.act is not event.act:
+            return
+        if event.done is False and event.act in (Act.HOLD, Act.REDIRECT):  # what is denied must not slip through
+            doing.order = Order(stop(doing.flow.tuple.protocol, held=doing.held))
+            yield from self._do(doing)
+            return
+        del self._doing[event.flow]
+        handling = _handling(doing, event)
+        case, verdict = self._cases.get(event.flow), doing.verdict
+        if verdict is None:
+            if case is not None:
+                case.handling = handling
+            return
+        verdict = replace(verdict, handling=handling)
+        if event.act is Act.HOLD and event.done and case is not None:
+            since_ns = event.at_ns if doing.since_ns is None else doing.since_ns
+            deadline_ns = event.at_ns + round(doing.ask.seconds * 1e9)
+            self.waiting[event.flow] = Waiting(verdict, since_ns, deadline_ns, doing.held)
+            self._wake(deadline_ns - LEAD_NS, event.flow, Alarm.UNANSWERED)
+        if not doing.again:
+            yield from self._gather(verdict, event.at_ns)
+        elif event.flow in self._pending:  # its evidence is still sought
+            self._pending[event.flow] = verdict
+        else:
+            yield from self._report(verdict, again=True)
+
+    def _decided(self, flow_id: FlowId, who: str, *, allow: bool) -> Iterator[Command]:
+        """A person, or the deadline, ends the waiting; the verdict is told again, with what became of the flow."""
+        waiting = self.waiting.pop(flow_id, None)
+        if waiting is None:
+            return
+        verdict = waiting.verdict
+        judgement, flow = verdict.judgement, verdict.flow
+        act = Act.RELEASE if allow else stop(flow.tuple.protocol, held=waiting.fresh)
+        because = f"{judgement.because}; {who}: {'allow' if allow else 'block'}"
+        verdict = replace(verdict, judgement=replace(judgement, because=because))
+        yield from self._do(
+            _Doing(flow, Order(act), judgement.ask, waiting.fresh, waiting.since_ns, verdict, again=True)
+        )
+
+    # -- telling --
+
+    def _gather(self, verdict: Verdict, at_ns: int) -> Iterator[Command]:
+        """Look for foreign code in a denied process, once in a while, then report."""
         process = verdict.binding.process
         if verdict.judgement.decision is Decision.ALLOW or process is None or process.task_va == 0:
             yield from self._report(verdict)
@@ -308,12 +437,25 @@ class Engine:
                 self._evidence.popitem(last=False)
         yield from self._report(_with(verdict, evidence))
 
-    def _report(self, verdict: Verdict) -> Iterator[Command]:
+    def _report(self, verdict: Verdict, *, again: bool = False) -> Iterator[Command]:
+        if (waiting := self.waiting.get(verdict.flow.id)) is not None:
+            waiting.verdict = verdict
         if verdict.flow.id in self._cases:
             self.records[verdict.flow.id] = verdict
             if len(self.records) > MAX_RECORDS:
                 self.records.popitem(last=False)
-        yield Report(verdict)
+        yield Report(verdict, again)
+
+
+def _handling(doing: _Doing, event: Handled) -> Handling | None:
+    """What was done, and how long the flow had waited for it, now or before it was let go without a verdict."""
+    if event.done is None:
+        return None
+    before = doing.verdict.handling if doing.verdict else None
+    held_ns = before.held_ns if before else None
+    if doing.since_ns is not None:
+        held_ns = max(0, event.at_ns - doing.since_ns)
+    return Handling(event.act, event.done, None if event.act is Act.HOLD else held_ns)
 
 
 def _on_the_wire(end: Endpoint) -> Endpoint:

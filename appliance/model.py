@@ -385,6 +385,14 @@ class Severity(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """How long a person has to decide on a held flow, and what becomes of it if nobody does."""
+
+    seconds: float = 60.0
+    default: Decision = Decision.ALLOW
+
+
+@dataclass(frozen=True, slots=True)
 class RuleRef:
     """Where a verdict comes from: the entry's file and line, its profile, and the version of the rule set."""
 
@@ -407,6 +415,7 @@ class Judgement:
     actions: tuple[str, ...] = ()
     because: str = ""
     enforce: bool = False
+    ask: Ask = Ask()  # where ``actions`` let a person decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +431,7 @@ class Verdict:
     rules_version: str = ""
     new_process: bool = False  # this flow added its process to the process queue
     parasitic: bool = False  # denied, and foreign code was found in the process (P15)
+    handling: Handling | None = None  # what the hand did; None: nothing was asked of it, or there is no hand
 
 
 # -- the hand --
@@ -435,6 +445,15 @@ class Act(StrEnum):
     RESET = "reset"  # both ends of an established TCP connection are told that it is over; then as BLOCK
     HOLD = "hold"  # its packets wait until a person decides, or until the deadline
     REDIRECT = "redirect"  # its packets go to a decoy, with their addresses as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """What the hand did to a flow. ``done`` is False where it could not: the flow was gone, the decoy is unknown."""
+
+    act: Act
+    done: bool
+    held_ns: int | None = None  # how long the flow waited; None: it did not wait, or it still waits for a person
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 Runs in a thread of its own. This is the boundary where errors of a guest are caught: they are counted, they may cost
 the guest its memory eye, and they never reach another guest.
+
+Where there is a hand, flows wait for it: nothing that takes long is done while events are at hand.
 """
 
 from __future__ import annotations
@@ -10,41 +12,48 @@ import contextlib
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from appliance.engine import (
+from appliance.engine import Engine
+from appliance.errors import GuestError, GuestGone, HostError, ParasightError
+from appliance.messages import (
     Command,
-    Engine,
     Event,
     EvidenceFound,
     GatherEvidence,
+    Handle,
+    Handled,
     LookedUp,
     LookUp,
     Report,
     SnapshotTaken,
     Tick,
 )
-from appliance.errors import GuestError, GuestGone, ParasightError
 from appliance.model import (
+    Act,
+    Decoy,
     Direction,
     Evidence,
     Finding,
     FlowPayload,
     GuestInfo,
+    HoldPolicy,
     Match,
     Reason,
     Snapshot,
     TapStats,
     Verdict,
 )
-from appliance.ports import GuestEye, PacketTap
+from appliance.ports import GuestEye, PacketHand, PacketTap
 
 POLL_S = 0.1  # how long a quiet guest is waited for before the engine's timers and the stop flag are looked at
 CHECK_NS = 1_000_000_000  # how often a guest is asked for signs of life
 STILL_NS = 10 * CHECK_NS  # a kernel that does not tick for so long is paused, or is not the running one any more
 RETRY_NS = 2 * CHECK_NS  # first pause before another try to attach; doubled with each failure
 MAX_RETRY_NS = 300 * CHECK_NS
+PUT_OFF_NS = 250_000_000  # so long evidence may wait for a moment without events; then its process may be gone
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
 
 Clock = Callable[[], int]
@@ -63,6 +72,8 @@ class Summary:
     torn: int = 0
     gaps: int = 0  # what the full looks could not see
     guest_errors: Counter[str] = field(default_factory=Counter)
+    acts: Counter[str] = field(default_factory=Counter)  # what the hand did
+    acts_failed: int = 0  # what it could not do: the flow was gone, the decoy is unknown, the host refused
     cpu_s: float = 0.0
     unshown: int = 0  # verdicts dropped because their reader was too slow
     defect: bool = False  # it ended by an error of ours
@@ -94,11 +105,21 @@ class GuestWatch:
         runs: Callable[[], bool] = lambda: True,
         reopen: Callable[[], GuestEye | None] = lambda: None,
         looked: Callable[[Snapshot], None] = lambda snapshot: None,
+        hand: PacketHand | None = None,
+        hold: HoldPolicy | None = None,
+        decoys: Mapping[str, Decoy] = MappingProxyType({}),
     ) -> None:
-        """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks."""
+        """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks.
+
+        ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
+        same policy), ``decoys`` are the far ends of redirects by name.
+        """
         self.info, self._tap, self._eye, self._engine = info, tap, eye, engine
         self._report, self._clock, self._tell = report, clock, tell
         self._runs, self._reopen, self._looked = runs, reopen, looked
+        self._hand, self._hold, self._decoys = hand, hold, decoys
+        self._later: deque[tuple[GatherEvidence, int]] = deque()  # with the time it was asked for
+        self._complained = False
         self._next_check_ns = 0
         self._pulse, self._beat_ns, self._spoke_ns, self._still_ns = -1, 0, 0, STILL_NS
         self._retry_ns, self._next_try_ns = RETRY_NS, clock() + RETRY_NS
@@ -109,13 +130,18 @@ class GuestWatch:
         cpu_start_s = time.thread_time()
         try:
             self._seed()
+            if self._hand is not None:
+                self._hand.hold_new(self._hold)
             while not stop() and not self._tap.exhausted:
+                quiet = True
                 for event in self._tap.poll(self._wait_s()):
+                    quiet = False
                     self._tick(event.at_ns)
-                    self._carry_out(event)
+                    self.take(event)
                     if isinstance(event, FlowPayload) and event.direction is Direction.OUT:
                         self._spoke_ns = event.at_ns
                 self._tick(self._clock())
+                self._catch_up(quiet=quiet)
                 self._check()
             if self.info.ports and not stop():
                 raise GuestGone("its ports are gone")
@@ -130,13 +156,20 @@ class GuestWatch:
             self.summary.cpu_s = time.thread_time() - cpu_start_s
 
     def _wait_s(self) -> float:
+        if self._later:
+            return 0.0
         due_ns = self._engine.next_due_ns
         return POLL_S if due_ns is None else min(POLL_S, max(0.0, (due_ns - self._clock()) / 1e9))
 
     def _tick(self, at_ns: int) -> None:
         due_ns = self._engine.next_due_ns
         if due_ns is not None and due_ns <= at_ns:
-            self._carry_out(Tick(at_ns))
+            self.take(Tick(at_ns))
+
+    def _catch_up(self, *, quiet: bool) -> None:
+        """Do one of the things that were put off, when nobody waits, or when it has waited long enough itself."""
+        if self._later and (quiet or self._clock() - self._later[0][1] >= PUT_OFF_NS):
+            self.take(self._find_foreign(self._later.popleft()[0]))
 
     def _check(self) -> None:
         """Once a second: a guest that has ended sends no more packets, and its tap may stay; a kernel may restart."""
@@ -197,10 +230,10 @@ class GuestWatch:
                 snapshot = self._eye.read_snapshot()
                 self.summary.gaps += len(snapshot.gaps)
                 self._looked(snapshot)
-                self._carry_out(SnapshotTaken(snapshot, self._eye.os))
+                self.take(SnapshotTaken(snapshot, self._eye.os))
 
-    def _carry_out(self, event: Event) -> None:
-        """Feed one event and do what the engine commands, until it asks for nothing more."""
+    def take(self, event: Event) -> None:
+        """Feed one event and do what the engine commands, until it asks for nothing more; in the guest's own thread."""
         events: deque[Event] = deque([event])
         while events:
             commands = list(self._engine.feed(events.popleft()))
@@ -216,16 +249,64 @@ class GuestWatch:
                         finding = self._eye.find_owner(flow)
                 self.summary.torn += finding.torn
                 return LookedUp(flow.id, finding, self._clock())
-            case GatherEvidence(flow_id, process):
-                evidence: tuple[Evidence, ...] = ()
-                if self._eye is not None:
-                    with self._guest_errors("evidence"):
-                        evidence = self._eye.find_foreign(process)
-                return EvidenceFound(flow_id, evidence, self._clock())
-            case Report(verdict):
-                self.summary.count(verdict)
+            case Handle(flow_id, act):
+                return Handled(flow_id, act, self._handle(command), self._clock())
+            case GatherEvidence() if self._hand is not None:
+                self._later.append((command, self._clock()))
+                return None
+            case GatherEvidence():
+                return self._find_foreign(command)
+            case Report(verdict, again):
+                if not again:
+                    self.summary.count(verdict)
                 self._report(verdict)
                 return None
+
+    def _find_foreign(self, command: GatherEvidence) -> EvidenceFound:
+        evidence: tuple[Evidence, ...] = ()
+        if self._eye is not None:
+            with self._guest_errors("evidence"):
+                evidence = self._eye.find_foreign(command.process)
+        return EvidenceFound(command.flow, evidence, self._clock())
+
+    def _handle(self, command: Handle) -> bool | None:
+        """Do one act; whether it was done, None where there is no hand. A host that refuses is told of once."""
+        if self._hand is None:
+            self._complain("the rules enforce, but here is no hand: nothing is held or blocked")
+            return None
+        done = False
+        try:
+            done = self._act(self._hand, command)
+        except HostError as error:
+            self._complain(f"{command.act} was not done: {error}")
+        if done:
+            self.summary.acts[command.act.value] += 1
+        else:
+            self.summary.acts_failed += 1
+        return done
+
+    def _act(self, hand: PacketHand, command: Handle) -> bool:
+        flow, seconds = command.flow, command.seconds
+        match command.act:
+            case Act.RELEASE:
+                return hand.release(flow)
+            case Act.BLOCK:
+                return hand.block(flow, seconds)
+            case Act.RESET:
+                return hand.block(flow, seconds, reset=True)
+            case Act.HOLD:
+                return hand.hold(flow, seconds or 0.0, command.default)
+            case Act.REDIRECT:
+                decoy = self._decoys.get(command.target or "")
+                if decoy is None:
+                    self._complain(f"there is no decoy {command.target!r}: what is redirected to it is blocked")
+                return decoy is not None and hand.redirect(flow, decoy)
+
+    def _complain(self, why: str) -> None:
+        """Say once what keeps the rules from being enforced. A capture is judged, never enforced."""
+        if not self._complained and self.info.ports:
+            self._complained = True
+            self._tell(f"{self.info.id.target}: {why}")
 
     @contextlib.contextmanager
     def _guest_errors(self, what: str) -> Iterator[None]:
@@ -247,9 +328,12 @@ class GuestWatch:
             self._finish()
 
     def _finish(self) -> None:
-        """Judge the flows still open; take the final counters."""
+        """Judge the flows still open, look for what was put off; take the final counters."""
+        self._hand = None  # a tap that is closed holds nothing
         try:
             for event in self._tap.close():
-                self._carry_out(event)
+                self.take(event)
+            while self._later:
+                self._catch_up(quiet=True)
         finally:
             self.summary.tap = self._tap.stats()

@@ -1,6 +1,7 @@
 """The engine as a script: events in, commands out."""
 
-from appliance.engine import Engine, EvidenceFound, GatherEvidence, LookedUp, LookUp, Report, SnapshotTaken, Tick
+from appliance.engine import Engine
+from appliance.messages import EvidenceFound, GatherEvidence, LookedUp, LookUp, Report, SnapshotTaken, Tick
 from appliance.model import (
     Decision,
     Direction,

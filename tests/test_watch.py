@@ -3,8 +3,24 @@
 import pytest
 
 from appliance.engine import Engine
-from appliance.errors import GuestGone, Implausible
-from appliance.model import Evidence, Finding, FlowStarted, GuestInfo, GuestPort, Match, Reason, Snapshot, TapStats
+from appliance.errors import GuestGone, HostError, Implausible
+from appliance.model import (
+    Act,
+    Decision,
+    Decoy,
+    Evidence,
+    Finding,
+    FlowStarted,
+    GuestInfo,
+    GuestPort,
+    HoldPolicy,
+    Judgement,
+    Match,
+    Reason,
+    RuleRef,
+    Snapshot,
+    TapStats,
+)
 from appliance.watch import CHECK_NS, STILL_NS, GuestWatch
 from tests.worlds.nouns import VM, NoNames, Verbatim, flow, owner
 
@@ -164,3 +180,135 @@ def test_a_kernel_that_stopped_ticking_is_looked_for_again(comes_back):
     assert len(tries) == 1 if comes_back else len(tries) >= 1
     assert fresh.closed == comes_back
     assert not summary.ended
+
+
+# -- with a hand --
+
+
+class Enforced:
+    """Denies everything, and asks for these actions."""
+
+    version = "test"
+
+    def __init__(self, *actions):
+        self.actions = actions
+
+    def judge(self, subject):
+        return Judgement(Decision.DENY, RuleRef("test.yaml", 1, "test"), True, actions=self.actions, enforce=True)
+
+
+class Hand:
+    """Remembers what it was asked to do; refuses what it is told to refuse."""
+
+    def __init__(self, *, refuses=(), fails=False):
+        self.done, self.refuses, self.fails, self.policies = [], refuses, fails, []
+
+    def _do(self, what, flow_id, *more):
+        if self.fails:
+            raise HostError("the map is full")
+        self.done.append((what, flow_id.number, *more))
+        return what not in self.refuses
+
+    def hold_new(self, policy):
+        self.policies.append(policy)
+
+    def release(self, flow):
+        return self._do("release", flow)
+
+    def block(self, flow, seconds=None, *, reset=False):
+        return self._do("reset" if reset else "block", flow)
+
+    def hold(self, flow, seconds, default):
+        return self._do("hold", flow, seconds, default)
+
+    def redirect(self, flow, decoy):
+        return self._do("redirect", flow, decoy.name)
+
+
+def held(number=1):
+    return FlowStarted(flow(number), flow(number).started_ns, held=True)
+
+
+def watch_with(hand, *events, actions=(), decoys=None, polls=50, eye=None):
+    eye, reports, said = eye or Eye(Finding(Match.EXACT, (owner(),))), [], []
+    engine, left = Engine(Enforced(*actions), NoNames()), [polls]
+    more = {"hand": hand, "hold": HoldPolicy(), "decoys": decoys or {}}
+    one = GuestWatch(LIVE, Tap(*events), eye, engine, reports.append, Clock(), tell=said.append, **more)
+
+    def stop():
+        left[0] -= 1
+        return left[0] < 0
+
+    one.run(stop)
+    return one.summary, reports, said
+
+
+def test_the_hand_holds_from_the_first_look_on_and_does_what_the_rules_say():
+    hand = Hand()
+    summary, reports, said = watch_with(hand, [held(1), started(2)])
+    assert hand.policies == [HoldPolicy()]
+    assert hand.done == [("block", 1), ("reset", 2)]
+    assert summary.acts == {"block": 1, "reset": 1}
+    assert [verdict.handling.act for verdict in reports] == [Act.BLOCK, Act.RESET]
+    assert said == []
+
+
+def test_a_redirect_goes_to_its_decoy_and_an_unknown_decoy_is_told_and_blocks():
+    trap = Decoy("trap", GuestPort("decoy0"), "02:00:00:00:00:09")
+    hand = Hand()
+    watch_with(hand, [held()], actions=("redirect:trap",), decoys={"trap": trap})
+    assert hand.done == [("redirect", 1, "trap")]
+    hand = Hand()
+    summary, reports, said = watch_with(hand, [held()], actions=("redirect:trap",))
+    assert hand.done == [("block", 1)]
+    assert any("trap" in line for line in said)
+    assert summary.acts_failed == 1
+    assert reports[0].handling.act is Act.BLOCK
+
+
+def test_a_flow_that_a_person_decides_on_is_held_with_its_deadline():
+    hand = Hand()
+    watch_with(hand, [held()], actions=("hold",))
+    assert hand.done == [("hold", 1, 60.0, Decision.ALLOW)]
+
+
+def test_a_host_that_refuses_is_told_once_and_the_watch_goes_on():
+    summary, reports, said = watch_with(Hand(fails=True), [held(1), held(2)])
+    assert summary.acts_failed == 2
+    assert not summary.ended
+    assert [verdict.handling.done for verdict in reports] == [False, False]
+    assert len([line for line in said if "the map is full" in line]) == 1
+
+
+def test_rules_that_enforce_where_there_is_no_hand_are_told_once():
+    summary, reports, said = watch_with(None, [started(1)], [started(2)])
+    assert [verdict.handling for verdict in reports] == [None, None]
+    assert len([line for line in said if "no hand" in line]) == 1
+    assert not summary.acts_failed
+
+
+def test_nobody_waits_while_foreign_code_is_looked_for():
+    """Every flow at hand is answered before the first search; then the searches are made up for."""
+    order, hand, eye = [], Hand(), Eye()
+    hand._do = lambda what, flow_id, *more: order.append(what) or True
+    eye.find_owner = lambda one: Finding(Match.EXACT, (owner(one.id.number),))
+    eye.find_foreign = lambda process: order.append("search") or ()
+    _, reports, _ = watch_with(hand, [held(1)], [held(2)], [held(3)], eye=eye)
+    assert order == ["block"] * 3 + ["search"] * 3
+    assert len(reports) == 3
+
+
+def test_a_search_is_not_put_off_for_ever():
+    order, hand, eye = [], Hand(), Eye()
+    hand._do = lambda what, flow_id, *more: order.append(what) or True
+    eye.find_owner = lambda one: Finding(Match.EXACT, (owner(one.id.number),))
+    eye.find_foreign = lambda process: order.append("search") or ()
+    watch_with(hand, *([held(number)] for number in range(200)), eye=eye, polls=1000)
+    assert order.index("search") < 150
+    assert order.count("search") == 200
+
+
+def test_what_was_put_off_is_done_before_the_watch_ends():
+    hand = Hand()
+    _, reports, _ = watch_with(hand, [held(1)], [held(2)], polls=2)
+    assert len(reports) == 2

@@ -325,6 +325,12 @@ def worst(judgements: Iterable[Judgement]) -> Judgement:
     return max(judgements, key=lambda j: (j.decision is Decision.DENY, j.alert, _LOUDNESS[j.severity]))
 
 
+def louder(judgement: Judgement, severity: Severity, why: str) -> Judgement:
+    """The same judgement as an alert of at least this severity; guest text in ``why`` is made harmless."""
+    loud = max(judgement.severity, severity, key=lambda one: _LOUDNESS[one])
+    return replace(judgement, alert=True, severity=loud, because=f"{judgement.because}; {shown(why)}")
+
+
 def _naming(process: GuestProcess) -> str:
     return shown(process.path if isinstance(process.path, str) else process.name) or "the process"
 
