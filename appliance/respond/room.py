@@ -1,0 +1,239 @@
+"""The control room: answers the requests of the control socket.
+
+What concerns a guest is done by its own thread, through its mailbox; a guest that does not answer costs the one who
+asked two seconds and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from appliance.errors import GuestGone, ParasightError, UsageError
+from appliance.model import Act, GuestId, Verdict
+from appliance.respond.banning import Banning
+from appliance.respond.bans import FOREVER, Ban
+from appliance.respond.desk import GuestDesk, GuestStatus, HeldFlow
+from appliance.respond.known import KnownFlows
+from appliance.respond.mailbox import NoAnswer
+from appliance.respond.requests import (
+    Bans,
+    Decide,
+    Handle,
+    Held,
+    LiftBan,
+    MakeBan,
+    Status,
+    Stop,
+    parse,
+)
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+_WAIT_S = 2.0  # how long a guest's thread may take to come to a request
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How nouns are said in JSON: the contract of the command line, given by it."""
+
+    verdict: Callable[[Verdict], Json]
+    moment: Callable[[int], str]  # nanoseconds since the Unix epoch to ISO 8601
+
+
+@dataclass(slots=True)
+class ControlRoom:
+    """One per appliance. ``answer`` and the guests' coming and going may be called from any thread but a guest's."""
+
+    words: Words
+    banning: Banning
+    stop: Callable[[], None]
+    clock: Callable[[], int] = time.time_ns
+    version: str = ""
+    known: KnownFlows = field(default_factory=KnownFlows)
+    wait_s: float = _WAIT_S
+    _desks: dict[str, GuestDesk] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _started_ns: int = 0
+
+    def __post_init__(self) -> None:
+        """Note when it opened."""
+        self._started_ns = self.clock()
+
+    def admit(self, desk: GuestDesk) -> None:
+        """A guest is under watch from now on."""
+        with self._lock:
+            self._desks[desk.vm.target] = desk
+        self.banning.admit(desk)
+
+    def dismiss(self, desk: GuestDesk) -> None:
+        """The watch of a guest has ended."""
+        with self._lock:
+            if self._desks.get(desk.vm.target) is desk:
+                del self._desks[desk.vm.target]
+        self.banning.dismiss(desk)
+
+    def tick(self) -> None:
+        """Housekeeping, twice a second or so."""
+        self.banning.tick()
+
+    def answer(self, body: object, who: str) -> object:
+        """Do what is asked and give the result as JSON. Raises ParasightError."""
+        match parse(body):
+            case Status():
+                return self._status()
+            case Held():
+                return [self._held_body(desk, one) for desk, one in self._held()]
+            case Decide(prefix, allow):
+                return self._decide(prefix, allow, who)
+            case Handle(prefix, act):
+                return self._handle(prefix, act)
+            case MakeBan(peer, guest, seconds, reason):
+                ban, old = self.banning.ban(peer, self._find(guest), seconds, reason, who)
+                return {"ban": self._ban_body(ban), "replaced": self._ban_body(old) if old else None} | self._rest()
+            case LiftBan(peer, guest):
+                lifted, left = self.banning.unban(peer, self._find(guest))
+                if not lifted:
+                    others = ", ".join(str(ban.peer) for ban in left)
+                    hint = f"; it is covered by the ban of {others}" if others else "; see `parasight bans`"
+                    raise UsageError(f"{peer} is not banned itself" + hint)
+                bodies = [[self._ban_body(ban) for ban in bans] for bans in (lifted, left)]
+                return {"lifted": bodies[0], "still": bodies[1]} | self._rest()
+            case Bans():
+                return [self._ban_body(ban) for ban in self.banning.bans()]
+            case Stop():
+                self.stop()
+                return {"stopping": True, "pid": os.getpid()}
+
+    # -- guests --
+
+    def _all(self) -> list[GuestDesk]:
+        with self._lock:
+            return list(self._desks.values())
+
+    def _find(self, named: str | None) -> GuestId | None:
+        """The guest that a person named by target, UUID or name. Raises UsageError."""
+        if named is None:
+            return None
+        guests = [desk.vm for desk in self._all()]
+        found = [vm for vm in guests if named in {vm.target, vm.name} or named.lower() == vm.uuid]
+        if len(found) == 1:
+            return found[0]
+        known = ", ".join(vm.target for vm in (found or guests)) or "none"
+        raise UsageError(f"{named!r} is {'more than one guest' if found else 'not under watch'}; say one of: {known}")
+
+    def _call(self, desk: GuestDesk, job: Callable[[], T]) -> T:
+        return desk.mailbox.call(job, self.wait_s)
+
+    def _ask_all(self, question: Callable[[GuestDesk], T]) -> list[tuple[GuestDesk, T | ParasightError]]:
+        """Ask every guest at once; one that does not answer costs the time of one, and its answer is the error."""
+        asked: list[tuple[GuestDesk, Future[T] | ParasightError]] = []
+        for desk in self._all():
+            try:
+                asked.append((desk, desk.mailbox.post(partial(question, desk))))
+            except ParasightError as error:
+                asked.append((desk, error))
+        wait([future for _, future in asked if isinstance(future, Future)], self.wait_s)
+        answers: list[tuple[GuestDesk, T | ParasightError]] = []
+        for desk, future in asked:
+            try:
+                answers.append((desk, future.result(0) if isinstance(future, Future) else future))
+            except ParasightError as error:
+                answers.append((desk, error))
+            except TimeoutError:
+                if isinstance(future, Future):
+                    future.cancel()
+                answers.append((desk, NoAnswer(f"the guest's watch was busy for {self.wait_s:g} s")))
+        return answers
+
+    # -- status --
+
+    def _status(self) -> Json:
+        return {
+            "pid": os.getpid(),
+            "version": self.version,
+            "started": self.words.moment(self._started_ns),
+            "uptime_s": round((self.clock() - self._started_ns) / 1e9, 3),
+            "guests": [self._guest_body(desk, status) for desk, status in self._ask_all(lambda desk: desk.status())],
+        }
+
+    def _guest_body(self, desk: GuestDesk, answer: GuestStatus | ParasightError) -> Json:
+        status = None if isinstance(answer, ParasightError) else answer
+        trouble = self.banning.troubles().get(desk.vm.target) if status else str(answer)
+        body: Json = {"vm": desk.vm.target, "name": desk.vm.name, "uuid": desk.vm.uuid}
+        body |= {"answers": status is not None, "banned": self.banning.count(desk.vm), "trouble": trouble}
+        for key in ("rung", "acts", "enforces", "flows", "held", "blocked"):
+            body[key] = getattr(status, key, None)
+        body["started"] = self.words.moment(status.started_ns) if status else None
+        body["uptime_s"] = round((self.clock() - status.started_ns) / 1e9, 3) if status else None
+        return body
+
+    # -- a person's decision --
+
+    def _held(self) -> list[tuple[GuestDesk, HeldFlow]]:
+        """All that wait, most urgent first. Raises NoAnswer where a guest does not say."""
+        found: list[tuple[GuestDesk, HeldFlow]] = []
+        for desk, answer in self._ask_all(lambda desk: desk.held()):
+            if isinstance(answer, NoAnswer):
+                raise NoAnswer(f"{desk.vm.target}: {answer}")  # an incomplete list must not look like a whole one
+            if isinstance(answer, GuestGone):
+                continue
+            if isinstance(answer, ParasightError):
+                raise answer
+            found += [(desk, one) for one in answer]
+        return sorted(found, key=lambda pair: pair[1].until_ns)
+
+    def _held_body(self, desk: GuestDesk, one: HeldFlow) -> Json:
+        left_s = max(0.0, (one.until_ns - self.clock()) / 1e9)
+        return self.words.verdict(one.verdict) | {
+            "deadline": self.words.moment(one.until_ns),
+            "left_s": round(left_s, 3),
+            "default": one.default.value,
+        }
+
+    def _decide(self, prefix: str, allow: bool, who: str) -> Json:
+        waiting = [(desk, one, self.words.verdict(one.verdict)["id"]) for desk, one in self._held()]
+        found = [entry for entry in waiting if entry[2].startswith(prefix)]
+        if len(found) > 1:
+            raise UsageError(f"{prefix!r} begins several ids: give more of its digits")
+        if not found:
+            raise UsageError(f"no connection {prefix!r} waits for a decision (any more); see `parasight held`")
+        desk, one, verdict_id = found[0]
+        done = self._call(desk, lambda: desk.decide(one.verdict.flow.id, allow, who))
+        if not done:
+            raise UsageError(f"{verdict_id} does not wait any more: its time was up, or somebody else has decided")
+        return {"id": verdict_id, "vm": desk.vm.target, "decision": "allow" if allow else "block", "who": who}
+
+    def _handle(self, prefix: str, act: Act) -> Json:
+        verdict_id, flow = self.known.find(prefix)
+        desk = next((desk for desk in self._all() if desk.vm == flow.vm), None)
+        if desk is None:
+            raise UsageError(f"{flow.vm.target} is not under watch any more")
+        done = self._call(desk, lambda: desk.act(flow, act))
+        return {"id": verdict_id, "vm": desk.vm.target, "act": act.value, "done": done}
+
+    # -- bans --
+
+    def _rest(self) -> Json:
+        """Which guests are not kept to the book yet, and why."""
+        troubles = self.banning.troubles()
+        return {"not_yet": [{"vm": vm, "why": why} for vm, why in sorted(troubles.items())]}
+
+    def _ban_body(self, ban: Ban) -> Json:
+        forever = ban.until_ns == FOREVER
+        return {
+            "peer": str(ban.peer),
+            "guest": ban.target,
+            "since": self.words.moment(ban.since_ns),
+            "until": None if forever else self.words.moment(ban.until_ns),
+            "left_s": None if forever else round(max(0.0, (ban.until_ns - self.clock()) / 1e9), 3),
+            "reason": ban.reason,
+            "who": ban.who,
+        }
