@@ -47,8 +47,9 @@ class Sizes:
             tap_s=0.5,
             impact_rounds=4,
             eye_slices=4,
-            eye_packets=5000,
-            eye_flows=200,
+            eye_packets=1000,
+            eye_flows=100,
+            peers=False,
         )
 
 
