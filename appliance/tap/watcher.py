@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from struct import unpack_from
+from struct import unpack, unpack_from
 from typing import Final, Self
 
 from appliance.errors import HostError
@@ -132,7 +132,7 @@ def _parse_link(body: bytes, *, gone: bool) -> Iterator[PortChange]:
     found = dict(_attributes(body[IFINFOMSG:]))
     name = found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "replace")
     above = found.get(IFLA_MASTER, b"")
-    master = int.from_bytes(above, "little") if len(above) == 4 else 0
+    (master,) = unpack("=I", above) if len(above) == 4 else (0,)
     if gone:
         yield PortChange(PortState.GONE, name, index)
     else:
