@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from appliance.errors import Problem
-from appliance.model import Decision, Judgement, Reason, RuleRef
+from appliance.model import Decision, HoldPolicy, Judgement, Reason, RuleRef
 from appliance.rules import match, suite
 from appliance.rules.match import Profile, Section, Subject, Unbound, View
 
@@ -41,6 +41,12 @@ class RuleSet:
         """The profiles as the author wrote them; ``profiles`` holds one for each of their image patterns."""
         return tuple(dict.fromkeys(profile.section.name for profile in self.profiles))
 
+    @property
+    def enforcing(self) -> list[Section | Unbound]:
+        """The blocks whose denials are carried out."""
+        blocks = (*(profile.section for profile in self.profiles), self.otherwise, self.kernel, self.unbound)
+        return [block for block in blocks if block is not None and block.enforce]
+
     def applies(self, os: str, tags: Iterable[str]) -> bool:
         """Whether it is for such a guest; a guest whose system is not known gets every system's rules."""
         if self.os is not None and os and os != self.os:
@@ -66,6 +72,26 @@ class RuleBook:
     def judge(self, subject: Subject) -> Judgement:
         """Say what the rules think of one flow. Never raises, reads nothing, knows no time but the flow's."""
         return match.judge(self._view(subject.os, subject.tags), subject)
+
+    def hold_policy(self, os: str = "", tags: tuple[str, ...] = ()) -> HoldPolicy | None:
+        """Which new flows of such a guest must wait for their verdict; None: nothing is enforced there.
+
+        Before its process is known, nobody can say which profile a flow belongs to: the longest deadline holds, and the
+        strictest default.
+        """
+        blocks = [block for rules in self.sets if rules.applies(os, tags) for block in rules.enforcing]
+        outgoing = [block for block in blocks if block.can_deny(inbound=False)]
+        incoming = [block for block in blocks if block.hold.incoming and block.can_deny(inbound=True)]
+        holding = [block.hold for block in (*outgoing, *incoming)]
+        if not holding:
+            return None
+        strict = any(hold.default is Decision.DENY for hold in holding)
+        return HoldPolicy(
+            outgoing=bool(outgoing),
+            incoming=bool(incoming),
+            deadline_s=max(hold.deadline_s for hold in holding),
+            default=Decision.DENY if strict else Decision.ALLOW,
+        )
 
     def test(self) -> tuple[suite.TestResult, ...]:
         """Run the tests inside the files; each file is judged by its own rules alone."""

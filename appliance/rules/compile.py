@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import chain
+from typing import Any
 
 from appliance.model import (
+    Ask,
     Binding,
     Decision,
     Direction,
@@ -31,7 +33,7 @@ from appliance.rules import schema as file
 from appliance.rules.book import RuleSet
 from appliance.rules.conditions import Condition, ContainedIs, DeletedIs, ParentIs, TextIs, UserIs
 from appliance.rules.globs import Glob, looks_windows
-from appliance.rules.match import Entry, Peers, Profile, Rank, Section, Subject, Unbound
+from appliance.rules.match import Entry, Hold, Peers, Profile, Rank, Section, Subject, Unbound
 from appliance.rules.nets import DomainSet, IpSet, PortSet
 from appliance.rules.suite import TestCase
 from appliance.rules.text import Document, Path
@@ -140,6 +142,7 @@ class _Compiler:
             tuple(dict.fromkeys((*self.spec.tags, *section.tags))),
             tuple(section.on_deny if section.on_deny is not None else self.spec.on_deny),
             (section.mode or self.spec.mode) == "enforce",
+            self._hold(section),
         )
 
     def _unbound(self, unbound: file.Unbound) -> Unbound:
@@ -154,6 +157,22 @@ class _Compiler:
             tuple(dict.fromkeys((*self.spec.tags, *unbound.tags))),
             tuple(unbound.on_deny if unbound.on_deny is not None else self.spec.on_deny),
             (unbound.mode or self.spec.mode) == "enforce",
+            self._hold(unbound),
+        )
+
+    def _hold(self, block: file.Verdicts) -> Hold:
+        """What a block says of holding; what it leaves out, the spec says."""
+        said: dict[str, Any] = {}
+        for hold in (self.spec.hold, block.hold):
+            if hold is not None:
+                said.update({key: getattr(hold, key) for key in hold.model_fields_set})
+        plain = Hold()
+        default = Decision(said.get("default", plain.default))
+        return Hold(
+            said.get("deadline", plain.deadline_s),
+            default,
+            said.get("incoming", plain.incoming),
+            Ask(said.get("ask", plain.ask.seconds), default),
         )
 
     def _entry(self, entry: file.Entry, name: str, path: Path) -> Entry:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from appliance.errors import Problem
+from appliance.rules.acts import REDIRECT
 from appliance.rules.compile import conditions_of, rank_of
 from appliance.rules.conditions import Condition, ParentIs, TextIs, UserIs, can_coincide
 from appliance.rules.globs import Glob
@@ -39,7 +40,7 @@ def check(document: Document) -> None:
 
 def warnings(document: Document) -> list[Problem]:
     """What is allowed, but surely not meant."""
-    return [*_unused_lists(document), *_profile_warnings(document)]
+    return [*_unused_lists(document), *_profile_warnings(document), *_mode_warnings(document)]
 
 
 def _refuse_nothing(document: Document) -> None:
@@ -296,6 +297,42 @@ def _profile_warnings(document: Document) -> Iterator[Problem]:
         for i, entry in enumerate(allow):
             if profile.get("default") == "deny" and not entry.keys() - {"id", "description", "references", "expires"}:
                 yield document.problem((*path, "allow", i), f"this entry allows '{name}' everything")
+
+
+def _mode_warnings(document: Document) -> Iterator[Problem]:
+    """A mode and what stands beside it must mean the same."""
+    spec = _dict(document.data, "spec")
+    modes = set()
+    for path, name, block in _blocks(document):
+        enforces = block.get("mode", spec.get("mode")) == "enforce"
+        modes.add(enforces)
+        if "hold" in block and not enforces:
+            yield document.problem((*path, "hold"), f"'{name}' only monitors: nothing waits for it", at_key=True)
+        asked = block.get("on_deny", spec.get("on_deny"))
+        if enforces and asked is not None and not _stops(asked):
+            at = (*path, "on_deny") if "on_deny" in block else ("spec", "on_deny")
+            yield document.problem(
+                at,
+                f"'{name}' enforces: what it denies is stopped, although on_deny does not say how",
+                "add block, or write mode: monitor",
+                at_key=True,
+            )
+    if "hold" in spec and True not in modes:
+        yield document.problem(("spec", "hold"), "nothing here enforces: nothing waits", at_key=True)
+
+
+def _stops(asked: object) -> bool:
+    words = [str(action) for action in (asked if isinstance(asked, list) else [asked])]
+    return any(word in ("block", "reset", "hold") or word.startswith(REDIRECT) for word in words)
+
+
+def _blocks(document: Document) -> Iterator[tuple[Path, str, dict[str, object]]]:
+    """Everything that can have a mode of its own."""
+    for path, profile in _profiles(document):
+        yield path, str(profile.get("name")), profile
+    for name in ("otherwise", "kernel", "unbound"):
+        if block := _dict(document.data, "spec", name):
+            yield ("spec", name), name, block
 
 
 def _never_matches(document: Document, path: Path, matching: Matching, os: object) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from appliance.model import (
+    Ask,
     Binding,
     Decision,
     Direction,
@@ -36,6 +37,7 @@ _WITH_PORTS = (Transport.TCP, Transport.UDP)
 Rank = tuple[int, int, int, int]  # points, priority, length of the fixed part of the image, other conditions
 _KEPT_PATHS = 1024  # image paths whose profiles are remembered
 _KEPT_LENGTH = 256
+_NOBODY_SAID = Ask()
 _SHOWN = 120  # characters of guest text in a sentence
 
 
@@ -134,6 +136,16 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """How new flows wait for their verdict where it is enforced, and how long a person may think."""
+
+    deadline_s: float = 1.0
+    default: Decision = Decision.ALLOW
+    incoming: bool = True
+    ask: Ask = _NOBODY_SAID
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """A default and its exceptions: a profile's body, ``otherwise``, or ``kernel``."""
 
@@ -146,6 +158,11 @@ class Section:
     tags: tuple[str, ...] = ()
     actions: tuple[str, ...] = ("alert",)
     enforce: bool = False
+    hold: Hold = Hold()
+
+    def can_deny(self, *, inbound: bool) -> bool:
+        """Whether it may deny any flow of this direction at all."""
+        return self.default is Decision.DENY or any(entry.inbound in (None, inbound) for entry in self.deny)
 
     def judge(self, talk: Talk, whom: str = "") -> Judgement:
         """Deny beats allow beats default; the order of entries means nothing. ``whom`` begins the sentence."""
@@ -176,6 +193,7 @@ class Section:
             actions=self.actions,
             because=because,
             enforce=self.enforce,
+            ask=self.hold.ask,
         )
 
 
@@ -203,6 +221,11 @@ class Unbound:
     tags: tuple[str, ...] = ()
     actions: tuple[str, ...] = ("alert",)
     enforce: bool = False
+    hold: Hold = Hold()
+
+    def can_deny(self, *, inbound: bool) -> bool:
+        """Whether it may deny any flow of this direction at all: nobody but a peer can meet a closed port."""
+        return self.action is Decision.DENY or bool(self.deny if inbound else self.deny - {Reason.CLOSED})
 
     def judge(self, talk: Talk, reason: Reason | None) -> Judgement:
         """Never silently allow, except for the reasons that the policy calls quiet."""
@@ -218,6 +241,7 @@ class Unbound:
             actions=self.actions if denied else ("alert",) if alert else (),
             because=f"unbound ({reason or 'no reason given'}): no process of the guest is known for {talk}",
             enforce=denied and self.enforce,
+            ask=self.hold.ask,
         )
 
 

@@ -14,6 +14,7 @@ from appliance.rules.values import (
     Address,
     Contained,
     Day,
+    Deadline,
     Decision,
     Direction,
     Domain,
@@ -23,6 +24,7 @@ from appliance.rules.values import (
     Name,
     Network,
     NotYet,
+    Patience,
     Ports,
     ProfileName,
     Protocol,
@@ -111,6 +113,21 @@ class Entry(Block):
     references: Annotated[list[Words], *LISTED] = []
 
 
+class Hold(Block):
+    """How long new connections may wait for their verdict where it is enforced; what is left out is as in ``spec``."""
+
+    deadline: Deadline | None = Field(None, description="How long one may wait for its process to be known (1s)")
+    default: Decision | None = Field(None, description="What becomes of it when nobody has answered by then (allow)")
+    incoming: StrictBool | None = Field(None, description="Whether incoming ones wait too (true)")
+    ask: Patience | None = Field(None, description="How long a person has, where on_deny says hold (60s)")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Hold:
+        if not self.model_fields_set:
+            raise wrong("says nothing", "give deadline, default, incoming or ask")
+        return self
+
+
 class Verdicts(Block):
     """What a deny of this block is worth, and what it asks for."""
 
@@ -118,6 +135,7 @@ class Verdicts(Block):
     tags: Annotated[list[Tag], *LISTED] = []
     on_deny: Annotated[list[Action], *LISTED] | None = None
     mode: Mode | None = None
+    hold: Hold | None = None
     description: Words | None = None
 
 
@@ -183,6 +201,7 @@ class Spec(Block):
     """The rules."""
 
     mode: Mode = "monitor"
+    hold: Hold | None = None
     applies_to: AppliesTo = AppliesTo()
     severity: Severity = "medium"
     on_deny: Annotated[list[Action], *LISTED] = ["alert"]

@@ -24,6 +24,10 @@ _TACTICS = (
     "defense-evasion", "credential-access", "discovery", "lateral-movement", "collection", "command-and-control",
     "exfiltration", "impact",
 )  # fmt: skip
+MIN_DEADLINE_S = 0.01  # of a hold: a look at a guest's memory takes well below a millisecond
+MAX_DEADLINE_S = 3.0  # a SYN is repeated after one second, then after two more (RFC 6298)
+MAX_ASK_S = 3600.0
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\Z")
 
 
@@ -144,6 +148,34 @@ def parse_action(value: object) -> str:
     raise wrong(f"'{text}' is no action; there are {', '.join(options)}", guess(text, options))
 
 
+def parse_duration(value: object, low_s: float, high_s: float, why: str) -> float:
+    """Read ``500ms``, ``1.5s``, ``5m`` or ``1h``, in seconds; between ``low_s`` and ``high_s``."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(ms|s|m|h)", str(value)) if not isinstance(value, bool) else None
+    if found is None:
+        hint = f"write {value}ms or {value}s" if isinstance(value, int) and not isinstance(value, bool) else None
+        raise wrong(f"a duration is a number with its unit, like 500ms or 1s, not '{str(value).lower()}'", hint)
+    seconds = float(found[1]) * _UNIT_S[found[2]]
+    if seconds < low_s:
+        raise wrong(f"{value} is too short", f"at least {_shown(low_s)}")
+    if seconds > high_s:
+        raise wrong(f"{value} is too long: {why}", f"at most {_shown(high_s)}")
+    return seconds
+
+
+def parse_deadline(value: object) -> float:
+    """Read how long a new flow may wait for its verdict, in seconds."""
+    return parse_duration(value, MIN_DEADLINE_S, MAX_DEADLINE_S, "a guest gives up, or repeats what waits, after that")
+
+
+def parse_patience(value: object) -> float:
+    """Read how long a person may think, in seconds."""
+    return parse_duration(value, 1.0, MAX_ASK_S, "no connection waits for so long")
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds * 1000:g}ms" if seconds < 1 else f"{seconds:g}s" if seconds < 3600 else f"{seconds / 3600:g}h"
+
+
 def parse_user(value: object) -> int | str:
     """Read a uid or a user name."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32:
@@ -222,6 +254,9 @@ Id = Annotated[str, PlainValidator(parse_uuid), _text({**_STRING, "format": "uui
 Contained = Annotated[
     bool | str, PlainValidator(parse_contained), _text({"type": ["boolean", "string"]}, "true, false or a name")
 ]
+_DURATION = {**_STRING, "pattern": r"^[0-9]+(\.[0-9]+)?\s*(ms|s|m|h)$"}
+Deadline = Annotated[float, PlainValidator(parse_deadline), _text(_DURATION, "500ms or 1s; at most 3s")]
+Patience = Annotated[float, PlainValidator(parse_patience), _text(_DURATION, "60s or 5m; at most 1h")]
 Decision = Literal["allow", "deny"]
 Mode = Literal["monitor", "enforce"]
 Severity = Literal["info", "low", "medium", "high", "critical"]
