@@ -20,6 +20,7 @@ from appliance.model import (
     GuestInfo,
     GuestProcess,
     GuestSocket,
+    Handling,
     Missing,
     Verdict,
     ip_text,
@@ -148,16 +149,25 @@ def verdict(one: Verdict) -> Json:
         },
         "rules_version": one.rules_version,
         "evidence": [evidence(item) for item in one.evidence],
+        **handling(one.handling),
     }
+
+
+def handling(one: Handling | None) -> Json:
+    """What the hand did, as keys of a verdict."""
+    if one is None:
+        return {"act": None, "act_done": None, "held_us": None}
+    held_us = None if one.held_ns is None else round(one.held_ns / 1000, 1)
+    return {"act": one.act.value, "act_done": one.done, "held_us": held_us}
 
 
 def summary(watched: Sequence[Summary], cpu_s: float) -> Json:
     """Close a watch: totals over its guests, then each guest. Every loss is a figure."""
     guests = [_guest_summary(one) for one in watched]
     totals: Json = {"summary": True}
-    for key in ("packets", "bytes", "flows", "events", "lost", "evicted", "torn", "gaps", "unshown"):
+    for key in ("packets", "bytes", "flows", "events", "lost", "evicted", "torn", "gaps", "unshown", "acts_failed"):
         totals[key] = sum(one[key] for one in guests)
-    for key in ("bound", "unbound", "verdicts", "ignored", "guest_errors"):
+    for key in ("bound", "unbound", "verdicts", "ignored", "guest_errors", "acts"):
         counted: Counter[str] = Counter()
         for one in guests:
             counted.update(one[key])
@@ -183,6 +193,8 @@ def _guest_summary(one: Summary) -> Json:
         "gaps": one.gaps,
         "guest_errors": dict(one.guest_errors),
         "unshown": one.unshown,
+        "acts": dict(one.acts),
+        "acts_failed": one.acts_failed,
         "cpu_seconds": round(one.cpu_s, 3),
         "ended": one.ended or None,
     }

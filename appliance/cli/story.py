@@ -8,6 +8,13 @@ from appliance.cli.render import console, endpoint_text, safe
 
 Json = dict[str, Any]
 _ARROW = {"out": "->", "in": "<-"}
+_ACTS = {
+    "release": "released",
+    "block": "blocked",
+    "reset": "reset",
+    "hold": "held for a person to decide",
+    "redirect": "redirected",
+}
 
 
 def print_row(body: Json) -> None:
@@ -22,6 +29,7 @@ def print_row(body: Json) -> None:
     out.print(
         f"{body['time'][11:23]} [{colour}]{word:8}[/] {safe(body['vm'])}  {_process(body)}  {connection}  "
         f"[dim]{_match(binding)}  {safe(rule['profile'])} {safe(rule['file'])}:{rule['line']}  {body['id']}[/]"
+        f"{_act(body, '  ')}"
     )
     if flagged:
         out.print(f"             [{colour}]{safe(body['because'], 300)}[/]")
@@ -36,10 +44,10 @@ def print_summary(body: Json) -> None:
         f"\n[bold]summary[/]  {body['packets']} packets, {body['bytes']} bytes, {body['flows']} flows, "
         f"{body['events']} events, {body['lost']} lost; {body['cpu_seconds']} s CPU"
     )
-    worse = {key: body[key] for key in ("evicted", "torn", "gaps", "unshown") if body[key]}
+    worse = {key: body[key] for key in ("evicted", "torn", "gaps", "unshown", "acts_failed") if body[key]}
     if worse:
-        out.print("  " + ", ".join(f"{key} {count}" for key, count in worse.items()))
-    for title in ("verdicts", "bound", "unbound", "ignored", "guest_errors"):
+        out.print("  " + ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in worse.items()))
+    for title in ("verdicts", "acts", "bound", "unbound", "ignored", "guest_errors"):
         if body[title]:
             out.print(f"  {title.replace('_', ' '):12} " + ", ".join(f"{safe(k)} {n}" for k, n in body[title].items()))
     for guest in body["guests"]:
@@ -59,6 +67,7 @@ def print_story(body: Json) -> None:
     _line("connection", f"{_connection(flow)}, begun {flow['started']}, {safe(flow['community_id'])}")
     _line("names", safe(", ".join(flow["names"]) or "none seen in DNS"))
     _line("binding", f"{_match(body['binding'])} after the first packet")
+    _line("act", _act(body) or "none: nothing was asked of the hand, or there was none")
     _line("rule", f"{safe(rule['file'])}:{rule['line']}, profile {safe(rule['profile'])} of {safe(rule['ruleset'])}")
     _line("rules", safe(body["rules_version"]))
     for owner in body["owners"]:
@@ -93,6 +102,22 @@ def _process(body: Json) -> str:
 def _match(binding: Json) -> str:
     why = f" ({binding['reason']})" if binding["reason"] else ""
     return f"{binding['match']}{why} {binding['latency_us'] / 1000:.2f} ms"
+
+
+def _act(body: Json, before: str = "") -> str:
+    """What was done to the flow; "" where nothing was, or by an appliance that had no hand yet."""
+    act, held_us = body.get("act"), body.get("held_us")
+    if act is None:
+        return ""
+    done = _ACTS[act]
+    if not body["act_done"]:
+        return f"{before}[red]not {done}: the flow was gone, or the host refused[/]"
+    waited = f"held, then {done} after {_span(held_us)}" if held_us is not None else done
+    return f"{before}[{'dim' if act == 'release' else 'bold'}]{waited}[/]"
+
+
+def _span(us: float) -> str:
+    return f"{us / 1000:.1f} ms" if us < 1_000_000 else f"{us / 1_000_000:.1f} s"
 
 
 def _evidence(item: Json) -> str:

@@ -12,6 +12,7 @@ import pytest
 from appliance.cli import contract, story
 from appliance.cli.render import safe
 from appliance.model import (
+    Act,
     Binding,
     Decision,
     Endpoint,
@@ -19,6 +20,7 @@ from appliance.model import (
     GuestInfo,
     GuestPort,
     GuestSocket,
+    Handling,
     Judgement,
     Match,
     Missing,
@@ -98,3 +100,40 @@ def test_guest_text_cannot_speak_to_the_terminal():
 
 def test_long_guest_text_is_cut():
     assert len(safe("A" * 100_000)) <= 96
+
+
+def told(body) -> str:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        story.print_row(body)
+        story.print_story(body)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("handling", "act", "done", "held_us", "words"),
+    [
+        (None, None, None, None, "none: nothing was asked of the hand"),
+        (Handling(Act.BLOCK, True), "block", True, None, "blocked"),
+        (Handling(Act.RELEASE, True, 400_000), "release", True, 400.0, "held, then released after 0.4 ms"),
+        (Handling(Act.HOLD, True), "hold", True, None, "held for a person to decide"),
+        (Handling(Act.BLOCK, True, 7_200_000_000), "block", True, 7_200_000.0, "held, then blocked after 7.2 s"),
+        (Handling(Act.RESET, False, 0), "reset", False, 0.0, "not reset: the flow was gone, or the host refused"),
+    ],
+)
+def test_what_was_done_to_a_flow_is_told(handling, act, done, held_us, words):
+    body = contract.verdict(a_verdict(handling=handling))
+    assert (body["act"], body["act_done"], body["held_us"]) == (act, done, held_us)
+    assert words in told(body)
+
+
+def test_every_act_has_a_word():
+    for act in Act:
+        assert told(contract.verdict(a_verdict(handling=Handling(act, True))))
+
+
+def test_a_verdict_that_an_older_version_wrote_down_can_still_be_told():
+    body = contract.verdict(a_verdict())
+    for key in ("act", "act_done", "held_us"):
+        del body[key]
+    assert "DENY" in told(body)
