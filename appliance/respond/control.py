@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import pwd
+import selectors
 import socket
 import stat
 import struct
@@ -74,10 +75,11 @@ class ControlServer:
         self._guard = _take(path)
         try:
             self._listener = _listen(path)
-            self._listener.settimeout(self._limits.tick_s)
+            self._listener.setblocking(False)
         except BaseException:
             os.close(self._guard)
             raise
+        self._alarm, self._bell = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 
@@ -86,9 +88,9 @@ class ControlServer:
         if self._closing.is_set():
             return
         self._closing.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._thread.join(2 * self._limits.tick_s + 1.0)
+        self._bell.close()  # wakes the thread that accepts
+        self._thread.join(self._limits.send_s)
+        self._alarm.close()
         self._listener.close()
         self.path.unlink(missing_ok=True)
         with self._lock:
@@ -103,19 +105,27 @@ class ControlServer:
 
     def _run(self) -> None:
         next_tick_s = 0.0
-        while not self._closing.is_set():
-            if time.monotonic() >= next_tick_s:
-                next_tick_s = time.monotonic() + self._limits.tick_s
-                self._keep_house()
-            try:
-                client, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:  # out of descriptors, or closed
-                if not self._closing.wait(0.1):
-                    self._tell_once(f"the control socket cannot accept: {error}")
-                continue
-            self._admit(client)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._alarm, selectors.EVENT_READ)
+            while not self._closing.is_set():
+                if time.monotonic() >= next_tick_s:
+                    next_tick_s = time.monotonic() + self._limits.tick_s
+                    self._keep_house()
+                ready = [key.fileobj for key, _ in selector.select(self._limits.tick_s)]
+                if self._listener in ready:
+                    self._accept()
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._listener.accept()
+        except BlockingIOError:  # it has left already
+            return
+        except OSError as error:  # out of descriptors: give it time to pass
+            self._tell_once(f"the control socket cannot accept: {error}")
+            self._closing.wait(0.1)
+            return
+        self._admit(client)
 
     def _keep_house(self) -> None:
         try:
