@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
 import time
@@ -13,6 +12,7 @@ import typer
 
 from appliance import daemon
 from appliance.cli import contract, story
+from appliance.cli.duration import parse_duration
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, Printer
 from appliance.errors import ConfigError, GuestGone, UsageError
@@ -23,8 +23,6 @@ from appliance.watch import Summary
 
 SHIPPED_RULES = Path(__file__).resolve().parents[2] / "rules"
 DEFECT = 70  # as in sysexits.h: an error of the program itself
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
-_UNIT_S = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
 
 RulesOption = Annotated[
     list[Path] | None,
@@ -42,7 +40,7 @@ def watch(
     everything: AllOption = True,
 ) -> None:
     """Watch running guests: bind each new connection to its process, judge it, say what is wrong with it."""
-    seconds = _parse_duration(duration)
+    seconds = parse_duration(duration)
     book = _rules(rules)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -184,12 +182,3 @@ class _Showing:
 
 def _rules(paths: list[Path] | None) -> RuleBook:
     return load(paths or [SHIPPED_RULES])
-
-
-def _parse_duration(text: str | None) -> float | None:
-    if text is None:
-        return None
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"--for {text!r} is no duration: say 30s, 5m, 1h")
-    return float(match[1]) * _UNIT_S[match[2]]
