@@ -233,7 +233,7 @@ class Engine:
         if again_ns is None:
             yield from self._judge_case(case, at_ns)
             if case.ended:
-                del self._cases[case.flow.id]
+                self._forget(case.flow.id)
         elif case.due_ns != again_ns:
             case.due_ns = again_ns
             self._wake(again_ns, case.flow.id, Alarm.LOOK)
@@ -245,7 +245,7 @@ class Engine:
         if order is None or order.act is not Act.RELEASE:
             yield from self._judge_case(case, at_ns)
             if case.ended:
-                del self._cases[case.flow.id]
+                self._forget(case.flow.id)
             return
         yield from self._do(_Doing(case.flow, order, judgement.ask, True, case.flow.started_ns))
         case.release(at_ns)
@@ -271,10 +271,14 @@ class Engine:
             if not case.looking:  # else the answer under way ends it
                 if not case.judged:
                     yield from self._judge_case(case, at_ns)
-                del self._cases[flow_id]
+                self._forget(flow_id)
             self._remembered.pop(case.flow.tuple, None)
         self.records.pop(flow_id, None)
         self.waiting.pop(flow_id, None)
+
+    def _forget(self, flow_id: FlowId) -> None:
+        """A flow is over and judged: nobody need be woken for it."""
+        del self._cases[flow_id]
         while self._due and self._due[0][3] not in self._cases:
             heapq.heappop(self._due)
 
@@ -386,7 +390,7 @@ class Engine:
                 case.handling = handling
             return
         verdict = replace(verdict, handling=handling)
-        if event.act is Act.HOLD and event.done and case is not None:
+        if event.act is Act.HOLD and event.done and case is not None and not case.ended:
             since_ns = event.at_ns if doing.since_ns is None else doing.since_ns
             deadline_ns = event.at_ns + round(doing.ask.seconds * 1e9)
             self.waiting[event.flow] = Waiting(verdict, since_ns, deadline_ns, doing.held)
@@ -440,7 +444,8 @@ class Engine:
     def _report(self, verdict: Verdict, *, again: bool = False) -> Iterator[Command]:
         if (waiting := self.waiting.get(verdict.flow.id)) is not None:
             waiting.verdict = verdict
-        if verdict.flow.id in self._cases:
+        case = self._cases.get(verdict.flow.id)
+        if case is not None and not case.ended:
             self.records[verdict.flow.id] = verdict
             if len(self.records) > MAX_RECORDS:
                 self.records.popitem(last=False)
