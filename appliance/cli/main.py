@@ -15,7 +15,7 @@ from typing import Annotated, ParamSpec, TypeVar, cast
 import typer
 
 from appliance import __version__
-from appliance.cli import check, look, stop, watching
+from appliance.cli import check, hand, look, stop, watching
 from appliance.errors import ParasightError, RuleError, UsageError
 
 INTERRUPTED = 130
@@ -75,6 +75,14 @@ app.command()(_quiet(watching.replay))
 app.command()(_quiet(watching.explain))
 app.command()(_quiet(check.doctor))
 app.command()(_quiet(stop.stop))
+app.command()(_quiet(hand.status))
+app.command()(_quiet(hand.held))
+app.command()(_quiet(hand.decide))
+app.command()(_quiet(hand.block))
+app.command()(_quiet(hand.release))
+app.command()(_quiet(hand.ban))
+app.command()(_quiet(hand.unban))
+app.command()(_quiet(hand.bans))
 app.add_typer(check.rules, name="rules")
 
 

@@ -23,11 +23,11 @@ def print_row(body: Json) -> None:
     flagged = body["verdict"] == "deny" or body["alert"]
     word = "PARASITE" if body["parasitic"] else "DENY" if body["verdict"] == "deny" else "ALERT" if flagged else "allow"
     colour = "bold red" if body["verdict"] == "deny" else "yellow" if flagged else "green"
-    connection = _connection(flow)
+    connection = connection_text(flow)
     rule = body["rule"]
     out = console()
     out.print(
-        f"{body['time'][11:23]} [{colour}]{word:8}[/] {safe(body['vm'])}  {_process(body)}  {connection}  "
+        f"{body['time'][11:23]} [{colour}]{word:8}[/] {safe(body['vm'])}  {process_text(body)}  {connection}  "
         f"[dim]{_match(binding)}  {safe(rule['profile'])} {safe(rule['file'])}:{rule['line']}  {body['id']}[/]"
         f"{_act(body, '  ')}"
     )
@@ -64,7 +64,7 @@ def print_story(body: Json) -> None:
         f"{body['id']} at {body['time']}, severity {body['severity']}, {', '.join(body['tags']) or 'no tags'}",
     )
     _line("guest", safe(body["vm"]))
-    _line("connection", f"{_connection(flow)}, begun {flow['started']}, {safe(flow['community_id'])}")
+    _line("connection", f"{connection_text(flow)}, begun {flow['started']}, {safe(flow['community_id'])}")
     _line("names", safe(", ".join(flow["names"]) or "none seen in DNS"))
     _line("binding", f"{_match(body['binding'])} after the first packet")
     _line("act", _act(body) or "none: nothing was asked of the hand, or there was none")
@@ -85,12 +85,14 @@ def _line(title: str, text: str) -> None:
     console().print(f"  {title:11} {text}")
 
 
-def _connection(flow: Json) -> str:
+def connection_text(flow: Json) -> str:
+    """The two ends of a flow, the arrow from who began it."""
     ends = f"{endpoint_text(flow['local'])} {_ARROW[flow['direction']]} {endpoint_text(flow['remote'])}"
     return safe(f"{flow['protocol']} {ends}", 160)
 
 
-def _process(body: Json) -> str:
+def process_text(body: Json) -> str:
+    """The process of a verdict, as markup."""
     one = body["process"]
     if one is None:
         return "(kernel)" if body["binding"]["match"] == "kernel" else "(nobody)"
