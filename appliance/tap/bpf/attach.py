@@ -7,6 +7,7 @@ it is ours (we made it, or the journal says that one of us did) and no filter ha
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Final
 
@@ -14,6 +15,7 @@ from appliance.errors import HostError
 from appliance.model import GuestPort
 from appliance.tap.bpf.clsact import (
     EGRESS,
+    HOOKS,
     INGRESS,
     NAME,
     Filter,
@@ -33,10 +35,12 @@ from appliance.tap.bpf.journal import Journal, Note, Place, here
 from appliance.tap.bpf.owner import Owner
 from appliance.tap.netns import call_in_netns
 
-PRIORITY: Final = 2  # early: a filter before us that accepts a packet hides it from us
+PRIORITY: Final = 1  # the first: a filter before us that accepts a packet hides it from us
 MAX_PRIORITY: Final = 64
 HANDLE: Final = 0x50
 TRIES: Final = 3
+
+_log: Final = logging.getLogger("parasight.tap")
 
 
 class ForeignIngress(HostError):
@@ -126,6 +130,9 @@ class Attachment:
         handle = next((number for number in range(HANDLE, HANDLE + MAX_PRIORITY) if number not in used), None)
         if priority is None or handle is None:
             raise HostError(f"port {self.port.ifname} has no room for one more filter: see 'tc filter show'")
+        if min(foreign, default=MAX_PRIORITY) < priority:
+            where = f"{HOOKS[parent]} of port {self.port.ifname}"
+            _log.warning("filters of others run before ours on %s: what they accept or drop is not seen", where)
         mine = Filter(parent, priority, handle, "bpf", self._name)
         add_filter(route, self.ifindex, mine, fd)
         self._mine.append(mine)

@@ -31,7 +31,7 @@ class Owner:
     @classmethod
     def me(cls) -> Self:
         """Describe the calling process."""
-        _, started = _read_stat(os.getpid()) or ("", 0)
+        _, started = _read_stat("self") or ("", 0)
         return cls(os.getpid(), started, _our_pid_ns())
 
     @classmethod
@@ -47,7 +47,7 @@ class Owner:
 
     def find(self) -> int | None:
         """Its pid in our pid namespace, None when it is gone (a zombie is) or cannot be seen from here."""
-        if self.pid_ns == _our_pid_ns():
+        if self.pid_ns == _our_pid_ns() and _proc_is_ours():
             return self.pid if self._is_it(self.pid) else None
         return next((pid for pid in _iter_pids(self.pid_ns, self.pid) if self._is_it(pid)), None)
 
@@ -58,14 +58,14 @@ class Owner:
         return _our_pid_ns() in {self.pid_ns, INITIAL_PID_NS}
 
     def _is_it(self, pid: int) -> bool:
-        stat = _read_stat(pid)
+        stat = _read_stat(str(pid))
         return stat is not None and stat[0] not in {"Z", "X"} and stat[1] == self.started
 
 
-def _read_stat(pid: int) -> tuple[str, int] | None:
+def _read_stat(pid: str) -> tuple[str, int] | None:
     """State and start time (fields 3 and 22), None when there is no such process."""
     with suppress(OSError, IndexError, ValueError):
-        fields = (PROC / str(pid) / "stat").read_text("ascii", "replace").rpartition(")")[2].split()
+        fields = (PROC / pid / "stat").read_text("ascii", "replace").rpartition(")")[2].split()
         return fields[0], int(fields[19])
     return None
 
@@ -76,6 +76,14 @@ def _our_pid_ns() -> int:
         return (PROC / "self/ns/pid").stat().st_ino
     except OSError:
         return 0
+
+
+def _proc_is_ours() -> bool:
+    """Whether /proc counts as we do; it may be that of another pid namespace."""
+    try:
+        return (PROC / "self").readlink().name == str(os.getpid())
+    except OSError:
+        return False
 
 
 def _iter_pids(pid_ns: int, inner: int) -> Iterator[int]:

@@ -57,7 +57,7 @@ def add_foreign(world) -> None:
     tc(world, "qdisc", "add", "dev", PORT, "clsact")
     for hook in ("ingress", "egress"):  # at our favourite place, and behind it
         place = ("filter", "add", "dev", PORT, hook, "protocol", "all", "pref")
-        tc(world, *place, "2", "bpf", "bytecode", "1,6 0 0 0,", "flowid", "1:1")
+        tc(world, *place, "1", "bpf", "bytecode", "1,6 0 0 0,", "flowid", "1:1")
         tc(world, *place, "9", "u32", "match", "u32", "0", "0", "flowid", "1:1")
 
 
@@ -86,12 +86,15 @@ def test_nothing_is_left_on_a_port_that_had_nothing(world) -> None:
     assert seen(world) == before
 
 
-def test_foreign_qdiscs_and_filters_survive_attach_and_detach(world) -> None:
+def test_foreign_qdiscs_and_filters_survive_attach_and_detach(world, caplog) -> None:
     add_foreign(world)
     before, said = seen(world), lines(world)
     tap = open_kernel(world)
     assert "parasight_tap" in seen(world)
     assert all(line in lines(world) for line in said)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        f"filters of others run before ours on {hook} of port {PORT}" for hook in ("ingress", "egress")
+    ]
     tap.close()
     assert seen(world) == before
 
