@@ -1,90 +1,94 @@
-"""The shell around the engine: opens the eyes of each guest and lets them run, one thread per guest.
-
-The only place, with the command line, that knows every room.
-"""
+"""Puts the rooms together: which tap, which eye, which rules for which guest, and who may give orders."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from queue import Empty, Full, Queue
+from typing import Any, Protocol
 
 from appliance.engine import Engine, Judge
-from appliance.errors import ConfigError, GuestError, HostError, UsageError
+from appliance.errors import HostError, ParasightError
 from appliance.flow.names import Names
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
-from appliance.guest.attach import attach
-from appliance.guest.linux.eye import LinuxEye
+from appliance.front import Front
 from appliance.hosts.qemu import is_running
 from appliance.hosts.targets import resolve
-from appliance.memory.file import open_file
-from appliance.memory.qemu import open_qemu
-from appliance.model import GuestInfo, Snapshot, Transport, Verdict
-from appliance.ports import GuestEye, GuestMemory
-from appliance.tap.af_packet import PortSource
-from appliance.tap.merged import MergedSource
+from appliance.model import Decoy, GuestInfo, HoldPolicy, Verdict
+from appliance.opening import open_eye_or_none, open_eye_or_say, open_tap, teach
+from appliance.pacemaker import Pacemaker
+from appliance.ports import GuestEye, PacketTap
+from appliance.respond.banning import Banning
+from appliance.respond.control import ControlServer
+from appliance.respond.mailbox import Mailbox
+from appliance.respond.never import spare
+from appliance.respond.place import control_path
+from appliance.respond.room import ControlRoom, Words
+from appliance.tap.bpf.tap import KernelTap
 from appliance.tap.pcap import PcapSource
 from appliance.watch import POLL_S, GuestWatch, Summary, Tell
 
-_TCP = 6  # IANA protocol number
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
 SWITCH_S = 0.0005  # a guest's thread must not wait 5 ms, Python's default, while a verdict is printed
 
 
-def open_eye(info: GuestInfo) -> GuestEye:
-    """Attach to a guest's memory. Raises GuestError, HostError, ConfigError or UsageError with what to do."""
-    target = info.id.target
-    if target.startswith("file:"):
-        return _open_image(Path(target.removeprefix("file:")))
-    if info.pid is None:
-        raise UsageError(f"{target} has no memory to read: only its packets can be watched")
-    return _attach_to(open_qemu(info.pid))
+class Rules(Judge, Protocol):
+    """The rules, as a watch needs them."""
+
+    def hold_policy(self, os: str = "", tags: tuple[str, ...] = ()) -> HoldPolicy | None:
+        """Which new flows must wait for their verdict; None: nothing is enforced."""
 
 
-def _open_image(path: Path) -> GuestEye:
-    """Attach to a memory image; where that fails and the image has holes, they are the reason to tell."""
-    memory = open_file(path)
-    gaps = memory.gaps
-    try:
-        return _attach_to(memory)
-    except GuestError as error:
-        if gaps:
-            raise ConfigError(f"{path}: {gaps[0].why}; {error}") from error
-        raise
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an operator wants guests to be watched."""
+
+    enforce: bool = False  # let rules with ``mode: enforce`` act; else they only report
+    fail_closed: bool = False  # without us, what would have been held is dropped
+    rung: str | None = None  # of the ladder of taps; None: the best
+    decoys: tuple[Decoy, ...] = ()
+    never_ban: Path | None = None
+    bans: Path | None = None  # where bans outlive a restart
 
 
-def _attach_to(memory: GuestMemory) -> GuestEye:
-    try:
-        vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
-        return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None))
-    except BaseException:
-        memory.close()
-        raise
+@dataclass(frozen=True, slots=True)
+class _Guest:
+    """One guest with everything that was opened for it."""
+
+    watch: GuestWatch
+    front: Front
+    beat: Callable[[], None] | None
 
 
 def watch(
     targets: list[str],
-    judge: Judge,
-    report: Callable[[Verdict], None],
+    rules: Rules,
+    report: Callable[[Verdict], str],
     *,
     stop: threading.Event,
     ready: Callable[[], None],
     idle: Callable[[], None],
     tell: Tell,
+    words: Words,
+    options: Options = Options(),
     until: float | None = None,
+    version: str = "",
 ) -> list[Summary]:
     """Watch running guests until ``stop`` is set or the monotonic time ``until`` has come.
 
-    ``report`` is called in the caller's thread, ``idle`` there when no verdict waits, ``ready`` once every tap sees
-    packets, ``tell`` with one line for a person. Raises UsageError or HostError when a target cannot be watched at all
-    from the start.
+    ``report`` is called in the caller's thread and returns the verdict's id, ``idle`` there when no verdict waits,
+    ``ready`` once every tap sees packets, ``tell`` with one line for a person. Raises UsageError or HostError when a
+    target cannot be watched at all from the start.
     """
     sys.setswitchinterval(SWITCH_S)
     queue: Queue[Verdict] = Queue(MAX_QUEUED)
@@ -99,71 +103,100 @@ def watch(
     def stopping() -> bool:
         return stop.is_set() or (until is not None and time.monotonic() >= until)
 
-    watches = _open_watches(targets, judge, offer, tell)
-    threads = [threading.Thread(target=one.run, args=(stopping,), name=one.info.id.target) for one in watches]
-    for thread in threads:
-        thread.start()
-    ready()
-    try:
-        while any(thread.is_alive() for thread in threads) or not queue.empty():
-            with contextlib.suppress(Empty):
-                report(queue.get(timeout=POLL_S))
-            if queue.empty():
-                idle()
-    finally:  # also when the reader of our output has left: the guests' threads must not outlive it
-        stop.set()
+    with contextlib.ExitStack() as opened:
+        guests = _open_guests(targets, rules, offer, tell, options, opened)
+        room = ControlRoom(words, _open_bans(options, tell), stop.set, version=version)
+        opened.enter_context(_control(room, tell))
+        opened.enter_context(_heart(guests))
+        threads = [
+            threading.Thread(target=_run, args=(one, room, stopping), name=one.watch.info.id.target) for one in guests
+        ]
         for thread in threads:
-            thread.join()
-    for one in watches:
-        one.summary.unshown = dropped[one.info.id.target]
-    return [one.summary for one in watches]
+            thread.start()
+        ready()
+        try:
+            while any(thread.is_alive() for thread in threads) or not queue.empty():
+                with contextlib.suppress(Empty):
+                    verdict = queue.get(timeout=POLL_S)
+                    room.known.remember(report(verdict), verdict.flow.id)
+                if queue.empty():
+                    idle()
+        finally:  # also when the reader of our output has left: the guests' threads must not outlive it
+            stop.set()
+            for thread in threads:
+                thread.join()
+    for one in guests:
+        one.watch.summary.unshown = dropped[one.watch.info.id.target]
+    return [one.watch.summary for one in guests]
 
 
-def _open_watches(targets: list[str], judge: Judge, offer: Callable[[Verdict], None], tell: Tell) -> list[GuestWatch]:
-    """Open every guest; where one cannot be opened, close the others again.
+def _run(guest: _Guest, room: ControlRoom, stopping: Callable[[], bool]) -> None:
+    """A guest's thread."""
+    room.admit(guest.front)
+    try:
+        guest.watch.run(stopping)
+    finally:
+        room.dismiss(guest.front)
+        guest.front.mailbox.close()
+
+
+def _open_guests(
+    targets: list[str],
+    rules: Rules,
+    offer: Callable[[Verdict], None],
+    tell: Tell,
+    options: Options,
+    opened: contextlib.ExitStack,
+) -> list[_Guest]:
+    """Open every guest; where one cannot be opened, ``opened`` closes the others again.
 
     All memory eyes first, since attaching takes time in which an open tap's ring would fill.
     """
     infos = [resolve(target) for target in dict.fromkeys(targets)]
-    with contextlib.ExitStack() as opened:
-        eyes: list[GuestEye | None] = []
-        for info in infos:
-            _say_notes(info, tell)
-            eyes.append(_open_eye_or_say(info, tell) if info.pid is not None else None)
-            if (eye := eyes[-1]) is not None:
-                opened.callback(eye.close)
-        watches = []
-        for info, eye in zip(infos, eyes, strict=True):
-            tap, table = _open_tap(info)
-            opened.callback(tap.close)
-            watches.append(_live_watch(info, tap, table, eye, judge, offer, tell))
-        opened.pop_all()
-    return watches
+    eyes: list[GuestEye | None] = []
+    for info in infos:
+        _say_notes(info, tell)
+        eyes.append(open_eye_or_say(info, tell) if info.pid is not None else None)
+        if (eye := eyes[-1]) is not None:
+            opened.callback(eye.close)
+    return [_open_guest(info, eye, rules, offer, tell, options, opened) for info, eye in zip(infos, eyes, strict=True)]
 
 
-def replay(
-    pcap: Path,
-    memory: Path | None,
-    judge: Judge,
-    report: Callable[[Verdict], None],
-    *,
+def _open_guest(
+    info: GuestInfo,
+    eye: GuestEye | None,
+    rules: Rules,
+    offer: Callable[[Verdict], None],
     tell: Tell,
-    local: frozenset[str],
-) -> Summary:
-    """Judge a capture against a memory image. Time is the capture's own, so the same input gives the same verdicts."""
-    info = resolve(f"file:{memory or pcap}")
-    source = PcapSource(pcap, local=local or None)
-    eye = _open_eye_or_say(info, tell) if memory else None
-    table = FlowTable(info.id)
-    tap = TrackedTap(info.id, source, table)
-    engine = Engine(judge, Names())
-    watcher = GuestWatch(info, tap, eye, engine, report, lambda: table.now_ns, tell=tell, looked=partial(_teach, table))
-    watcher.run(lambda: False)
-    for reason, count in source.skipped.items():
-        tell(f"{pcap}: {count} packets were left out: {reason}")
-    if source.truncation is not None:
-        watcher.summary.ended = str(source.truncation)
-    return watcher.summary
+    options: Options,
+    opened: contextlib.ExitStack,
+) -> _Guest:
+    tap, rung, learn = open_tap(info, tell, rung=options.rung, fail_closed=options.fail_closed)
+    opened.callback(tap.close)
+    hand = tap if isinstance(tap, KernelTap) else None
+    policy = rules.hold_policy(eye.os if eye else "")
+    enforces = options.enforce and policy is not None and hand is not None
+    _say_mode(info, tell, options, policy, tap)
+    watcher = partial(
+        GuestWatch,
+        info,
+        tap,
+        eye,
+        Engine(rules, Names(), hold=policy if enforces else None),
+        offer,
+        time.time_ns,
+        tell=tell,
+        looked=partial(teach, learn),
+        hand=hand if enforces else None,
+        hold=policy,
+        decoys={decoy.name: decoy for decoy in options.decoys},
+    )
+    if info.pid is not None:
+        watcher = partial(watcher, runs=partial(is_running, info), reopen=partial(open_eye_or_none, info))
+    mailbox = Mailbox()
+    one = watcher(serve=mailbox.serve)
+    front = Front(one, hand, rung.name, enforces, time.time_ns(), mailbox)
+    return _Guest(one, front, hand.beat if hand is not None else None)
 
 
 def _say_notes(info: GuestInfo, tell: Tell) -> None:
@@ -173,57 +206,80 @@ def _say_notes(info: GuestInfo, tell: Tell) -> None:
         tell(f"{info.id.target}: {note}")
 
 
-def _open_tap(info: GuestInfo) -> tuple[TrackedTap, FlowTable]:
-    table = FlowTable(info.id, [port.mac for port in info.ports if port.mac])
-    sources: list[PortSource] = []
+def _say_mode(info: GuestInfo, tell: Tell, options: Options, policy: HoldPolicy | None, tap: PacketTap) -> None:
+    """What a person must know of enforcement: that it is on, that it is off although the rules ask for it, and why."""
+    if policy is not None and not options.enforce:
+        tell(f"{info.id.target}: rules ask to enforce and only report; start with --enforce to let them act")
+    elif options.enforce and policy is None:
+        tell(f"{info.id.target}: nothing to enforce: no rule for this guest says mode: enforce")
+    elif options.enforce and not isinstance(tap, KernelTap):
+        raise HostError(f"{info.id.target} cannot be held to its rules: this tap can only look; see: parasight doctor")
+    elif options.enforce:
+        fails = "closed: new connections are dropped" if options.fail_closed else "open: everything passes"
+        tell(f"{info.id.target}: enforcing; if Parasight dies, the network fails {fails}")
+
+
+def _open_bans(options: Options, tell: Tell) -> Banning:
+    return Banning(time.time_ns, tell, spared=spare(_own_addresses(), options.never_ban), path=options.bans)
+
+
+def _own_addresses() -> list[Any]:
+    """Addresses of this host, as far as its name tells."""
     try:
-        for port in info.ports:
-            sources.append(PortSource(port))
-        return TrackedTap(info.id, MergedSource(sources), table, time.time_ns), table
-    except BaseException:
-        for source in sources:
-            source.close()
-        raise
+        found = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError:
+        return []
+    return [ip_address(str(text).partition("%")[0]) for text in found]
 
 
-def _live_watch(
-    info: GuestInfo,
-    tap: TrackedTap,
-    table: FlowTable,
-    eye: GuestEye | None,
+@contextlib.contextmanager
+def _control(room: ControlRoom, tell: Tell) -> Iterator[None]:
+    """Serve the control socket, if it can be had: a watch without one still watches."""
+    try:
+        server = ControlServer(control_path(), room.answer, tell, tick=room.tick)
+    except ParasightError as error:
+        tell(f"{error}; this watch takes no orders")
+        yield
+        return
+    try:
+        yield
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def _heart(guests: list[_Guest]) -> Iterator[None]:
+    heart = Pacemaker()
+    for guest in guests:
+        if guest.beat is not None:
+            heart.add(guest.watch.count_turns, guest.beat)
+    heart.start()
+    try:
+        yield
+    finally:
+        heart.stop()
+
+
+def replay(
+    pcap: Path,
+    memory: Path | None,
     judge: Judge,
-    offer: Callable[[Verdict], None],
+    report: Callable[[Verdict], str],
+    *,
     tell: Tell,
-) -> GuestWatch:
-    engine = Engine(judge, Names())
-    watcher = partial(GuestWatch, info, tap, eye, engine, offer, time.time_ns, tell=tell, looked=partial(_teach, table))
-    if info.pid is None:
-        return watcher()
-    return watcher(runs=partial(is_running, info), reopen=partial(_open_eye_or_none, info))
-
-
-def _teach(table: FlowTable, snapshot: Snapshot) -> None:
-    """The guest's own listeners tell who is the server of a connection whose beginning was not seen."""
-    for socket in snapshot.sockets:
-        if socket.protocol is Transport.TCP and socket.state == "LISTEN":
-            ip = None if socket.local.ip.is_unspecified else socket.local.ip
-            table.learn_listener(_TCP, ip, socket.local.port)
-
-
-def _open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:
-    start_s = time.monotonic()
-    try:
-        eye = open_eye(info)
-    except GuestError as error:
-        tell(f"{info.id.target}: {error}; watching its packets only")
-        return None
-    tell(f"{info.id.target}: {eye.describe}, attached in {time.monotonic() - start_s:.2f} s")
-    return eye
-
-
-def _open_eye_or_none(info: GuestInfo) -> GuestEye | None:
-    """Attach once more, without a word where that fails: it was said before."""
-    try:
-        return open_eye(info)
-    except (GuestError, HostError, UsageError):
-        return None
+    local: frozenset[str],
+) -> Summary:
+    """Judge a capture against a memory image. Time is the capture's own, so the same input gives the same verdicts."""
+    info = resolve(f"file:{memory or pcap}")
+    source = PcapSource(pcap, local=local or None)
+    eye = open_eye_or_say(info, tell) if memory else None
+    table = FlowTable(info.id)
+    tap = TrackedTap(info.id, source, table)
+    looked = partial(teach, table.learn_listener)
+    watcher = GuestWatch(info, tap, eye, Engine(judge, Names()), report, lambda: table.now_ns, tell=tell, looked=looked)
+    watcher.run(lambda: False)
+    for reason, count in source.skipped.items():
+        tell(f"{pcap}: {count} packets were left out: {reason}")
+    if source.truncation is not None:
+        watcher.summary.ended = str(source.truncation)
+    return watcher.summary

@@ -98,7 +98,7 @@ class GuestWatch:
         tap: PacketTap,
         eye: GuestEye | None,
         engine: Engine,
-        report: Callable[[Verdict], None],
+        report: Callable[[Verdict], object],
         clock: Clock,
         *,
         tell: Tell = lambda line: None,
@@ -108,16 +108,18 @@ class GuestWatch:
         hand: PacketHand | None = None,
         hold: HoldPolicy | None = None,
         decoys: Mapping[str, Decoy] = MappingProxyType({}),
+        serve: Callable[[], object] = lambda: None,
     ) -> None:
         """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks.
 
         ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
-        same policy), ``decoys`` are the far ends of redirects by name.
+        same policy), ``decoys`` are the far ends of redirects by name. ``serve`` does what others ask of this thread.
         """
-        self.info, self._tap, self._eye, self._engine = info, tap, eye, engine
-        self._report, self._clock, self._tell = report, clock, tell
+        self.info, self._tap, self._eye, self.engine = info, tap, eye, engine
+        self._report, self.clock, self._tell = report, clock, tell
         self._runs, self._reopen, self._looked = runs, reopen, looked
-        self._hand, self._hold, self._decoys = hand, hold, decoys
+        self._hand, self._hold, self._decoys, self._serve = hand, hold, decoys, serve
+        self._turns = 0
         self._later: deque[tuple[GatherEvidence, int]] = deque()  # with the time it was asked for
         self._complained = False
         self._next_check_ns = 0
@@ -140,9 +142,11 @@ class GuestWatch:
                     self.take(event)
                     if isinstance(event, FlowPayload) and event.direction is Direction.OUT:
                         self._spoke_ns = event.at_ns
-                self._tick(self._clock())
+                self._tick(self.clock())
                 self._catch_up(quiet=quiet)
                 self._check()
+                self._serve()
+                self._turns += 1
             if self.info.ports and not stop():
                 raise GuestGone("its ports are gone")
             self._finish()
@@ -155,25 +159,34 @@ class GuestWatch:
             self._drop_eye()
             self.summary.cpu_s = time.thread_time() - cpu_start_s
 
+    def count_turns(self) -> int:
+        """How often the loop came round: a sign of life."""
+        return self._turns
+
+    @property
+    def flows(self) -> int:
+        """Flows seen so far."""
+        return self._tap.stats().flows
+
     def _wait_s(self) -> float:
         if self._later:
             return 0.0
-        due_ns = self._engine.next_due_ns
-        return POLL_S if due_ns is None else min(POLL_S, max(0.0, (due_ns - self._clock()) / 1e9))
+        due_ns = self.engine.next_due_ns
+        return POLL_S if due_ns is None else min(POLL_S, max(0.0, (due_ns - self.clock()) / 1e9))
 
     def _tick(self, at_ns: int) -> None:
-        due_ns = self._engine.next_due_ns
+        due_ns = self.engine.next_due_ns
         if due_ns is not None and due_ns <= at_ns:
             self.take(Tick(at_ns))
 
     def _catch_up(self, *, quiet: bool) -> None:
         """Do one of the things that were put off, when nobody waits, or when it has waited long enough itself."""
-        if self._later and (quiet or self._clock() - self._later[0][1] >= PUT_OFF_NS):
+        if self._later and (quiet or self.clock() - self._later[0][1] >= PUT_OFF_NS):
             self.take(self._find_foreign(self._later.popleft()[0]))
 
     def _check(self) -> None:
         """Once a second: a guest that has ended sends no more packets, and its tap may stay; a kernel may restart."""
-        now_ns = self._clock()
+        now_ns = self.clock()
         if now_ns < self._next_check_ns:
             return
         self._next_check_ns = now_ns + CHECK_NS
@@ -236,7 +249,7 @@ class GuestWatch:
         """Feed one event and do what the engine commands, until it asks for nothing more; in the guest's own thread."""
         events: deque[Event] = deque([event])
         while events:
-            commands = list(self._engine.feed(events.popleft()))
+            commands = list(self.engine.feed(events.popleft()))
             events.extend(answer for command in commands if (answer := self._do(command)) is not None)
 
     def _do(self, command: Command) -> Event | None:
@@ -248,11 +261,11 @@ class GuestWatch:
                     with self._guest_errors("look-up"):
                         finding = self._eye.find_owner(flow)
                 self.summary.torn += finding.torn
-                return LookedUp(flow.id, finding, self._clock())
+                return LookedUp(flow.id, finding, self.clock())
             case Handle(flow_id, act):
-                return Handled(flow_id, act, self._handle(command), self._clock())
+                return Handled(flow_id, act, self._handle(command), self.clock())
             case GatherEvidence() if self._hand is not None:
-                self._later.append((command, self._clock()))
+                self._later.append((command, self.clock()))
                 return None
             case GatherEvidence():
                 return self._find_foreign(command)
@@ -267,7 +280,7 @@ class GuestWatch:
         if self._eye is not None:
             with self._guest_errors("evidence"):
                 evidence = self._eye.find_foreign(command.process)
-        return EvidenceFound(command.flow, evidence, self._clock())
+        return EvidenceFound(command.flow, evidence, self.clock())
 
     def _handle(self, command: Handle) -> bool | None:
         """Do one act; whether it was done, None where there is no hand. A host that refuses is told of once."""

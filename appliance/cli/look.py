@@ -9,10 +9,10 @@ import typer
 from appliance.cli import contract
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, endpoint_text, print_objects, safe
-from appliance.daemon import open_eye
 from appliance.hosts.qemu import find_guests
 from appliance.hosts.targets import resolve
 from appliance.model import GuestInfo, Snapshot
+from appliance.opening import open_eye
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A libvirt name or UUID, qemu:PID or file:PATH.")]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]

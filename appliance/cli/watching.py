@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import typer
 
-from appliance import daemon
+from appliance import __version__, daemon
 from appliance.cli import contract, story
 from appliance.cli.duration import parse_duration
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, Printer
 from appliance.errors import ConfigError, GuestGone, UsageError
-from appliance.model import Verdict
+from appliance.model import Decoy, GuestPort, Verdict
+from appliance.respond.room import Words
 from appliance.rules import RuleBook, load
 from appliance.store.book import Book, default_path
 from appliance.watch import Summary
 
 SHIPPED_RULES = Path(__file__).resolve().parents[2] / "rules"
 DEFECT = 70  # as in sysexits.h: an error of the program itself
+
+_DECOY = re.compile(r"(?P<name>[\w.-]+)=(?P<ifname>[^,/\s]{1,15}),(?P<mac>(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2})")
+
+
+class Fail(StrEnum):
+    """What becomes of an enforced guest's network without us."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+
 
 RulesOption = Annotated[
     list[Path] | None,
@@ -36,10 +49,31 @@ def watch(
     targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help="Guests to watch; also port:IFNAME.")],
     rules: RulesOption = None,
     duration: Annotated[str | None, typer.Option("--for", metavar="30s", help="Stop after this long.")] = None,
+    enforce: Annotated[
+        bool, typer.Option("--enforce", help="Let rules with mode: enforce act: hold, block, reset, redirect.")
+    ] = False,
+    fail: Annotated[
+        Fail, typer.Option(help="What an enforced guest's new connections do when Parasight dies: pass, or stay out.")
+    ] = Fail.OPEN,
+    tap: Annotated[
+        str | None, typer.Option(metavar="RUNG", help="The only tap to try, as doctor names it; the best if left out.")
+    ] = None,
+    decoy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=IFNAME,MAC", help="Where on_deny: redirect:NAME leads to.")
+    ] = None,
+    never_ban: Annotated[Path | None, typer.Option(metavar="FILE", help="Networks that no ban may cover.")] = None,
     output: OutputOption = Output.TABLE,
     everything: AllOption = True,
 ) -> None:
     """Watch running guests: bind each new connection to its process, judge it, say what is wrong with it."""
+    options = daemon.Options(
+        enforce=enforce,
+        fail_closed=fail is Fail.CLOSED,
+        rung=tap,
+        decoys=tuple(_parse_decoy(text) for text in decoy or ()),
+        never_ban=never_ban,
+        bans=default_path().with_name("bans.json"),
+    )
     seconds = parse_duration(duration)
     book = _rules(rules)
     stop = threading.Event()
@@ -56,7 +90,10 @@ def watch(
             ready=lambda: tell("ready"),
             idle=showing.idle,
             tell=tell,
+            words=Words(contract.verdict, contract.iso),
+            options=options,
             until=until,
+            version=__version__,
         )
         showing.summary(summaries, time.process_time() - cpu_start_s)
     if any(one.defect for one in summaries):
@@ -112,6 +149,14 @@ def explain(
     printer.end()
 
 
+def _parse_decoy(text: str) -> Decoy:
+    """``NAME=IFNAME,MAC``. Raises UsageError."""
+    match = _DECOY.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"--decoy {text!r}: say NAME=IFNAME,MAC, as in honeypot-1=veth-hp,52:54:00:aa:bb:cc")
+    return Decoy(match["name"], GuestPort(match["ifname"]), match["mac"].lower())
+
+
 class _Showing:
     """Prints verdicts as they come, writes them into the book, remembers whether anything was flagged."""
 
@@ -130,19 +175,19 @@ class _Showing:
         self._printer.start()
         return self
 
-    def verdict(self, one: Verdict) -> None:
-        """Write down and show one verdict."""
+    def verdict(self, one: Verdict) -> str:
+        """Write down and show one verdict; its id."""
         body = contract.verdict(one)
         flagged = body["verdict"] == "deny" or body["alert"]
         self.exit_code |= int(flagged)
         if self._book is not None:
             self._record(self._book, body, one.at_ns)
-        if not (flagged or self._everything):
-            return
-        if self._output is Output.TABLE:
-            story.print_row(body)
-        else:
-            self._printer.add(body)
+        if flagged or self._everything:
+            if self._output is Output.TABLE:
+                story.print_row(body)
+            else:
+                self._printer.add(body)
+        return str(body["id"])
 
     def idle(self) -> None:
         """Nothing waits to be shown: let ``explain`` see what was."""

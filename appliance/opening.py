@@ -1,0 +1,120 @@
+"""Opens what a watch needs: the guest's memory, its ports. Knows which room offers what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from appliance.errors import ConfigError, GuestError, HostError, UsageError
+from appliance.flow.community import community_id
+from appliance.flow.table import FlowTable
+from appliance.flow.tracking import TrackedTap
+from appliance.guest.attach import attach
+from appliance.guest.linux.eye import LinuxEye
+from appliance.memory.file import open_file
+from appliance.memory.qemu import open_qemu
+from appliance.model import GuestInfo, IpAddress, Snapshot, Transport
+from appliance.ports import GuestEye, GuestMemory, PacketTap
+from appliance.tap import ladder
+from appliance.tap.af_packet import PortSource
+from appliance.tap.bpf.tap import KernelTap
+from appliance.tap.ladder import ObservingTap, Rung
+from appliance.tap.merged import MergedSource
+
+_TCP = 6  # IANA protocol number
+Tell = Callable[[str], None]
+Learn = Callable[[int, IpAddress | None, int], None]
+
+
+def open_eye(info: GuestInfo) -> GuestEye:
+    """Attach to a guest's memory. Raises GuestError, HostError, ConfigError or UsageError with what to do."""
+    target = info.id.target
+    if target.startswith("file:"):
+        return _open_image(Path(target.removeprefix("file:")))
+    if info.pid is None:
+        raise UsageError(f"{target} has no memory to read: only its packets can be watched")
+    return _attach_to(open_qemu(info.pid))
+
+
+def _open_image(path: Path) -> GuestEye:
+    """Attach to a memory image; where that fails and the image has holes, they are the reason to tell."""
+    memory = open_file(path)
+    gaps = memory.gaps
+    try:
+        return _attach_to(memory)
+    except GuestError as error:
+        if gaps:
+            raise ConfigError(f"{path}: {gaps[0].why}; {error}") from error
+        raise
+
+
+def _attach_to(memory: GuestMemory) -> GuestEye:
+    try:
+        vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
+        return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None))
+    except BaseException:
+        memory.close()
+        raise
+
+
+def open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:
+    """Attach, and tell a person how that went; None: this guest is watched by its packets only."""
+    start_s = time.monotonic()
+    try:
+        eye = open_eye(info)
+    except GuestError as error:
+        tell(f"{info.id.target}: {error}; watching its packets only")
+        return None
+    tell(f"{info.id.target}: {eye.describe}, attached in {time.monotonic() - start_s:.2f} s")
+    return eye
+
+
+def open_eye_or_none(info: GuestInfo) -> GuestEye | None:
+    """Attach once more, without a word where that fails: it was said before."""
+    try:
+        return open_eye(info)
+    except (GuestError, HostError, UsageError):
+        return None
+
+
+def open_tap(info: GuestInfo, tell: Tell, *, rung: str | None, fail_closed: bool) -> tuple[PacketTap, Rung, Learn]:
+    """Open the best tap there is, say which one it is where it is not the best; and how it learns of servers."""
+    tap, found = ladder.open_tap(
+        info.id,
+        info.ports,
+        time.time_ns,
+        community_id=community_id,
+        fallback=partial(_open_tracked, info),
+        rung=rung,
+        fail_closed=fail_closed,
+    )
+    for reason in found.reasons:
+        tell(f"{info.id.target}: {reason}")
+    if found.reasons:
+        tell(f"{info.id.target}: tap {found}")
+    assert isinstance(tap, KernelTap | ObservingTap | TrackedTap)
+    return tap, found, tap.table.learn_listener if isinstance(tap, TrackedTap) else tap.learn_listener
+
+
+def _open_tracked(info: GuestInfo) -> PacketTap:
+    """The tap that needs nothing of the kernel but packet sockets."""
+    table = FlowTable(info.id, [port.mac for port in info.ports if port.mac])
+    sources: list[PortSource] = []
+    try:
+        for port in info.ports:
+            sources.append(PortSource(port))
+        return TrackedTap(info.id, MergedSource(sources), table, time.time_ns)
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+
+
+def teach(learn: Learn, snapshot: Snapshot) -> None:
+    """The guest's own listeners tell who is the server of a connection whose beginning was not seen."""
+    for socket in snapshot.sockets:
+        if socket.protocol is Transport.TCP and socket.state == "LISTEN":
+            ip = None if socket.local.ip.is_unspecified else socket.local.ip
+            learn(_TCP, ip, socket.local.port)
