@@ -208,20 +208,29 @@ STEPS = st.lists(
         st.integers(0, 63),
         st.integers(0, 63),
     ),
-    max_size=60,
+    min_size=30,  # else Hypothesis makes lists of five on the average, in which little can happen
+    max_size=90,
 )
-RULES = st.builds(
+RULES = st.builds(  # mostly such as give the hand something to do
     Rules,
-    st.sampled_from(Decision),
-    st.sampled_from(Decision),
-    enforce=st.booleans(),
+    st.sampled_from([Decision.DENY, Decision.DENY, Decision.ALLOW]),
+    st.sampled_from([Decision.DENY, Decision.ALLOW]),
+    enforce=st.sampled_from([True, True, True, False]),
     actions=st.sampled_from(
-        [("alert",), ("block",), ("reset",), ("hold",), ("redirect:trap",), ("hold", "redirect:trap")]
+        [
+            ("hold",),
+            ("hold", "reset"),
+            ("hold", "redirect:trap"),
+            ("redirect:trap",),
+            ("reset",),
+            ("block",),
+            ("alert",),
+        ]
     ),
     ask=st.builds(Ask, st.sampled_from([1.0, 60.0]), st.sampled_from(Decision)),
 )
 HOLDS = st.builds(HoldPolicy, deadline_s=st.sampled_from([0.01, 0.5, 3.0]), default=st.sampled_from(Decision))
-REFUSALS = st.frozensets(st.sampled_from(Act))
+REFUSALS = st.sampled_from([(), (), (Act.HOLD,), (Act.REDIRECT,), (Act.HOLD, Act.REDIRECT), tuple(Act)])
 
 
 def run(rules, hold, refuses, steps):
@@ -231,7 +240,7 @@ def run(rules, hold, refuses, steps):
     return host
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(RULES, HOLDS, REFUSALS, STEPS)
 def test_in_every_order_of_events_what_waits_is_answered_once_and_nothing_else_is_touched(rules, hold, refuses, steps):
     host = run(rules, hold, refuses, steps)  # Host.act objects to every act that has no place
@@ -246,7 +255,7 @@ def test_in_every_order_of_events_what_waits_is_answered_once_and_nothing_else_i
     assert len(first) == len(set(first))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(RULES, HOLDS, REFUSALS, STEPS)
 def test_the_same_events_give_the_same_commands(rules, hold, refuses, steps):
     one, two = run(rules, hold, refuses, steps), run(rules, hold, refuses, steps)
@@ -254,7 +263,7 @@ def test_the_same_events_give_the_same_commands(rules, hold, refuses, steps):
     assert one.state == two.state
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(RULES, HOLDS, STEPS)
 def test_when_every_flow_has_ended_nothing_is_remembered_of_any(rules, hold, steps):
     host = run(rules, hold, (), steps)
