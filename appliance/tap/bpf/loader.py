@@ -19,7 +19,7 @@ OBJECT: Final = Path(__file__).with_name("parasight_tap.bpf.o")
 OBJECTS: Final = {Transport.RING: OBJECT, Transport.PERF: OBJECT.with_name("parasight_tap_perf.bpf.o")}
 MAX_FLOWS: Final = 131072
 RING_BYTES: Final = 8 << 20
-PROGRAMS: Final = ("from_guest", "to_guest")  # on the hooks of a port
+PROGRAMS: Final = ("from_guest", "to_guest", "inject")  # on the hooks of a port; run by us
 OBSERVE: Final = ("observe",)  # on a packet socket
 
 

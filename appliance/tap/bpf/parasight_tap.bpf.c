@@ -21,6 +21,7 @@ typedef __u64 u64;
 #define SEC(name) __attribute__((section(name), used))
 #define inline inline __attribute__((always_inline))
 #define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
 #define SECOND 1000000000ULL
 #define PACKET_OUTGOING 4 /* linux/if_packet.h */
 
@@ -28,7 +29,11 @@ static void *(*map_lookup)(void *map, const void *key) = (void *)1;
 static long (*map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
 static u64 (*ktime)(void) = (void *)5;
 static u32 (*cpu_id)(void) = (void *)8;
+static long (*store_bytes)(void *skb, u32 at, const void *from, u32 size, u64 flags) = (void *)9;
+static long (*clone_redirect)(void *skb, u32 ifindex, u64 flags) = (void *)13;
+static long (*redirect)(u32 ifindex, u64 flags) = (void *)23;
 static long (*load_bytes)(const void *skb, u32 at, void *to, u32 size) = (void *)26;
+static long (*change_tail)(void *skb, u32 size, u64 flags) = (void *)38;
 #ifdef PERF_ARRAY
 static long (*perf_output)(void *skb, void *events, u64 flags, void *data, u64 size) = (void *)25;
 #define output(skb, data, size) perf_output(skb, &events, BPF_F_CURRENT_CPU, data, size)
@@ -79,8 +84,17 @@ struct flow {
 	u8 has; /* HAS_* << side */
 	u8 missed; /* START, PAYLOAD, END events that found the ring full */
 	u8 seen; /* SEEN_* */
-	u8 zero[2];
+	u8 hold; /* enum hold, and DENY */
+	u8 copied; /* frames of this hold that were told; TCP: a bit per side */
+	u64 held_ns; /* deadline of its hold */
+	u8 macs[12]; /* as in the guest's last frame: its target, its source */
+	u16 errors[2]; /* ICMP errors that quote it */
 };
+
+/* A new flow that waits; one whose first payload will have to, and has to; a pause by verdict; refused for good. */
+enum hold { FREE, HELD_NEW, ARMED, HELD_PAYLOAD, PAUSED, REFUSED };
+
+#define DENY 0x80 /* with HELD_NEW, ARMED, HELD_PAYLOAD: what becomes of it at the deadline */
 
 #define HAS_ISN 1
 #define HAS_TOP 4
@@ -91,13 +105,14 @@ struct flow {
 #define START 1
 #define PAYLOAD 2
 #define END 4
+#define HELD 8 /* instead of PAYLOAD: the packet waits in user space, and its whole frame is behind the event */
 
 enum reason { END_FIN, END_RST, END_IDLE };
 
 struct event {
 	u64 id;
 	u64 at_ns;
-	u8 kind; /* START | PAYLOAD | END, in this order */
+	u8 kind; /* START | PAYLOAD | END in this order, or HELD */
 	u8 side;
 	u8 reason;
 	u8 state;
@@ -106,14 +121,19 @@ struct event {
 	u8 first_side;
 	u8 first_flags;
 	u32 offset; /* of the payload, from the flow's base */
-	u32 wire_len; /* of the payload */
+	u32 wire_len; /* of the payload; HELD: of the frame */
 	u32 captured;
 	u8 icmp_type;
 	u8 icmp_code;
-	u8 zero[2];
+	u8 hold;
+	u8 zero;
+	u8 macs[12]; /* of the flow */
+	u32 tag; /* out of band: TPID (network order) << 16 | TCI; 0: none */
 	struct key key;
 	u64 packets[2];
 	u64 bytes[2];
+	u32 gso_size;
+	u32 zero2;
 };
 
 /* What to do with a flow or a peer. Written by user space only, read here. */
@@ -121,24 +141,34 @@ struct verdict {
 	u32 action;
 	u32 ifindex; /* REDIRECT: where to */
 	u64 deadline_ns; /* 0: none; bpf_ktime_get_ns() */
+	u64 flow; /* its id; not read for peers */
 	u8 mac[6]; /* REDIRECT: the new target */
-	u16 zero;
+	u8 otherwise; /* action after the deadline */
+	u8 zero;
 };
 
-enum action { ALLOW, DROP, HOLD, REDIRECT }; /* HOLD and REDIRECT: nothing carries them out yet; they pass */
+enum action { ALLOW, DROP, HOLD, REDIRECT, NOTHING };
 
 /* Written by user space only. */
 struct port {
 	u64 heartbeat_ns;
 	u64 patience_ns; /* verdicts hold for so long after the last heartbeat */
+	u64 hold_ns; /* deadline of a hold */
 	u32 flags;
-	u32 zero;
+	u32 mark; /* of packets that user space sends; the low bits say which; 0: there are none */
 };
 
 #define FAIL_CLOSED 1 /* verdicts hold without a heartbeat */
 #define HAS_VERDICTS 2 /* otherwise the look-ups are spared */
 #define HAS_BANS 4
 #define SWAPPED 8 /* a macvtap: what the guest sends is outgoing for a packet socket */
+#define HOLD_OUT 16 /* new flows of the guest wait */
+#define HOLD_IN 32
+#define HOLD_PAYLOAD 64 /* not the SYN but the first payload of its sender */
+#define HOLD_DENY 128
+
+#define FORGED 1 /* in the mark: a reset of ours, not a packet that was held */
+#define MARK_BITS 3
 
 struct peer4 {
 	u32 prefix; /* bits, 32 for the scope included */
@@ -165,6 +195,7 @@ struct stats {
 	u64 lost; /* events that found the ring full */
 	u64 unmade; /* packets of flows for which the map had no room */
 	u64 dropped; /* packets, by verdict or ban */
+	u64 held; /* packets that wait, or whose repetition will do */
 	u64 next_id;
 	u64 ignored[REASONS];
 };
@@ -192,12 +223,15 @@ struct noted {
 };
 
 #define MAX_DATA 2048
+#define MAX_FRAME 16384
+#define MAX_COPIES 8 /* datagrams of a held flow */
+#define MAX_PIECES 64 /* fragments of them */
 #define FIRST 1
 #define LATER 2
 
 struct scratch {
 	struct event event;
-	u8 data[MAX_DATA]; /* behind the event: one output tells both */
+	u8 data[MAX_FRAME]; /* behind the event: one output tells both */
 	struct key key;
 	struct flow fresh;
 	struct datagram datagram;
@@ -205,6 +239,9 @@ struct scratch {
 	u32 ip_at, ip_bytes, payload_at, payload_len, header_len;
 	u32 seq, ack, ident;
 	u8 flags, icmp_type, icmp_code, fragment;
+	u32 target; /* ifindex to redirect to; 0: none */
+	u8 mac[6]; /* the new target, or source, of the frame */
+	u16 mac_at; /* where it belongs; 1: nowhere */
 };
 
 struct map { int unused; };
@@ -218,6 +255,7 @@ struct map events SEC("maps");
 struct map macs SEC("maps");
 struct map fragments SEC("maps");
 struct map scratch SEC("maps");
+struct map tail SEC("maps"); /* of a frame that is too long for one test run */
 
 #define ntohs(x) __builtin_bswap16(x)
 #define ntohl(x) __builtin_bswap32(x)
@@ -605,23 +643,37 @@ static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f
 	e->first_flags = f->first_flags;
 	e->icmp_type = f->icmp_type;
 	e->icmp_code = f->icmp_code;
+	e->hold = f->hold;
+	e->tag = 0;
 	e->key = s->key;
 	e->packets[0] = f->packets[0];
 	e->packets[1] = f->packets[1];
 	e->bytes[0] = f->bytes[0];
 	e->bytes[1] = f->bytes[1];
-	if (kind & PAYLOAD) {
-		u64 room = skb->len > s->payload_at ? skb->len - s->payload_at : 0;
+	__builtin_memcpy(e->macs, f->macs, 12);
+	if (kind & (PAYLOAD | HELD)) {
+		u32 at = kind & HELD ? 0 : s->payload_at, max = kind & HELD ? MAX_FRAME : MAX_DATA;
 
-		size = s->payload_len < room ? s->payload_len : room;
-		if (size > MAX_DATA)
-			size = MAX_DATA;
+		size = skb->len > at ? skb->len - at : 0;
+		e->wire_len = size;
+		if (kind & HELD) {
+			if (skb->vlan_present)
+				e->tag = skb->vlan_proto << 16 | (skb->vlan_tci & 0xffff);
+			e->gso_size = skb->gso_size;
+		} else {
+			e->wire_len = s->payload_len;
+			if (size > s->payload_len)
+				size = s->payload_len;
+		}
+		if (size > max)
+			size = max;
+		if (f->hold == ARMED || f->hold == (ARMED | DENY))
+			size = 0; /* it passes; only its payload will wait */
 		asm volatile("" : "+r"(size)); /* so that the verifier sees the next check */
-		if (!size || size > MAX_DATA || load_bytes(skb, s->payload_at, s->data, size)) {
+		if (!size || size > MAX_FRAME || load_bytes(skb, at, s->data, size)) {
 			kind &= ~PAYLOAD;
 			size = 0;
 		}
-		e->wire_len = s->payload_len;
 		e->offset = s->seq + (s->flags >> 1 & 1) - f->base[side];
 	}
 	e->captured = size;
@@ -629,12 +681,19 @@ static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f
 	if (!kind)
 		return;
 	st->events++;
-	if (size > MAX_DATA)
+	if (size > MAX_FRAME)
 		return;
-	if (output(skb, e, sizeof(*e) + size)) {
-		st->lost++;
-		f->missed |= kind;
+	if (likely(!output(skb, e, sizeof(*e) + size))) {
+		f->missed &= ~(kind & START);
+		return;
 	}
+	if (kind & HELD && size) { /* that it waits matters more than what */
+		e->captured = 0;
+		if (!output(skb, e, sizeof(*e)))
+			return;
+	}
+	st->lost++;
+	f->missed |= kind & (START | PAYLOAD | END);
 }
 
 /* Whether this packet has bytes that may be a new first payload; counts it. User space removes what it knows. */
@@ -689,20 +748,135 @@ static inline int is_banned(struct key *key, u64 now)
 	return v && v->action == DROP && (!v->deadline_ns || v->deadline_ns >= now);
 }
 
-/* A flow's own verdict comes before a ban of its peer. */
-static inline int is_dropped(struct port *port, struct key *key, u64 now)
+static inline int is_alive(struct port *port, u64 now)
 {
-	if (likely(!(port->flags & (HAS_VERDICTS | HAS_BANS))))
-		return 0;
-	if (!(port->flags & FAIL_CLOSED) && now > port->heartbeat_ns && now - port->heartbeat_ns > port->patience_ns)
-		return 0; /* nobody is there who would lift it */
-	if (port->flags & HAS_VERDICTS) {
-		struct verdict *v = map_lookup(&verdicts, key);
+	return now <= port->heartbeat_ns || now - port->heartbeat_ns <= port->patience_ns;
+}
 
-		if (v && (!v->deadline_ns || v->deadline_ns >= now))
-			return v->action == DROP;
+static inline int is_same_mac(const u8 *one, const u8 *other)
+{
+	const u16 *a = (const u16 *)one, *b = (const u16 *)other;
+
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+}
+
+/* What becomes of this packet. A flow's own verdict comes before its hold, and that before a ban of its peer. ``ours``:
+ * the packet was held and is sent on. */
+static inline u32 judge(struct scratch *s, struct port *port, struct flow *f, const u8 *eth, int side, int ours, u64 now)
+{
+	int alive = is_alive(port, now);
+	u32 action;
+	u8 hold;
+
+	if (!alive && !(port->flags & FAIL_CLOSED)) { /* nobody is there who would lift it */
+		if (f)
+			f->hold = FREE;
+		return ALLOW;
 	}
-	return port->flags & HAS_BANS && is_banned(key, now);
+	if (f && port->flags & HAS_VERDICTS) {
+		struct verdict *v = map_lookup(&verdicts, &s->key);
+
+		if (v && v->flow == f->id) {
+			action = v->deadline_ns && v->deadline_ns < now ? v->otherwise : v->action;
+			if (action == REDIRECT) {
+				f->hold = FREE;
+				__builtin_memcpy(s->mac, v->mac, 6);
+				if (side == f->first_side) {
+					s->target = v->ifindex;
+					s->mac_at = 0;
+					return ALLOW;
+				}
+				/* the answer: from the decoy, and to the guest as if from its peer */
+				if (!side || !is_same_mac(eth + 6, s->mac))
+					return DROP;
+				__builtin_memcpy(s->mac, f->macs, 6);
+				s->mac_at = 6;
+				return ALLOW;
+			}
+			if (action == ALLOW || ours)
+				f->hold = FREE;
+			if (action == ALLOW)
+				return ALLOW;
+			if (action == HOLD && !f->hold && !ours) {
+				f->hold = PAUSED;
+				f->copied = 0;
+			}
+			if (action != NOTHING && !ours)
+				return action;
+		}
+	}
+	hold = f ? f->hold & ~DENY : FREE;
+	if (hold && (ours || hold == PAUSED)) /* the verdict was lifted */
+		hold = f->hold = FREE;
+	if (hold == REFUSED)
+		return DROP;
+	if (hold) {
+		int waits = hold == HELD_NEW || (s->payload_len && side == f->first_side);
+
+		if (waits && hold == ARMED) {
+			f->hold += HELD_PAYLOAD - ARMED;
+			f->held_ns = now + port->hold_ns;
+			f->copied = 0;
+		}
+		if (waits && now <= f->held_ns)
+			return HOLD;
+		if (waits && (f->hold & DENY || !alive))
+			return DROP;
+		if (waits)
+			f->hold = FREE;
+	}
+	return !ours && port->flags & HAS_BANS && is_banned(&s->key, now) ? DROP : ALLOW;
+}
+
+/* Whether user space needs this frame of a flow that waits, to send it on. TCP repeats; a datagram comes once. */
+static inline int is_wanted(struct flow *f, struct scratch *s, int side)
+{
+	if (s->key.protocol == 17) {
+		if (f->copied >= (s->fragment == LATER ? MAX_PIECES : MAX_COPIES))
+			return 0;
+		f->copied++;
+		return 1;
+	}
+	if (f->missed & START)
+		return 1;
+	if (s->key.protocol != 6 || !s->payload_len || f->copied & (1 << side))
+		return 0;
+	f->copied |= 1 << side;
+	return 1;
+}
+
+/* The flow that an ICMP error quotes (RFC 792, RFC 4443): its sender is the receiver of the error. */
+static inline void note_error(struct __sk_buff *skb, struct scratch *s, int side)
+{
+	u32 at = s->payload_at;
+	u16 ports[2];
+	struct flow *f;
+
+	if (s->key.version == 4) {
+		struct { u8 version_ihl, tos; u16 total, ident, frag; u8 ttl, protocol; u16 check; u32 src, dst; } head;
+
+		if (load_bytes(skb, at, &head, 20))
+			return;
+		at += (head.version_ihl & 15) << 2;
+		s->key.protocol = head.protocol;
+		s->key.local[0] = side ? head.src : head.dst;
+		s->key.remote[0] = side ? head.dst : head.src;
+	} else {
+		struct { u32 version; u16 length; u8 next, hops; u32 src[4], dst[4]; } head;
+
+		if (load_bytes(skb, at, &head, 40))
+			return;
+		at += 40;
+		s->key.protocol = head.next;
+		__builtin_memcpy(s->key.local, side ? head.src : head.dst, 16);
+		__builtin_memcpy(s->key.remote, side ? head.dst : head.src, 16);
+	}
+	if (load_bytes(skb, at, ports, 4))
+		return;
+	set_ports(&s->key, !side, ntohs(ports[0]), ntohs(ports[1]));
+	f = map_lookup(&flows, &s->key);
+	if (f)
+		f->errors[side]++;
 }
 
 static inline void count(struct flow *f, struct scratch *s, int side, u32 segments, u64 now)
@@ -714,34 +888,32 @@ static inline void count(struct flow *f, struct scratch *s, int side, u32 segmen
 		f->last_ns = now;
 }
 
-static inline int later_fragment(struct scratch *s, struct port *port, struct stats *st, int side, u32 segments, u64 now,
-				 const int observe)
+static inline int has_deadline(struct flow *f) /* it may be silent because it waits */
 {
-	struct noted *noted = map_lookup(&fragments, &s->datagram);
-	struct flow *f;
-
-	if (!noted || now - noted->at_ns > 30 * SECOND)
-		return NO_FIRST;
-	s->key = noted->key;
-	f = map_lookup(&flows, &s->key);
-	if (!f)
-		return NO_FIRST;
-	if (!observe && is_dropped(port, &s->key, now)) {
-		f->dropped[side] += segments;
-		st->dropped += segments;
-		return -1;
-	}
-	count(f, s, side, segments, now);
-	return 0;
+	return f->hold && f->hold != REFUSED;
 }
 
-/* Returns why it is no flow; 0 when it is; -1 to drop it. */
-static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *port, struct stats *st, int side, u8 group,
-			u32 segments, u64 now, const int observe)
+static inline int must_wait(struct port *port, struct scratch *s, int side, u64 now)
+{
+	if (likely(!(port->flags & (side ? HOLD_IN : HOLD_OUT))))
+		return 0;
+	if (s->key.protocol != 17 && (s->key.protocol != 6 || (s->flags & (SYN | ACK)) != SYN))
+		return 0;
+	return port->flags & FAIL_CLOSED || is_alive(port, now);
+}
+
+#define SHOOT -1 /* drop it */
+#define KEEP -2 /* it waits: neither passes nor counts */
+#define OURS -3 /* let it pass, uncounted */
+
+/* Returns why it is no flow; 0 when it is and the packet passes. */
+static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *port, struct stats *st, const u8 *eth, int side,
+			u32 segments, u32 mark, u64 now, const int observe)
 {
 	struct key *key = &s->key;
-	struct flow *f;
+	int forged = mark & FORGED, waits = 0;
 	u8 kind = 0, reason = 0;
+	struct flow *f;
 
 	if (s->fragment) {
 		s->datagram.ifindex = key->ifindex;
@@ -750,45 +922,83 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		s->datagram.protocol = key->protocol;
 		__builtin_memcpy(s->datagram.src, side ? key->remote : key->local, 16);
 		__builtin_memcpy(s->datagram.dst, side ? key->local : key->remote, 16);
-		if (s->fragment == LATER)
-			return later_fragment(s, port, st, side, segments, now, observe);
-	}
-	if (key->protocol == 1 || key->protocol == 58) {
+		if (s->fragment == LATER) {
+			struct noted *noted = map_lookup(&fragments, &s->datagram);
+
+			if (!noted || now - noted->at_ns > 30 * SECOND)
+				return NO_FIRST;
+			*key = noted->key;
+		}
+	} else if (key->protocol == 1 || key->protocol == 58) {
 		int why = control(s);
 
+		if (why == ICMP_ERROR)
+			note_error(skb, s, side);
 		if (why)
 			return why;
 	}
 	if (key->protocol == 2)
 		return IGMP;
 	f = map_lookup(&flows, key);
-	if (!observe && is_dropped(port, key, now)) {
-		if (f)
-			f->dropped[side] += segments;
-		st->dropped += segments;
-		return -1;
-	}
-	if (f) { /* does this packet still belong to it? */
-		u64 limit = timeout(f->state);
+	if (f && s->fragment != LATER) { /* does this packet still belong to it? */
+		u64 limit = timeout(f->state), over_ns = 0;
 
-		if (now > f->last_ns && now - f->last_ns > limit) {
+		if (now > f->last_ns && now - f->last_ns > limit && !has_deadline(f)) {
+			reason = f->state == CLOSING ? END_FIN : END_IDLE;
+			over_ns = f->last_ns + limit;
+		} else if (key->protocol == 6 && s->flags & SYN && is_new_connection(f, s, side)) {
+			reason = f->fins ? END_FIN : END_IDLE;
+			over_ns = now;
+		}
+		if (over_ns) {
 			if (f->state != CLOSED)
-				tell(skb, s, f, st, END, side, f->state == CLOSING ? END_FIN : END_IDLE, f->last_ns + limit);
+				tell(skb, s, f, st, END, side, reason, over_ns);
 			f = 0;
-		} else if (key->protocol == 6) {
-			if (s->flags & SYN && is_new_connection(f, s, side)) {
-				if (f->state != CLOSED)
-					tell(skb, s, f, st, END, side, f->fins ? END_FIN : END_IDLE, now);
-				f = 0;
-			} else if (f->state == CLOSED && !absorbs(f, s, side)) {
-				f = 0;
-			}
+			reason = 0;
 		}
 	}
+	if (!observe && forged) {
+		if (!f || key->protocol != 6)
+			return OURS;
+		if (f->hold)
+			f->hold = REFUSED;
+		if (f->state != CLOSED && step(f, s, side, &reason))
+			tell(skb, s, f, st, END, side, reason, now);
+		return OURS;
+	}
+	if (!observe && unlikely(port->flags & (HAS_VERDICTS | HAS_BANS) || (f && f->hold))) {
+		u32 action = judge(s, port, f, eth, side, !!mark, now);
+
+		if (action == HOLD && f) {
+			st->held += segments;
+			f->last_ns = now;
+			if (is_wanted(f, s, side))
+				tell(skb, s, f, st, HELD | (f->missed & START), side, 0, now);
+			return KEEP;
+		}
+		if (action == DROP) {
+			if (f) {
+				f->dropped[side] += segments;
+				f->last_ns = now;
+				if (key->protocol == 6 && s->flags & ACK && !(s->flags & RST))
+					f->ack[side] = s->ack; /* a challenge to our reset says what it should have been */
+			}
+			st->dropped += segments;
+			return SHOOT;
+		}
+	}
+	if (s->fragment == LATER) {
+		if (!f)
+			return NO_FIRST;
+		count(f, s, side, segments, now);
+		return 0;
+	}
+	if (f && f->state == CLOSED && key->protocol == 6 && !absorbs(f, s, side))
+		f = 0;
 	if (!f) {
 		struct flow *n = &s->fresh;
 
-		if (side && (group || is_multicast(key)))
+		if (side && (eth[0] & 1 || is_multicast(key)))
 			return MULTICAST;
 		if (key->protocol == 6 && s->flags & (FIN | RST) && !(s->flags & SYN) && !s->payload_len)
 			return STRAY_CLOSE;
@@ -799,6 +1009,8 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		n->first_flags = s->flags;
 		n->icmp_type = s->icmp_type;
 		n->icmp_code = s->icmp_code;
+		__builtin_memcpy(n->macs, side ? eth + 6 : eth, 6);
+		__builtin_memcpy(n->macs + 6, side ? eth : eth + 6, 6);
 		n->state = RAW;
 		if (key->protocol == 6)
 			n->state = !(s->flags & SYN) ? MIDSTREAM : s->flags & ACK ? SYN_RECV : SYN_SENT;
@@ -806,21 +1018,40 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 			n->state = UDP_ONEWAY;
 		else if (key->protocol == 1 || key->protocol == 58)
 			n->state = ICMP;
+		if (!observe && !mark && must_wait(port, s, side, now)) {
+			n->hold = key->protocol == 6 && port->flags & HOLD_PAYLOAD && !s->payload_len ? ARMED : HELD_NEW;
+			waits = n->hold == HELD_NEW;
+			if (port->flags & HOLD_DENY)
+				n->hold |= DENY;
+			n->held_ns = now + port->hold_ns;
+			n->copied = key->protocol == 6 ? 3 : 1; /* a SYN is told here, and only it */
+			if (key->protocol == 6) { /* another SYN of this tuple is another connection */
+				n->isn[side] = s->seq;
+				n->has = HAS_ISN << side;
+			}
+			kind = HELD;
+		}
 		map_update(&flows, key, n, BPF_ANY);
 		f = map_lookup(&flows, key);
 		if (!f) {
 			st->unmade += segments;
-			return 0;
+			return waits ? SHOOT : 0;
 		}
 		st->flows++;
-		kind = START;
+		kind |= START;
 	}
-	count(f, s, side, segments, now);
 	if (s->fragment) {
 		s->noted.key = *key;
 		s->noted.at_ns = now;
 		map_update(&fragments, &s->datagram, &s->noted, BPF_ANY);
 	}
+	if (waits) {
+		st->held += segments;
+		goto telling;
+	}
+	count(f, s, side, segments, now);
+	if (!side)
+		__builtin_memcpy(f->macs, eth, 12);
 	if (f->state == CLOSED)
 		return 0;
 	/* Before step(), which moves top: whether this segment goes beyond all earlier ones. */
@@ -837,35 +1068,39 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		if (key->protocol == 6 && fresh)
 			f->told[side]++;
 	}
+telling:
 	if (kind)
 		tell(skb, s, f, st, kind, side, reason, now);
-	return 0;
+	return waits ? KEEP : 0;
 }
 
 static inline int handle(struct __sk_buff *skb, int side, const int observe)
 {
-	u32 zero = 0, ifindex = skb->ifindex, segments = 1;
+	u32 zero = 0, ifindex = skb->ifindex, segments = 1, mark = 0;
 	struct port *port = map_lookup(&ports, &ifindex);
 	struct scratch *s = map_lookup(&scratch, &zero);
 	struct stats *st = map_lookup(&stats, &zero);
-	u16 eth[7];
+	u16 eth[8];
 	int why = RUNT;
 
 	if (!port || !s || !st)
 		return -1; /* TC_ACT_UNSPEC: other filters still run */
-	if (observe)
+	if (observe) {
 		side = (skb->pkt_type == PACKET_OUTGOING) ^ !!(port->flags & SWAPPED);
+	} else if (port->mark && (skb->mark & ~MARK_BITS) == port->mark) {
+		mark = skb->mark;
+		skb->mark = 0;
+	}
 	u64 now = ktime();
 	__builtin_memset(&s->key, 0, sizeof(s->key));
-	s->payload_len = s->seq = s->ack = s->ident = s->header_len = 0;
+	s->payload_len = s->seq = s->ack = s->ident = s->header_len = s->target = 0;
 	s->flags = s->icmp_type = s->icmp_code = s->fragment = 0;
+	s->mac_at = 1;
 	s->key.ifindex = ifindex;
-	st->bytes += skb->len;
 	if (load_bytes(skb, 0, eth, 14))
 		goto ignore;
-	u8 group = eth[0] & 1;
 	why = FLOODED;
-	if (!group && is_foreign(ifindex, (u8 *)eth, side, now))
+	if (!(eth[0] & 1) && is_foreign(ifindex, (u8 *)eth, side, now))
 		goto ignore;
 	why = decode(skb, s, side, ntohs(eth[6]));
 	if (why)
@@ -873,13 +1108,24 @@ static inline int handle(struct __sk_buff *skb, int side, const int observe)
 	u32 size = skb->gso_size, headers = s->ip_at + s->header_len;
 	if (size && skb->len > headers)
 		segments = (skb->len - headers + size - 1) / size;
-	why = place(skb, s, port, st, side, group, segments, now, observe);
+	why = place(skb, s, port, st, (u8 *)eth, side, segments, mark, now, observe);
+	if (why == KEEP)
+		return 2; /* TC_ACT_SHOT */
+	if (why == OURS)
+		return -1;
 ignore:
 	st->packets += segments;
-	if (why < 0)
-		return 2; /* TC_ACT_SHOT */
+	st->bytes += skb->len;
+	if (why == SHOOT)
+		return 2;
 	if (why > 0 && why < REASONS)
 		st->ignored[why]++;
+	if (!observe && s->mac_at != 1) {
+		if (store_bytes(skb, s->mac_at & 7, s->mac, 6, 0))
+			return 2;
+		if (s->target)
+			return redirect(s->target, 0);
+	}
 	return -1;
 }
 
@@ -891,6 +1137,25 @@ SEC("classifier/from_guest") int from_guest(struct __sk_buff *skb)
 SEC("classifier/to_guest") int to_guest(struct __sk_buff *skb)
 {
 	return handle(skb, 1, 0);
+}
+
+/* Sends a frame on at a port, as its cb[] says: ifindex, BPF_F_INGRESS or 0, mark, length. Run by user space. */
+SEC("classifier/inject") int inject(struct __sk_buff *skb)
+{
+	u32 ifindex = skb->cb[0], flags = skb->cb[1], zero = 0, have = skb->len;
+	u64 more = skb->cb[3] - have;
+
+	skb->mark = skb->cb[2];
+	if (more) {
+		void *rest = map_lookup(&tail, &zero);
+
+		asm volatile("" : "+r"(more));
+		if (!rest || !more || more > MAX_FRAME || change_tail(skb, have + more, 0))
+			return -1;
+		if (store_bytes(skb, have, rest, more, 0))
+			return -1;
+	}
+	return clone_redirect(skb, ifindex, flags);
 }
 
 SEC("socket/observe") int observe(struct __sk_buff *skb)

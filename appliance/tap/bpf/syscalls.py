@@ -18,7 +18,7 @@ from struct import pack
 from typing import Final
 
 _NUMBER: Final = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 0)  # asm/unistd.h
-MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, PROG_LOAD = 0, 1, 2, 3, 5
+MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, PROG_LOAD, PROG_TEST_RUN = 0, 1, 2, 3, 5, 10
 MAP_LOOKUP_BATCH, MAP_DELETE_BATCH = 24, 27
 PROG_TYPE_SOCKET_FILTER, PROG_TYPE_SCHED_CLS = 1, 3
 LOG_BYTES: Final = 1 << 20
@@ -170,3 +170,18 @@ def count_cpus() -> int:
     """How many CPUs a per-CPU value has: all that may ever come."""
     text = Path("/sys/devices/system/cpu/possible").read_text("ascii").strip()
     return int(text.replace(",", "-").rpartition("-")[2]) + 1 if text else os.cpu_count() or 1
+
+
+def run_program(fd: int, data: bytes, context: bytes) -> int:
+    """Run a tc program once on a frame; ``context`` is a ``struct __sk_buff``, cut short. Return what it returns.
+
+    Only ``cb`` of the context is looked at since Linux 5.2. Raises OSError.
+    """
+    frame = ctypes.create_string_buffer(data, len(data))
+    words = ctypes.create_string_buffer(context, len(context))
+    attr = pack(
+        "=IIIIQQIIIIQQ", fd, 0, len(data), 0, ctypes.addressof(frame), 0, 0, 0, len(context), 0,
+        ctypes.addressof(words), 0,
+    )  # fmt: skip
+    _, after = bpf(PROG_TEST_RUN, attr)
+    return int.from_bytes(after[4:8], "little", signed=True)

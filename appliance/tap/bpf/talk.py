@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Final
 
-from appliance.model import Flow
+from appliance.model import Decision, Flow
 
 MAX_PAYLOADS: Final = 3  # per direction
 MAX_DNS: Final = 256
 _HALF: Final = 0x80000000
 
 
+@dataclass(slots=True)
+class Hold:
+    """A flow that waits: what was kept of it, to be sent on."""
+
+    deadline_ns: int  # CLOCK_MONOTONIC; 0: it has not begun to wait
+    default: Decision
+    frames: list[tuple[int, bytes]] = field(default_factory=list)  # side, as it goes on the wire
+    size: int = 0  # of the frames, in bytes
+
+
 class Talk:
-    """One flow that was told and has not ended."""
+    """One flow that was told and has not ended. ``number``: by which the kernel knows it."""
 
-    __slots__ = ("counts", "flow", "key", "last_ns", "limit", "ranges", "seen", "told")
+    __slots__ = (
+        "counts", "flow", "hold", "key", "last_ns", "limit", "number", "ranges", "seen", "told", "waits"
+    )  # fmt: skip
 
-    def __init__(self, flow: Flow, key: bytes, limit: int) -> None:
+    def __init__(self, number: int, flow: Flow, key: bytes, limit: int) -> None:
+        self.number = number
         self.flow = flow
         self.key = key
         self.limit = limit
@@ -25,6 +39,8 @@ class Talk:
         self.told = [0, 0]
         self.seen = 0  # what the kernel has said of it so far
         self.ranges: list[list[tuple[int, int]]] = [[], []]
+        self.hold: Hold | None = None
+        self.waits = False  # the kernel holds it until a packet of ours or a verdict says otherwise
 
     def fresh(self, side: int, offset: int, length: int) -> tuple[int, int]:
         """``[skip, stop)`` of a TCP segment's payload that no earlier one carried; ``offset`` from the first byte."""

@@ -22,10 +22,12 @@ VM = GuestId("port:test")
 
 def open_kernel(world: World, **options) -> KernelTap:
     port = GuestPort(PORT, GUEST_MAC, world.host_path)
+    options = {"patience_s": 60, **options}  # a busy machine may stop us for seconds
     return KernelTap(VM, [port], time.time_ns, community_id=community_id, **options)
 
 
-def collect(tap, until=lambda _: False, timeout_s: float = 5) -> list[FlowEvent]:
+def collect(tap, until, timeout_s: float = 60) -> list[FlowEvent]:
+    """Until the condition on what was told is met; a busy machine may need long."""
     events: list[FlowEvent] = []
     deadline = time.monotonic() + timeout_s
     while not until(events) and time.monotonic() < deadline:
@@ -34,14 +36,24 @@ def collect(tap, until=lambda _: False, timeout_s: float = 5) -> list[FlowEvent]
 
 
 def drain(tap) -> list[FlowEvent]:
-    """Until it has been silent for 0.3 s."""
+    """Until it has been silent for 0.3 s, and was asked often enough in that time."""
     events: list[FlowEvent] = []
-    quiet = time.monotonic() + 0.3
-    while time.monotonic() < quiet:
+    quiet, asked = time.monotonic() + 0.3, 0
+    while time.monotonic() < quiet or asked < 4:
+        asked += 1
         if told := tap.poll(0.05):
             events += told
-            quiet = time.monotonic() + 0.3
+            quiet, asked = time.monotonic() + 0.3, 0
     return events
+
+
+def wait_for(condition, timeout_s: float = 60):
+    """What the condition returns, once that is true."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return found
 
 
 class Both:
@@ -96,7 +108,7 @@ def tcp_talk(world: World, address: str, *, from_guest: bool, ask: bytes = b"ask
     server_side, client_side = (world.host_path, world.guest_path)[:: 1 if from_guest else -1]
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with call_in_netns(server_side, lambda: socket.create_server((address, 8080), family=family)) as server:
-        client = call_in_netns(client_side, lambda: socket.create_connection((address, 8080), timeout=5))
+        client = call_in_netns(client_side, lambda: socket.create_connection((address, 8080), timeout=30))
         with client, server.accept()[0] as accepted:
             sender = threading.Thread(target=client.sendall, args=(ask,))
             sender.start()
@@ -108,7 +120,7 @@ def tcp_talk(world: World, address: str, *, from_guest: bool, ask: bytes = b"ask
 
 
 def udp_talk(
-    world: World, address: str, *, from_guest: bool, port: int = 9999, size: int = 3, timeout_s: float = 5
+    world: World, address: str, *, from_guest: bool, port: int = 9999, size: int = 3, timeout_s: float = 30
 ) -> None:
     server_side, client_side = (world.host_path, world.guest_path)[:: 1 if from_guest else -1]
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -127,6 +139,6 @@ def udp_talk(
 
 
 def pump(sock: socket.socket, size: int) -> None:
-    sock.settimeout(5)
+    sock.settimeout(30)
     while size > 0:
         size -= len(sock.recv(min(size, 1 << 20)))

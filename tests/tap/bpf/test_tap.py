@@ -2,16 +2,14 @@
 
 import os
 import socket
-import time
 from ipaddress import ip_network
 
 import pytest
 
 from appliance.model import FlowEnd, FlowEnded, FlowPayload, FlowStarted
-from appliance.tap.bpf import layout, loader
-from appliance.tap.bpf import tap as tap_module
+from appliance.tap.bpf import layout, loader, sweep
 from appliance.tap.netns import call_in_netns
-from tests.tap.bpf.both import drain, open_kernel, tcp_talk, udp_talk
+from tests.tap.bpf.both import collect, drain, open_kernel, tcp_talk, udp_talk, wait_for
 from tests.tap.world import GUEST_IP, HOST_IP, HOST_IP6, make_world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
@@ -42,57 +40,63 @@ class Echo:
 
     opened: list = []  # noqa: RUF012
 
-    def __init__(self, world, port: int) -> None:
-        self.peer = (HOST_IP, port)
+    def __init__(self, world, tap, port: int) -> None:
+        self.peer, self.tap = (HOST_IP, port), tap
         self.server = call_in_netns(world.host_path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.client = call_in_netns(world.guest_path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.server.bind(self.peer)
-        self.server.settimeout(0.3)
         self.opened += [self.server, self.client]
 
     def works(self) -> bool:
+        """It arrives, or was dropped by a verdict."""
+        before = self.tap.dropped()
         self.client.sendto(b"x", self.peer)
-        try:
-            return self.server.recv(10) == b"x"
-        except TimeoutError:
-            return False
+        self.server.settimeout(0.1)
+        for _ in range(300):
+            try:
+                return self.server.recv(10) == b"x"
+            except TimeoutError:
+                if self.tap.dropped() > before:
+                    return False
+        raise AssertionError("neither came nor was dropped")
 
 
 def test_a_verdict_drops_one_flow_and_no_other(world, tap) -> None:
-    bad, good = Echo(world, 7001), Echo(world, 7002)
+    bad, good = Echo(world, tap, 7001), Echo(world, tap, 7002)
     assert bad.works()
     assert good.works()
     (flow,) = [flow for flow in starts(drain(tap)) if flow.tuple.remote.port == 7001]
-    assert tap.drop(flow.id)
+    assert tap.block(flow.id)
     assert not bad.works()
     assert good.works()
     assert tap.dropped() == 1
-    assert tap.forget(flow.id)
+    assert tap.release(flow.id)
     assert bad.works()
-    assert tap.drop(flow.id, seconds=0.3)
+    assert tap.block(flow.id, seconds=3)
     assert not bad.works()
-    time.sleep(0.3)
-    assert bad.works()
+    wait_for(bad.works)
 
 
 def test_a_ban_stops_living_and_new_flows_of_a_peer_until_it_is_lifted(world, tap) -> None:
-    old = Echo(world, 7001)
+    old = Echo(world, tap, 7001)
     assert old.works()
     (flow,) = starts(drain(tap))
     network = ip_network("10.77.0.0/30")
     tap.ban(network)
     assert not old.works()
-    assert not Echo(world, 7002).works()
+    assert not Echo(world, tap, 7002).works()
     udp_talk(world, HOST_IP6, from_guest=True)
-    assert tap.allow(flow.id), "the flow's own verdict comes before the ban"
+    assert tap.release(flow.id), "the flow's own verdict comes before the ban"
     assert old.works()
     assert tap.unban(network)
     assert not tap.unban(network)
-    assert Echo(world, 7003).works()
-    tap.ban(ip_network("fd77::1/128"), seconds=30)
+    assert Echo(world, tap, 7003).works()
+    tap.ban(ip_network("fd77::1/128"), seconds=300)
+    before = tap.dropped()
     with pytest.raises(TimeoutError):
         udp_talk(world, HOST_IP6, from_guest=True, timeout_s=0.3)
-    assert Echo(world, 7004).works()
+    assert tap.dropped() > before
+    assert Echo(world, tap, 7004).works()
 
 
 def test_events_that_found_the_ring_full_are_counted_and_made_up_for(world) -> None:
@@ -101,11 +105,15 @@ def test_events_that_found_the_ring_full_are_counted_and_made_up_for(world) -> N
         for port in range(8000, 8100):
             guest.sendto(b"x" * 100, (HOST_IP, port))
     tcp_talk(world, HOST_IP, from_guest=True)  # its start and its end are lost
-    lost = tap.stats().lost
-    assert lost > 70
-    events = drain(tap)
-    time.sleep(1)
-    events += drain(tap)
+    wait_for(lambda: len(next(tap._maps["flows"].read_batches(), (b"", b""))[0]) >= 101 * layout.KEY.size)
+    assert tap.stats().lost > 70
+
+    def is_told(events) -> bool:
+        talks = {flow.id for flow in starts(events) if flow.ip_protocol == 6}
+        ends = {event.flow for event in events if isinstance(event, FlowEnded)}
+        return talks & ends and sum(flow.ip_protocol == 17 for flow in starts(events)) >= 100
+
+    events = collect(tap, is_told)
     flows = starts(events)
     udp = [flow for flow in flows if flow.ip_protocol == 17]
     assert len({flow.tuple.remote.port for flow in udp}) == len(udp) == 100
@@ -120,19 +128,20 @@ def test_events_that_found_the_ring_full_are_counted_and_made_up_for(world) -> N
 
 
 def test_silent_flows_end_by_the_sweep_and_leave_the_kernel(world, tap, monkeypatch) -> None:
-    monkeypatch.setattr(tap_module, "TIMEOUT_NS", (100_000_000,) * 11)
     udp_talk(world, HOST_IP, from_guest=True)
     tcp_talk(world, GUEST_IP, from_guest=False)
-    events = drain(tap)
-    time.sleep(1)
-    events += drain(tap)
-    time.sleep(1)
-    events += drain(tap)
+    events = collect(tap, lambda told: len(starts(told)) >= 2)
+    monkeypatch.setattr(sweep, "TIMEOUT_NS", (100_000_000,) * 11)
+
+    def is_over(told) -> bool:
+        left = sum(len(keys) for keys, _ in tap._maps["flows"].read_batches())
+        ended = {event.flow for event in events + told if isinstance(event, FlowEnded)}
+        return left == 0 and {flow.id for flow in starts(events + told)} <= ended
+
+    events += collect(tap, is_over)
+    assert is_over([])
     ends = {event.reason for event in events if isinstance(event, FlowEnded)}
     assert {FlowEnd.FIN, FlowEnd.IDLE} <= ends
-    assert len(starts(events)) == sum(isinstance(event, FlowEnded) for event in events)
-    left = sum(len(keys) for keys, _ in tap._maps["flows"].read_batches())
-    assert left == 0
 
 
 def test_flows_that_the_kernel_evicted_are_told(world) -> None:
@@ -140,17 +149,20 @@ def test_flows_that_the_kernel_evicted_are_told(world) -> None:
     with call_in_netns(world.guest_path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as guest:
         for port in range(10000, 12000):
             guest.sendto(b"x", (HOST_IP, port))
-    events = drain(tap)
-    time.sleep(1)
-    events += drain(tap)
-    evicted = [event for event in events if isinstance(event, FlowEnded) and event.reason is FlowEnd.EVICTED]
-    assert len(evicted) == tap.stats().evicted >= 1500
+
+    def evicted(events) -> int:
+        return sum(isinstance(event, FlowEnded) and event.reason is FlowEnd.EVICTED for event in events)
+
+    events = collect(tap, lambda told: evicted(told) >= 1500)
+    events += collect(tap, lambda _: not tap._known.pending)
+    assert evicted(events) == tap.stats().evicted >= 1500
     tap.close()
 
 
 def test_a_payload_may_be_as_long_as_promised(world, tap) -> None:
     tcp_talk(world, HOST_IP, from_guest=True, ask=bytes(range(256)) * 64)
-    payloads = [event for event in drain(tap) if isinstance(event, FlowPayload)]
+    told = collect(tap, lambda events: any(isinstance(event, FlowPayload) for event in events)) + drain(tap)
+    payloads = [event for event in told if isinstance(event, FlowPayload)]
     assert payloads[0].data[:256] == bytes(range(256))
     assert max(len(event.data) for event in payloads) <= 2048
 

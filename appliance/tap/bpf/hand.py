@@ -1,0 +1,279 @@
+"""The hand on single flows (``appliance.ports.PacketHand``): verdicts for the kernel, and what was held sent on.
+
+A new flow is held by the kernel program itself, by the port's policy; its frame comes with the event that tells it.
+Only exceptions have an entry in the map ``verdicts``: a released flow needs none. An entry names the kernel's number of
+its flow, so it never touches another flow of the same tuple.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Network, IPv6Network
+from struct import pack
+from typing import Final
+
+from appliance.errors import HostError
+from appliance.model import Decision, Decoy, Direction, FlowId, HoldPolicy
+from appliance.tap.bpf import forge, layout
+from appliance.tap.bpf.heart import Heart
+from appliance.tap.bpf.inject import Injector
+from appliance.tap.bpf.known import Known
+from appliance.tap.bpf.layout import KEY, SECOND_NS
+from appliance.tap.bpf.reset import Resets
+from appliance.tap.bpf.syscalls import Map
+from appliance.tap.bpf.talk import Hold, Talk
+
+MAX_HELD_BYTES: Final = 64 << 20  # beyond it, a released flow goes on by its repetition
+DEFAULT_POLICY: Final = HoldPolicy()
+
+FindPort = Callable[[str], int]  # ifindex of a name in the ports' namespace, 0: there is none
+
+
+class Hand:
+    """Acts on flows of one tap; used by the thread that polls. Methods that name a flow return whether it was done."""
+
+    def __init__(
+        self, maps: Mapping[str, Map], known: Known, heart: Heart, injector: Injector, find_port: FindPort
+    ) -> None:
+        self._known, self._heart, self._injector, self._find_port = known, heart, injector, find_port
+        self._maps, self._verdicts = maps, maps["verdicts"]
+        self._swapped: set[int] = set()
+        self._policy = DEFAULT_POLICY
+        self._entries: dict[bytes, tuple[int, int]] = {}  # key of a verdict: the flow's number, action
+        self._bans: dict[tuple[str, bytes], int] = {}  # and their deadlines, 0: none
+        self._due: list[tuple[int, int]] = []  # deadlines of holds, and whose
+        self._kept = 0  # bytes of held frames
+        self._resets = Resets(maps["flows"], self._send)
+
+    def set_swapped(self, ifindex: int) -> None:
+        """What the guest sends leaves by this port (macvtap)."""
+        self._swapped.add(ifindex)
+
+    # -- PacketHand --
+
+    def hold_new(self, policy: HoldPolicy | None) -> None:
+        """From now on new flows wait for a verdict; None: they do not."""
+        self._policy = policy or self._policy
+        self._heart.hold_new(policy)
+
+    def release(self, flow: FlowId) -> bool:
+        """Let a flow go on: what was kept of it is sent on, in order; else its repetition passes."""
+        talk = self._known.find(flow)
+        return talk is not None and self._release(talk)
+
+    def block(self, flow: FlowId, seconds: float | None = None, *, reset: bool = False) -> bool:
+        """Drop its packets; a guest's held SYN is answered with a reset, so its program need not wait."""
+        talk = self._known.find(flow)
+        if talk is None or not self._decide(talk, layout.DROP, seconds):
+            return False
+        hold = self._drop_hold(talk)
+        is_new = talk.waits and hold is not None and hold.frames
+        if is_new and hold is not None and talk.flow.direction is Direction.OUT:
+            self._refuse(talk, hold)
+        elif reset and talk.flow.ip_protocol == forge.TCP:
+            self._resets.send(talk)
+        return True
+
+    def hold(self, flow: FlowId, seconds: float, default: Decision) -> bool:
+        """Let its packets wait; after ``seconds`` without another act, ``default`` is what becomes of it."""
+        talk = self._known.find(flow)
+        otherwise = layout.DROP if default is Decision.DENY else layout.ALLOW
+        if talk is None or not self._decide(talk, layout.HOLD, seconds, otherwise=otherwise):
+            return False
+        if talk.hold is None:
+            talk.hold = Hold(0, default)
+        talk.hold.default = default
+        self._set_deadline(talk, talk.hold, time.monotonic_ns() + int(seconds * SECOND_NS))
+        return True
+
+    def redirect(self, flow: FlowId, decoy: Decoy) -> bool:
+        """Send a held flow to the decoy instead. Raises HostError when the decoy's port is not there."""
+        talk = self._known.find(flow)
+        if talk is None or not talk.waits or talk.hold is None or not talk.hold.frames:
+            return False
+        ifindex = self._find_port(decoy.port.ifname)
+        if not ifindex or decoy.port.ifindex not in {None, ifindex}:
+            raise HostError(f"decoy {decoy.name}: there is no port {decoy.port.ifname} beside the guest's")
+        if not self._decide(talk, layout.REDIRECT, None, ifindex=ifindex, mac=parse_mac(decoy.mac)):
+            return False
+        hold = self._drop_hold(talk)
+        return hold is not None and self._send_on(talk, hold)
+
+    def ban(self, peer: IPv4Network | IPv6Network, seconds: float | None = None) -> None:
+        """Drop what comes from or goes to these addresses, existing flows too."""
+        name, key = _peer_key(peer)
+        deadline_ns = _deadline(seconds)
+        try:
+            self._maps[name].update(key, layout.VERDICT.pack(layout.DROP, 0, deadline_ns, 0, bytes(6), layout.NOTHING))
+        except OSError as error:
+            raise HostError(f"cannot ban {peer}: {error.strerror}; {len(self._bans)} bans are in force") from error
+        self._bans[name, key] = deadline_ns
+        self._set_flags()
+
+    def unban(self, peer: IPv4Network | IPv6Network) -> bool:
+        """Lift a ban; whether there was one."""
+        name, key = _peer_key(peer)
+        self._bans.pop((name, key), None)
+        done = self._maps[name].delete(key)
+        self._set_flags()
+        return done
+
+    # -- what the tap tells --
+
+    def note_waiting(self, talk: Talk, hold: int, at_ns: int) -> None:
+        """The kernel holds this flow since ``at_ns`` (its clock); ``hold`` as in ``struct flow``."""
+        if hold & ~layout.DENY in {layout.FREE, layout.REFUSED}:
+            return
+        talk.waits = True
+        if talk.hold is None:
+            talk.hold = Hold(0, Decision.DENY if hold & layout.DENY else Decision.ALLOW)
+        if hold & ~layout.DENY != layout.ARMED and not talk.hold.deadline_ns:
+            self._set_deadline(talk, talk.hold, at_ns + int(self._policy.deadline_s * SECOND_NS))
+
+    def note_free(self, talk: Talk) -> None:
+        """The kernel lets this flow pass: its deadline went by there."""
+        talk.waits = False
+        entry = self._entries.get(talk.key)
+        if entry == (talk.number, layout.ALLOW) and not self._bans:
+            self._forget(talk.key)
+
+    def keep(self, talk: Talk, side: int, frame: bytes, tag: int, gso_size: int, wire_len: int) -> None:
+        """Keep a frame of a flow that waits, as it will go on."""
+        if talk.hold is None or self._kept + len(frame) > MAX_HELD_BYTES:
+            return
+        for piece in forge.complete(frame, tag, gso_size, wire_len):
+            talk.hold.frames.append((side, piece))
+            talk.hold.size += len(piece)
+            self._kept += len(piece)
+
+    @property
+    def next_due_ns(self) -> int:
+        """When ``expire`` has work at the earliest (CLOCK_MONOTONIC); 0: it has none."""
+        return min((due for due in (self._due[0][0] if self._due else 0, self._resets.next_due_ns) if due), default=0)
+
+    def close(self) -> None:
+        """Before the programs go: what waits goes on, where that is its default."""
+        for talk in self._known:
+            if talk.hold is not None and talk.hold.default is Decision.ALLOW:
+                self._release(talk)
+
+    def expire(self, now_ns: int) -> None:
+        """Do what was to become of flows that waited long enough, and repeat resets that were challenged."""
+        while self._due and self._due[0][0] <= now_ns:
+            deadline_ns, number = heapq.heappop(self._due)
+            talk = self._known.get(number)
+            if talk is None or talk.hold is None or talk.hold.deadline_ns != deadline_ns:
+                continue
+            if talk.hold.default is Decision.ALLOW:
+                self._release(talk)
+            else:
+                self.block(talk.flow.id)
+        self._resets.repeat(now_ns)
+
+    def note_end(self, talk: Talk) -> None:
+        """The flow is over: nothing of it is sent on. Its verdict stays as long as the kernel knows the flow."""
+        self._drop_hold(talk)
+
+    def tidy(self) -> None:
+        """Remove verdicts on flows that the kernel has forgotten, and bans that are over."""
+        flows = self._maps["flows"]
+        for key, (number, _) in list(self._entries.items()):
+            value = flows.lookup(key)
+            if value is None or int.from_bytes(value[:8], "little") != number:
+                self._forget(key)
+        now_ns = time.monotonic_ns()
+        for (name, key), deadline_ns in list(self._bans.items()):
+            if deadline_ns and deadline_ns < now_ns:
+                self._maps[name].delete(key)
+                del self._bans[name, key]
+        self._set_flags()
+
+    # -- how --
+
+    def _release(self, talk: Talk) -> bool:
+        hold = self._drop_hold(talk)
+        if self._bans:  # its own verdict comes before a ban of its peer
+            self._decide(talk, layout.ALLOW, None)
+        else:
+            self._forget(talk.key, talk.number)
+        if hold is not None and hold.frames and self._send_on(talk, hold):
+            return True
+        return not talk.waits or self._decide(talk, layout.ALLOW, None)
+
+    def _send_on(self, talk: Talk, hold: Hold) -> bool:
+        """Whether all that was kept went on; then the kernel holds the flow no longer."""
+        sent = [self._send(talk.key, side == 0, frame, forged=False) for side, frame in hold.frames]
+        talk.waits = talk.waits and not all(sent)
+        return all(sent)
+
+    def _refuse(self, talk: Talk, hold: Hold) -> None:
+        for side, frame in hold.frames:
+            if side == 0 and (syn := forge.read_syn(frame)):
+                macs = frame[:12]
+                self._send(talk.key, False, forge.make_reset(talk.key, macs, True, 0, syn[1]), forged=True)
+                return
+
+    def _send(self, key: bytes, from_guest: bool, frame: bytes, *, forged: bool) -> bool:
+        ifindex = KEY.unpack(key)[0]
+        return self._injector.send(frame, ifindex, ingress=from_guest != (ifindex in self._swapped), forged=forged)
+
+    def _drop_hold(self, talk: Talk) -> Hold | None:
+        hold, talk.hold = talk.hold, None
+        self._kept -= hold.size if hold else 0
+        return hold
+
+    def _set_deadline(self, talk: Talk, hold: Hold, deadline_ns: int) -> None:
+        hold.deadline_ns = deadline_ns
+        heapq.heappush(self._due, (deadline_ns, talk.number))
+
+    def _decide(
+        self,
+        talk: Talk,
+        action: int,
+        seconds: float | None,
+        *,
+        otherwise: int = layout.NOTHING,
+        ifindex: int = 0,
+        mac: bytes = bytes(6),
+    ) -> bool:
+        value = layout.VERDICT.pack(action, ifindex, _deadline(seconds), talk.number, mac, otherwise)
+        try:
+            self._verdicts.update(talk.key, value)
+        except OSError:  # E2BIG: the map is full
+            return False
+        self._entries[talk.key] = (talk.number, action)
+        self._set_flags()
+        return True
+
+    def _forget(self, key: bytes, number: int | None = None) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and number in {None, entry[0]}:
+            del self._entries[key]
+            self._verdicts.delete(key)
+            self._set_flags()
+
+    def _set_flags(self) -> None:
+        flags = (layout.HAS_VERDICTS if self._entries else 0) | (layout.HAS_BANS if self._bans else 0)
+        self._heart.set(layout.HAS_VERDICTS | layout.HAS_BANS, flags)
+
+
+def parse_mac(text: str) -> bytes:
+    """Six bytes of ``aa:bb:cc:dd:ee:ff``. Raises HostError."""
+    try:
+        mac = bytes.fromhex(text.replace(":", "").replace("-", ""))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6:
+        raise HostError(f"{text!r} is no MAC address")
+    return mac
+
+
+def _deadline(seconds: float | None) -> int:
+    return 0 if seconds is None else time.monotonic_ns() + int(seconds * SECOND_NS)
+
+
+def _peer_key(peer: IPv4Network | IPv6Network) -> tuple[str, bytes]:
+    name = "peers4" if peer.version == 4 else "peers6"
+    return name, pack("=II", 32 + peer.prefixlen, 0) + peer.network_address.packed
