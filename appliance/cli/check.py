@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,14 @@ import typer
 
 from appliance.cli.progress import tell
 from appliance.cli.render import Output, console, print_objects, safe
+from appliance.flow.community import community_id
+from appliance.flow.table import FlowTable
+from appliance.flow.tracking import TrackedTap
 from appliance.hosts.probe import probe_host
+from appliance.model import GuestId, GuestPort
 from appliance.rules import load, schema
+from appliance.tap.af_packet import PortSource
+from appliance.tap.trial import probe_rungs
 
 rules = typer.Typer(help="Check, test and describe rule files.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,7 +35,7 @@ _WORDS = {
 
 def doctor(output: OutputOption = Output.TABLE) -> None:
     """Check this host: what works, what is missing, and the command that mends it."""
-    found = probe_host()
+    found = (*probe_host(), *probe_rungs(time.time_ns, community_id, _open_packets))
     bodies = [
         {"name": one.name, "ok": one.ok, "required": one.required, "reason": one.reason, "remedy": one.remedy}
         for one in found
@@ -36,6 +43,11 @@ def doctor(output: OutputOption = Output.TABLE) -> None:
     rows = [(_WORDS[one.ok, one.required], one.name, safe(one.reason, 200), safe(one.remedy or "")) for one in found]
     print_objects(output, bodies, ("", "CHECK", "FOUND", "REMEDY"), rows)
     raise typer.Exit(0 if all(one.ok or not one.required for one in found) else 1)
+
+
+def _open_packets(port: GuestPort) -> TrackedTap:
+    vm = GuestId(f"port:{port.ifname}")
+    return TrackedTap(vm, PortSource(port), FlowTable(vm), time.time_ns)
 
 
 @rules.command("check")

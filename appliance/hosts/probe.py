@@ -80,7 +80,7 @@ def _packets() -> Availability:
         return Availability(
             "packets", False, f"no packet socket: {error.strerror}", "run as root, or grant CAP_NET_RAW"
         )
-    return Availability("packets", True, "AF_PACKET with a kernel filter (observes; does not block)")
+    return Availability("packets", True, "packet sockets can be opened")
 
 
 def _namespaces() -> Availability:
