@@ -77,7 +77,7 @@ class Watching:
     def kill(self) -> None:
         """As by the kernel: it has no time for anything."""
         self._process.kill()
-        self._process.wait(timeout=10)
+        self.wait()
 
     def end(self) -> int:
         self._process.terminate()
