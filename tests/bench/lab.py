@@ -35,6 +35,8 @@ class Sizes:
     eye_slices: int = 100
     eye_packets: int = 6_000
     eye_flows: int = 5_000
+    hold_rounds: int = 300
+    held: int = 1000  # at once
     peers: bool = True  # those that take seconds to start
 
     @classmethod
@@ -49,6 +51,8 @@ class Sizes:
             eye_slices=4,
             eye_packets=1000,
             eye_flows=100,
+            hold_rounds=20,
+            held=50,
             peers=False,
         )
 

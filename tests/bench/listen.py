@@ -1,4 +1,4 @@
-"""A listener of the benchmarks that is made of Python: ``python -m tests.bench.listen KIND IFNAME [MAC]``.
+"""A listener of the benchmarks that is made of Python: ``python -m tests.bench.listen KIND IFNAME [MAC [hold|block]]``.
 
 ``kernel`` is ours: it says ``ready``, listens until SIGTERM, then prints what it saw as JSON.
 """
@@ -12,31 +12,53 @@ import time
 from collections import Counter
 
 
-def kernel(ifname: str, mac: str) -> None:
+def kernel(ifname: str, mac: str, doing: str = "") -> None:
+    """Ours. ``doing``: block every flow, or hold every new one, to be released at once; SIGUSR1 keeps them waiting."""
     from appliance.flow.community import community_id
-    from appliance.model import FlowEnded, GuestId, GuestPort
+    from appliance.model import FlowEnded, FlowId, FlowStarted, GuestId, GuestPort, HoldPolicy
     from appliance.tap.bpf.tap import KernelTap
 
     stopped: list[int] = []
+    toggled: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    signal.signal(signal.SIGUSR1, lambda number, _: toggled.append(number))
     tap = KernelTap(GuestId(f"port:{ifname}"), [GuestPort(ifname, mac)], time.time_ns, community_id=community_id)
-    kinds: Counter[str] = Counter()
-    packets = 0
-
-    def count(events: list) -> None:
-        nonlocal packets
-        for event in events:
-            kinds[type(event).__name__] += 1
+    if doing == "hold":
+        tap.hold_new(HoldPolicy(deadline_s=3))
+    kinds: Counter[type] = Counter()
+    kept: list[FlowId] | None = None
+    packets = held = 0
+    print("ready", flush=True)
+    while True:
+        last = bool(stopped)
+        dropped = tap.dropped() if last else 0
+        for event in tap.close() if last else tap.poll(0.1):
+            kinds[type(event)] += 1
             if type(event) is FlowEnded:
                 packets += event.counts.packets_out + event.counts.packets_in
-
-    print("ready", flush=True)
-    while not stopped:
-        count(tap.poll(0.1))
-    count(tap.close())
+            elif doing and type(event) is FlowStarted:
+                if doing == "block":
+                    tap.block(event.flow.id)
+                elif event.held:
+                    held += 1
+                    if kept is None:
+                        tap.release(event.flow.id)
+                    else:
+                        kept.append(event.flow.id)
+        if last:
+            break
+        if toggled:
+            toggled.clear()
+            print("keeping" if kept is None else "releasing", flush=True)
+            for flow in kept or ():
+                tap.release(flow)
+            kept = [] if kept is None else None
     stats = tap.stats()
-    said = {"seen": stats.packets, "flows": stats.flows, "lost": stats.lost, "recovered": tap.recovered}
-    print(json.dumps({**said, "evicted": stats.evicted, "packets": packets, "events": kinds}), flush=True)
+    said = {
+        "flows": stats.flows, "packets": packets, "lost": stats.lost, "recovered": tap.recovered, "held": held,
+        "dropped": dropped, "events": {kind.__name__: count for kind, count in kinds.items()},
+    }  # fmt: skip
+    print(json.dumps(said), flush=True)
 
 
 def scapy(ifname: str) -> None:

@@ -40,11 +40,21 @@ class Listener:
             time.sleep(0.25)
         return now
 
+    def signal(self, number: int) -> None:
+        """Send one to the listener itself: what starts it has become it."""
+        self.process.send_signal(number)
+
+    def wait_for(self, word: str) -> None:
+        """Until ours has said it."""
+        assert self.process.stdout is not None
+        assert word in self.process.stdout.readline(), f"our listener ended before it said {word}"
+
     def report(self) -> dict:
         """The JSON that ours prints at its end."""
         return json.loads(self.said.splitlines()[-1])
 
 
+OURS = (sys.executable, "-m", "tests.bench.listen", "kernel", PORT, GUEST_MAC)
 COMMANDS = {
     "tcpdump -w": ("tcpdump", "-n", "-i", PORT, "-s", "256", "-w", "/dev/null"),
     "tshark": (
@@ -64,7 +74,9 @@ COMMANDS = {
     ),
     "nfstream": (sys.executable, "-m", "tests.bench.listen", "nfstream", PORT),
     "scapy": (sys.executable, "-m", "tests.bench.listen", "scapy", PORT),
-    "ours": (sys.executable, "-m", "tests.bench.listen", "kernel", PORT, GUEST_MAC),
+    "ours": OURS,
+    "ours, blocking": (*OURS, "block"),
+    "ours, holding": (*OURS, "hold"),
 }
 
 
@@ -78,20 +90,20 @@ def is_here(name: str) -> bool:
 @contextlib.contextmanager
 def listening(stage: Stage, name: str) -> Iterator[Listener]:
     """Start it, wait until it listens; end it, and only it."""
+    ours = COMMANDS[name][: len(OURS)] == OURS
     process = subprocess.Popen(
         stage.inside(*COMMANDS[name]),
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE if name == "ours" else subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL if name != "ours" else None,
+        stdout=subprocess.PIPE if ours else subprocess.DEVNULL,
+        stderr=None if ours else subprocess.DEVNULL,
         text=True,
         start_new_session=True,
     )
     listener = Listener(process)
     try:
-        if name == "ours":
-            assert process.stdout is not None
-            assert "ready" in process.stdout.readline(), "our listener ended before it was ready"
+        if ours:
+            listener.wait_for("ready")
         else:
             _wait_for_socket(stage, process)
         yield listener

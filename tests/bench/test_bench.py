@@ -56,3 +56,10 @@ def test_the_packet_eye_is_compared_with_tcpdump_and_loses_no_flow():
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [line["peer"]["name"] for line in document["lines"]][:2] == ["tcpdump -w", "tcpdump -w"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_the_hand_holds_and_drops_what_is_measured():
+    done = bench("hand", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["lines"]) == 4
