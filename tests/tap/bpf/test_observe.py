@@ -1,5 +1,6 @@
 """The kernel program on a packet socket: sees what tc sees, beside whatever hangs there, and changes nothing."""
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -11,7 +12,7 @@ import pytest
 
 from appliance.errors import HostError, UsageError
 from appliance.flow.community import community_id
-from appliance.model import Direction, FlowStarted, GuestId, GuestPort
+from appliance.model import Decision, Direction, FlowStarted, GuestId, GuestPort, HoldPolicy
 from appliance.tap.bpf.attach import Attachment
 from appliance.tap.bpf.layout import Transport
 from appliance.tap.bpf.loader import OBSERVE, PROGRAMS
@@ -79,7 +80,7 @@ def test_nothing_is_queued_and_nobody_else_is_disturbed(world) -> None:
     udp_talk(world, HOST_IP, from_guest=True)
     first_flows, second_flows = collect_starts(first, 1), collect_starts(second, 1)
     assert [str(flow.tuple) for flow in first_flows] == [str(flow.tuple) for flow in second_flows]
-    (hook,) = first._attached
+    (hook,) = first._hooks
     with pytest.raises(BlockingIOError):
         hook.detach.__self__._socket.recv(65536)
     first.close()
@@ -179,3 +180,35 @@ def test_the_sides_of_a_macvtap_are_turned_round(world, macvtap, programs) -> No
         (Direction.IN, "10.77.0.33:80", f"{GUEST_IP}:4001"),
     ]
     tap.close()
+
+
+def test_what_a_macvtap_guest_sends_and_gets_can_be_held_and_released(world, macvtap) -> None:
+    port = GuestPort("psmvt0", MACVTAP_MAC, world.host_path)
+    tap = KernelTap(GuestId("port:x"), [port], time.time_ns, community_id=community_id)
+    tap.hold_new(HoldPolicy(deadline_s=3, default=Decision.DENY))
+    mine, peer = ("10.77.0.33", 4000), (GUEST_IP, 53)
+    with both.packet_socket(world.guest_path, "eth0") as other:
+        other.bind(("eth0", 3))  # ETH_P_ALL
+        other.settimeout(0.2)
+        out = frame(MACVTAP_MAC, GUEST_MAC, mine, peer)
+        asked = tell_of(tap, lambda: os.write(macvtap, out))
+        assert not arrives(out, lambda: other.recv(2048), 0.2)
+        assert tap.release(asked.id)
+        assert arrives(out, lambda: other.recv(2048), PATIENCE_S)
+        back = frame(GUEST_MAC, MACVTAP_MAC, (GUEST_IP, 4001), ("10.77.0.33", 80))
+        was_asked = tell_of(tap, lambda: other.send(back))
+        assert not arrives(back, lambda: os.read(macvtap, 2048), 0.2)
+        assert tap.release(was_asked.id)
+        assert arrives(back, lambda: os.read(macvtap, 2048), PATIENCE_S)
+    tap.close()
+
+
+def arrives(frame: bytes, receive, timeout_s: float) -> bool:
+    give_up_s = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_s:
+        with contextlib.suppress(BlockingIOError, TimeoutError):
+            if receive() == frame:
+                return True
+            continue
+        time.sleep(0.01)
+    return False
