@@ -30,12 +30,12 @@ SERVICE = 8080
 SETTLED_S = 2.0  # so long after its death nothing may depend on the appliance any more
 KILLS = 8  # in each world
 
-# argv: port, netns, fail-closed (0 or 1), the step after which to die (-1: none)
+# argv: port, netns, fail-closed (0 or 1), the step after which to die (-1: none), hold or ban
 CHILD = """
 import os, signal, sys, time
 from ipaddress import ip_network
 from appliance.flow.community import community_id
-from appliance.model import GuestId, GuestPort
+from appliance.model import Decision, GuestId, GuestPort, HoldPolicy
 from appliance.tap.bpf import attach
 from appliance.tap.bpf.tap import KernelTap
 
@@ -59,7 +59,10 @@ if step >= 0:
 print("attaching", flush=True)
 ports = [GuestPort(sys.argv[1], netns=sys.argv[2])]
 tap = KernelTap(GuestId("port:x"), ports, time.time_ns, community_id=community_id, fail_closed=sys.argv[3] == "1")
-tap.ban(ip_network("10.77.0.1/32"))
+if sys.argv[5] == "ban":
+    tap.ban(ip_network("10.77.0.1/32"))
+else:  # and nobody ever decides
+    tap.hold_new(HoldPolicy(deadline_s=3, default=Decision.DENY))
 print("holding", flush=True)
 while not stopped and step < 0:
     tap.poll(0.02)
@@ -110,8 +113,8 @@ def clean() -> None:
 
 
 @contextlib.contextmanager
-def child(world, *, fail_closed: bool = False, step: int = -1) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-c", CHILD, PORT, world.host_path, str(int(fail_closed)), str(step)]
+def child(world, act: str, *, fail_closed: bool = False, step: int = -1) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-c", CHILD, PORT, world.host_path, str(int(fail_closed)), str(step), act]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             yield process
@@ -187,7 +190,7 @@ def test_whatever_step_it_dies_after_can_be_cleaned_and_attached_over(world) -> 
     before, foreign = seen(world), foreign_of(world)
     died = 0
     for step in range(20):
-        with child(world, step=step) as process:
+        with child(world, "hold", step=step) as process:
             code = process.wait(60)
         assert foreign_of(world) == foreign
         if code == 0:
@@ -207,7 +210,7 @@ def test_killed_anywhere_a_guest_that_fails_open_is_connected_within_2_s(world) 
     chance = random.Random()
     with service(world):
         for number in range(KILLS):
-            with child(world) as process:
+            with child(world, chance.choice(("hold", "ban"))) as process:
                 stage = ("attaching", "holding", "holding", "detaching")[number % 4]
                 if stage == "detaching":
                     wait_for(process, "holding")
@@ -231,8 +234,8 @@ def test_killed_anywhere_a_guest_that_fails_open_is_connected_within_2_s(world) 
 def test_killed_while_it_holds_a_guest_that_fails_closed_stays_so_until_it_is_cleaned(world) -> None:
     before = seen(world)
     with service(world):
-        for _ in range(2):
-            with child(world, fail_closed=True) as process:
+        for act in ("hold", "ban"):
+            with child(world, act, fail_closed=True) as process:
                 wait_for(process, "holding")
                 wait_until_held(world)
                 process.kill()
