@@ -113,10 +113,22 @@ def _net_devices(options: list[tuple[str, str]]) -> Iterator[NetDevice]:
         ident = _text(found.get("id")) or kind
         if key == "netdev" and ident not in plugged:
             continue  # no card: the guest has no such port
+        if _is_passt(found, options):
+            kind = "passt"
         mac = macs.get(ident) if key == "netdev" else hub_mac
         if key == "nic":
             mac = _text(found.get("mac") or found.get("macaddr"))
         yield NetDevice(ident, kind, _text(found.get("ifname")), _descriptors(found), _mac(mac))
+
+
+def _is_passt(found: dict[str, Any], options: list[tuple[str, str]]) -> bool:
+    """Passt is no back end of its own before QEMU 10.1: its socket is that of a stream or a vhost-user device."""
+    address = found.get("addr")
+    path = address.get("path") if isinstance(address, dict) else found.get("addr.path")
+    if (chardev := _text(found.get("chardev"))) is not None:
+        others = (_properties(text, "backend") for key, text in options if key == "chardev")
+        path = next((other.get("path") for other in others if other.get("id") == chardev), None)
+    return "passt" in (_text(path) or "")
 
 
 def _front_ends(options: list[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
@@ -147,8 +159,8 @@ def _passthrough(options: list[tuple[str, str]]) -> Iterator[str]:
         if key == "device":
             found = _properties(text, "driver")
             driver = _text(found.get("driver")) or ""
-            if driver.startswith("vfio-"):
-                where = _text(found.get("host") or found.get("sysfsdev")) or "?"
+            if driver.startswith(("vfio-", "vhost-vdpa-device")):
+                where = _text(found.get("host") or found.get("sysfsdev") or found.get("vhostdev")) or "?"
                 yield f"{driver} {where}"
 
 

@@ -15,17 +15,13 @@ from typing import Final
 
 from appliance.errors import HostError, PermissionRefused, UsageError
 from appliance.hosts import proc
-from appliance.hosts.arguments import Arguments, NetDevice, parse_arguments
+from appliance.hosts.arguments import NetDevice, parse_arguments
 from appliance.hosts.netns import find_interface, find_port, iter_namespaces
+from appliance.hosts.switch import explain_switch, read_switch
+from appliance.hosts.untappable import explain_untappable
 from appliance.model import GuestId, GuestInfo, GuestPort
 
 _MACVTAP: Final = re.compile(r"/dev/tap(\d+)$")  # the number is the interface's index (drivers/net/macvtap.c)
-_UNTAPPABLE: Final = {
-    "user": "user-mode network (slirp) has no port on this host: its packets cannot be tapped; use a tap on a bridge",
-    "passt": "passt has no port on this host: its packets cannot be tapped; use a tap on a bridge",
-    "vhost-user": "vhost-user packets stay in shared memory with the switch: tap a mirror port of that switch instead",
-    "vhost-vdpa": "vDPA packets go straight to the network card: use its representor port",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +61,10 @@ def find_guest(pid: int) -> GuestInfo:
     except PermissionError:
         ports = ()
         notes.append(f"its ports cannot be seen: /proc/{pid}/fd needs root or CAP_SYS_PTRACE")
-    notes += _untappable(arguments)
+    notes += explain_untappable(arguments)
+    for port in ports:
+        if port.ifindex is not None and (note := explain_switch(port, read_switch(port.netns, port.ifindex))):
+            notes.append(note)
     if proc.read_start_time(pid) != start:
         raise UsageError(f"process {pid} ended while it was looked at")
     guest = GuestId(f"qemu:{pid}", arguments.uuid, arguments.name, f"{pid}-{start}")
@@ -132,14 +131,3 @@ def _match(taps: list[_Tap], devices: tuple[NetDevice, ...]) -> Iterator[GuestPo
         macs |= {ifname: device.mac for ifname, device in zip(unknown, rest, strict=True)}
     for tap in taps:
         yield GuestPort(tap.ifname, macs.get(tap.ifname), tap.netns, tap.ifindex)
-
-
-def _untappable(arguments: Arguments) -> Iterator[str]:
-    if arguments.default_net:
-        yield f"network: QEMU's default {_UNTAPPABLE['user']}"
-    for device in arguments.nets:
-        if device.kind not in {"tap", "bridge"}:
-            why = _UNTAPPABLE.get(device.kind, f"{device.kind} network has no port on this host: it cannot be tapped")
-            yield f"network {device.id}: {why}"
-    for device_text in arguments.passthrough:
-        yield f"device {device_text} is handed through: if it is a network card, its packets do not cross this host"

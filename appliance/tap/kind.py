@@ -29,8 +29,8 @@ INSIDE_OUT: Final = frozenset({"macvtap", "ipvtap"})
 def sends_outwards(kind: str | None) -> bool:
     """Whether PACKET_OUTGOING on such a port is what the guest sends.
 
-    On a tap, vnet or vif the host sends out what is for the guest; on a macvtap it is the other way round. Known from
-    the kernel's source only: not tried with a live macvtap.
+    On a tap, vnet or vif the host sends out what is for the guest; on a macvtap it is the other way round. So says
+    the kernel's source, and so does a live macvtap; an ipvtap was not tried.
     """
     return kind in INSIDE_OUT
 
