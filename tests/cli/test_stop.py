@@ -101,6 +101,35 @@ def test_a_running_appliance_is_stopped_and_leaves_the_port_as_it_was(world, sta
     assert run_stop("--clean") == (0, "nothing of ours was found\n")
 
 
+@pytest.mark.parametrize("crashed", [False, True])
+def test_the_real_appliance_is_stopped_or_cleaned_after(world, tmp_path, crashed) -> None:
+    before = seen(world)
+    command = ["ip", "netns", "exec", world.host, sys.executable, "-m", "appliance.cli", "watch", f"port:{PORT}"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PARASIGHT_STATE": str(tmp_path)},
+    ) as child:
+        try:
+            assert any(line == "ready\n" for line in child.stderr), "it ended before it was ready"
+            assert "parasight_tap" in seen(world)
+            if crashed:
+                child.kill()
+                child.wait()
+                code, text = run_stop("--clean")
+                assert (code, len(text.splitlines())) == (0, 3)
+            else:
+                assert run_stop() == (0, f"stopped appliance {child.pid}\n")
+                assert child.wait(60) == 0
+        finally:
+            child.kill()
+    assert seen(world) == before
+    assert Journal().notes() == []
+
+
 def test_two_appliances_on_one_port_are_both_stopped(world, start) -> None:
     before = seen(world)
     pids = sorted(start("parasight").pid for _ in range(2))
