@@ -8,7 +8,7 @@ from appliance.respond.banning import Banning
 from appliance.respond.control import ControlServer, ControlTaken
 from appliance.respond.desk import GuestDesk, GuestStatus, HeldFlow
 from appliance.respond.mailbox import Mailbox, NoAnswer
-from appliance.respond.never import spare
+from appliance.respond.never import host_addresses, spare
 from appliance.respond.place import control_path, run_dir
 from appliance.respond.room import ControlRoom, Words
 
@@ -24,6 +24,7 @@ __all__ = [
     "NoAnswer",
     "Words",
     "control_path",
+    "host_addresses",
     "run_dir",
     "spare",
 ]

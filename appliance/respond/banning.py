@@ -37,13 +37,14 @@ class _Guest:
     desk: GuestDesk
     due: set[IpNetwork] = field(default_factory=set)
     batch: set[IpNetwork] = field(default_factory=set)  # what the job under way is about
+    told: set[IpNetwork] = field(default_factory=set)  # the peers of which its kernel has an entry by us
     job: Future[None] | None = None
     trouble: str | None = None  # why what is due was not done
     rests: bool = False  # it has just failed: not tried again before the next tick
 
 
 class Banning:
-    """The bans of this appliance. Every method may be called from any thread but a guest's own."""
+    """The bans of this appliance. ``ban`` and ``unban`` wait for the guests' threads; all else any thread may call."""
 
     def __init__(
         self,
@@ -105,6 +106,7 @@ class Banning:
             self._expire()
             old = self._book.add(ban)
             self._touch(peer)
+            self._unsaved = True
         self._settle()
         return ban, old
 
@@ -115,6 +117,7 @@ class Banning:
             lifted = self._book.lift(peer, None if vm is None else identify(vm), everywhere=vm is None)
             if lifted:
                 self._touch(peer)
+                self._unsaved = True
             left = self._book.covering(peer)
         if lifted:
             self._settle()
@@ -141,15 +144,16 @@ class Banning:
     # -- private; those above "save" with the lock held --
 
     def _expire(self) -> None:
+        """Let bans end. That alone is no reason to write the file: it is read with the same clock."""
         for ban in self._book.expire(self._clock()):
             self._touch(ban.peer)
 
     def _touch(self, peer: IpNetwork) -> None:
         """Every guest is due to hear of a change: one whose entry it does not alter is told the same once more."""
-        self._unsaved = True
         peers = self._book.touched(peer)
         for guest in self._guests.values():
             guest.due |= peers
+            guest.rests = False
 
     def _push(self, guest: _Guest) -> None:
         """Post a job for what is due, one at a time, so that a guest hears of changes in their order."""
@@ -161,11 +165,12 @@ class Banning:
         for peer in guest.batch:
             until_ns = self._book.until(peer, key)
             if until_ns is None or until_ns <= now_ns:
-                orders.append((peer, _LIFT))
+                if peer in guest.told:
+                    orders.append((peer, _LIFT))
             else:
                 orders.append((peer, None if until_ns == FOREVER else (until_ns - now_ns) / 1e9))
         try:
-            guest.job = guest.desk.mailbox.post(lambda: _carry_out(guest.desk, orders))
+            guest.job = guest.desk.mailbox.post(lambda: _carry_out(guest, orders))
         except ParasightError as error:
             self._note(guest, error)
         else:
@@ -233,10 +238,12 @@ class Banning:
             self._tell(note)
 
 
-def _carry_out(desk: GuestDesk, orders: Iterable[tuple[IpNetwork, float | None]]) -> None:
-    """Carry out the orders, in the guest's thread."""
+def _carry_out(guest: _Guest, orders: Iterable[tuple[IpNetwork, float | None]]) -> None:
+    """Carry out the orders, in the guest's thread; one job at a time, so nobody else writes ``told`` meanwhile."""
     for peer, seconds in orders:
         if seconds == _LIFT:
-            desk.unban(peer)
+            guest.desk.unban(peer)
+            guest.told.discard(peer)
         else:
-            desk.ban(peer, seconds)
+            guest.desk.ban(peer, seconds)
+            guest.told.add(peer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,35 @@ def spare(host: Iterable[IpAddress] = (), path: Path | None = None) -> tuple[Spa
     """What is never banned: ``ALWAYS``, the host's own addresses, and the operator's file. Raises ConfigError."""
     own = tuple(Spared(unmapped(ip_network(ip)), "an address of this host") for ip in host)
     return ALWAYS + own + (read_never_ban(path) if path is not None else ())
+
+
+def host_addresses() -> tuple[IpAddress, ...]:
+    """The addresses of this host's own interfaces (proc_net(5): ``fib_trie``, ``if_inet6``); as many as can be read."""
+    return _local_ipv4(_read_proc("fib_trie")) + _local_ipv6(_read_proc("if_inet6"))
+
+
+def _read_proc(name: str) -> str:
+    try:
+        return (Path("/proc/self/net") / name).read_text(encoding="ascii", errors="replace")
+    except OSError:  # no IPv6 here, or no /proc
+        return ""
+
+
+def _local_ipv4(text: str) -> tuple[IpAddress, ...]:
+    """A leaf ``|-- ADDRESS`` whose route is ``/32 host LOCAL`` (net/ipv4/fib_trie.c, fib_trie_seq_show)."""
+    leaf, found = "", dict[IpAddress, None]()
+    for line in text.splitlines():
+        mark, _, rest = line.strip().partition(" ")
+        if mark == "|--":
+            leaf = rest
+        elif line.strip() == "/32 host LOCAL":
+            found[ip_address(leaf)] = None
+    return tuple(found)
+
+
+def _local_ipv6(text: str) -> tuple[IpAddress, ...]:
+    """First column: 32 hexadecimal digits (net/ipv6/addrconf.c, if6_seq_show)."""
+    return tuple(IPv6Address(int(line[:32], 16)) for line in text.splitlines() if line[:32].strip())
 
 
 def read_never_ban(path: Path) -> tuple[Spared, ...]:

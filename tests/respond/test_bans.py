@@ -1,5 +1,7 @@
 """The ban book: who is banned until when, whatever the order and the overlap; and what is never banned."""
 
+import json
+import subprocess
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import ConfigError
-from appliance.respond import spare
+from appliance.respond import host_addresses, spare
 from appliance.respond.banfile import read_bans, write_bans
 from appliance.respond.bans import FOREVER, Ban, BanBook, BanRefused
 from appliance.respond.never import ALWAYS, read_never_ban
@@ -90,7 +92,7 @@ def play(moves, check):
         check(book, plain, kernels, now)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(steps)
 def test_the_kernel_drops_an_address_exactly_while_a_ban_covers_it(moves):
     addresses = [ip_address(0xCB007100 | bits) for bits in range(16)]
@@ -107,7 +109,7 @@ def test_the_kernel_drops_an_address_exactly_while_a_ban_covers_it(moves):
     play(moves, check)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps)
 def test_the_book_holds_the_bans_that_stand_and_no_other(moves):
     def check(book, plain, kernels, now):
@@ -120,7 +122,7 @@ def test_the_book_holds_the_bans_that_stand_and_no_other(moves):
     play(moves, check)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps)
 def test_lifting_everything_leaves_an_empty_book_and_empty_kernels(moves):
     book = BanBook(limit=1000)
@@ -219,7 +221,7 @@ def test_a_ban_that_would_cover_what_is_never_banned_is_refused_with_the_reason(
     assert not list(book)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(peers, st.lists(peers, max_size=4))
 def test_no_ban_in_the_book_ever_meets_the_never_ban_list(peer, never):
     spared = tuple(one for one in (*ALWAYS,)) + tuple(type(ALWAYS[0])(network, "listed") for network in never)
@@ -245,6 +247,12 @@ def test_the_operators_list_is_read_with_its_reasons(tmp_path):
         ("198.51.100.7/32", "never-ban.yaml"),
     ]
     assert set(ALWAYS) < set(spare(path=path))
+
+
+def test_the_addresses_of_this_host_are_found():
+    told = json.loads(subprocess.run(["ip", "-j", "addr"], check=True, capture_output=True).stdout)
+    wanted = {ip_address(one["local"]) for link in told for one in link.get("addr_info", ()) if "UP" in link["flags"]}
+    assert wanted <= set(host_addresses())
 
 
 def test_an_empty_list_is_a_list(tmp_path):
