@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
 import threading
 import time
@@ -11,10 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from queue import Empty, Full, Queue
-from typing import Any, Protocol
+from typing import Protocol
 
 from appliance.engine import Engine, Judge
 from appliance.errors import HostError, ParasightError
@@ -31,7 +29,7 @@ from appliance.ports import GuestEye, PacketTap
 from appliance.respond.banning import Banning
 from appliance.respond.control import ControlServer
 from appliance.respond.mailbox import Mailbox
-from appliance.respond.never import spare
+from appliance.respond.never import host_addresses, spare
 from appliance.respond.place import control_path
 from appliance.respond.room import ControlRoom, Words
 from appliance.tap.bpf.tap import KernelTap
@@ -220,16 +218,7 @@ def _say_mode(info: GuestInfo, tell: Tell, options: Options, policy: HoldPolicy 
 
 
 def _open_bans(options: Options, tell: Tell) -> Banning:
-    return Banning(time.time_ns, tell, spared=spare(_own_addresses(), options.never_ban), path=options.bans)
-
-
-def _own_addresses() -> list[Any]:
-    """Addresses of this host, as far as its name tells."""
-    try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None)}
-    except OSError:
-        return []
-    return [ip_address(str(text).partition("%")[0]) for text in found]
+    return Banning(time.time_ns, tell, spared=spare(host_addresses(), options.never_ban), path=options.bans)
 
 
 @contextlib.contextmanager
