@@ -113,15 +113,15 @@ def make_reset(key: bytes, macs: bytes, to_guest: bool, seq: int, ack: int) -> b
     return bytes(frame)
 
 
-def read_syn(frame: bytes) -> tuple[int, int] | None:
-    """Sequence number of a SYN and the one that answers it; None when the frame is no first SYN."""
+def answer_syn(frame: bytes) -> int | None:
+    """The acknowledgement that a SYN expects; None when the frame is no first SYN."""
     shape = parse(frame)
     if shape is None or shape.protocol != TCP or not shape.sums:
         return None
     _, _, seq, _, _, flags, *_ = _TCP.unpack_from(frame, shape.transport)
     if flags & (SYN | ACK) != SYN:
         return None
-    return seq, (seq + 1 + shape.end - shape.payload) & 0xFFFFFFFF
+    return int(seq + 1 + shape.end - shape.payload) & 0xFFFFFFFF
 
 
 def _parse(frame: bytes) -> Shape | None:

@@ -69,10 +69,8 @@ class Hand:
         if talk is None or not self._decide(talk, layout.DROP, seconds):
             return False
         hold = self._drop_hold(talk)
-        is_new = talk.waits and hold is not None and hold.frames
-        if is_new and hold is not None and talk.flow.direction is Direction.OUT:
-            self._refuse(talk, hold)
-        elif reset and talk.flow.ip_protocol == forge.TCP:
+        is_refused = hold is not None and talk.flow.direction is Direction.OUT and self._refuse(talk, hold)
+        if reset and not is_refused and talk.flow.ip_protocol == forge.TCP:
             self._resets.send(talk)
         return True
 
@@ -208,12 +206,12 @@ class Hand:
         talk.waits = talk.waits and not all(sent)
         return all(sent)
 
-    def _refuse(self, talk: Talk, hold: Hold) -> None:
+    def _refuse(self, talk: Talk, hold: Hold) -> bool:
+        """Answer the guest's SYN, where one waits."""
         for side, frame in hold.frames:
-            if side == 0 and (syn := forge.read_syn(frame)):
-                macs = frame[:12]
-                self._send(talk.key, False, forge.make_reset(talk.key, macs, True, 0, syn[1]), forged=True)
-                return
+            if side == 0 and (answer := forge.answer_syn(frame)) is not None:
+                return self._send(talk.key, False, forge.make_reset(talk.key, frame[:12], True, 0, answer), forged=True)
+        return False
 
     def _send(self, key: bytes, from_guest: bool, frame: bytes, *, forged: bool) -> bool:
         ifindex = KEY.unpack(key)[0]
