@@ -69,44 +69,70 @@ class Attachment:
         self._netns = -1  # our namespace may lose its name, or its name may come to mean another one
         self._made_qdisc = False
         self._mine: list[Filter] = []
+        self._programs = ((INGRESS, from_guest), (EGRESS, to_guest))
         try:
-            call_in_netns(port.netns, lambda: self._attach(((INGRESS, from_guest), (EGRESS, to_guest))))
+            call_in_netns(port.netns, self._attach)
         except BaseException:
             self._forget()
             raise
 
     def detach(self) -> None:
-        """Remove what we attached, and nothing else; may be called twice. A port that is gone took it along."""
+        """Remove what we attached, and nothing else; may be called twice. A port that is gone took it along.
+
+        What cannot be removed is said, not raised: the other ports have to be freed all the same.
+        """
         if self._netns < 0:
             return
-        where = f"/proc/self/fd/{self._netns}" if self.port.netns else None
         try:
-            call_in_netns(where, self._detach)
+            call_in_netns(self._where(), self._detach)
+        except HostError as error:
+            _log.warning("%s; 'parasight stop --clean' takes off what is left", error)
         finally:
             self._forget()
 
+    def mend(self) -> bool:
+        """Hang our filters again where somebody took one away; whether that was necessary. Raises HostError."""
+        return self._netns >= 0 and call_in_netns(self._where(), self._mend)
+
+    def _where(self) -> str | None:
+        return f"/proc/self/fd/{self._netns}" if self.port.netns else None
+
     # -- in the port's namespace --
 
-    def _attach(self, programs: tuple[tuple[int, int], ...]) -> None:
+    def _attach(self) -> None:
         self._netns = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         with open_route(f"port {self.port.ifname}") as route, self._journal.lock():
             self.ifindex = find_port(route, self.port)
             self._place = here(self.ifindex)
-            try:
-                for left in reversed(range(TRIES)):
-                    try:
-                        self._try(route, programs)
-                    except Raced:
-                        if not left:
-                            raise
-                        self._remove(route)
-                    else:
-                        return
-            except BaseException:
-                self._remove(route)
-                raise
+            self._hang(route)
 
-    def _try(self, route: Route, programs: tuple[tuple[int, int], ...]) -> None:
+    def _mend(self) -> bool:
+        with open_route(f"port {self.port.ifname}") as route, self._journal.lock():
+            there = set(list_filters(route, self.ifindex))
+            if len(self._mine) == len(self._programs) and there.issuperset(self._mine):
+                return False
+            if not read_kinds(route, self.ifindex):  # no qdisc at all: the port is gone
+                return False
+            self._remove(route)
+            self._hang(route)
+            return True
+
+    def _hang(self, route: Route) -> None:
+        try:
+            for left in reversed(range(TRIES)):
+                try:
+                    self._try(route)
+                except Raced:
+                    if not left:
+                        raise
+                    self._remove(route)
+                else:
+                    return
+        except BaseException:
+            self._remove(route)
+            raise
+
+    def _try(self, route: Route) -> None:
         kinds = read_kinds(route, self.ifindex)
         if "ingress" in kinds:  # it shares its handle with clsact
             raise ForeignIngress(self.port)
@@ -119,7 +145,7 @@ class Attachment:
             self._made_qdisc = make_qdisc(route, self.ifindex)
             if not self._made_qdisc:  # somebody else was faster
                 self._journal.remove(self._place)
-        for parent, fd in programs:
+        for parent, fd in self._programs:
             self._add(route, parent, fd)
 
     def _add(self, route: Route, parent: int, fd: int) -> None:
@@ -146,6 +172,9 @@ class Attachment:
         for mine in self._mine:
             if mine in there:  # somebody else may sit at our place by now
                 delete(route, self.ifindex, mine)
+        if self._mine and not any(found.ours for found in there):  # then the qdisc may be another one, not ours
+            self._made_qdisc = False
+            self._journal.remove(self._place)
         self._mine.clear()
         remove_orphans(route, self.ifindex, self.port.ifname)
         if self._made_qdisc or self._journal.read(self._place) is not None:

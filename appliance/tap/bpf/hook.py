@@ -26,6 +26,7 @@ class Hook:
     ifindex: int
     swapped: bool
     detach: Callable[[], None]
+    mend: Callable[[], bool]  # hang it again where somebody took it away; whether that was necessary
 
 
 def hang(port: GuestPort, programs: Mapping[str, int]) -> Hook:
@@ -37,7 +38,8 @@ def hang(port: GuestPort, programs: Mapping[str, int]) -> Hook:
     else:
         ingress, egress = ("to_guest", "from_guest") if swapped else ("from_guest", "to_guest")
         hung = Attachment(port, programs[ingress], programs[egress])
-    return Hook(port, hung.ifindex, swapped, hung.detach)
+    mend = hung.mend if isinstance(hung, Attachment) else lambda: False  # nobody takes a packet socket away
+    return Hook(port, hung.ifindex, swapped, hung.detach, mend)
 
 
 def open_ring(transport: Transport, events: Map, size: int) -> Ring | PerfRing:

@@ -9,6 +9,7 @@ from typing import Final
 
 from appliance.tap.netns import call_in_netns
 
+SIOCGIFNAME: Final = 0x8910
 SIOCGIFINDEX: Final = 0x8933  # include/uapi/linux/sockios.h
 
 
@@ -25,6 +26,14 @@ class Netdevs:
         except OSError:
             return 0
         return int.from_bytes(answer[16:20], "little")
+
+    def has(self, ifindex: int) -> bool:
+        """Whether there still is an interface of this index, under whatever name."""
+        try:
+            ioctl(self._socket, SIOCGIFNAME, pack("=16xi20x", ifindex))
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """May be called twice."""

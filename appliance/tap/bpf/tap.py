@@ -6,6 +6,7 @@ only ever counted by the kernel. A sweep (``sweep.py``) makes up for what the ri
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from appliance.model import (
     TapStats,
 )
 from appliance.tap.bpf import forge, layout
+from appliance.tap.bpf.guard import Guard
 from appliance.tap.bpf.hand import Hand, parse_mac
 from appliance.tap.bpf.heart import PATIENCE_S, Heart
 from appliance.tap.bpf.hook import Hook, hang, open_ring
@@ -44,6 +46,7 @@ from appliance.tap.bpf.talk import Talk
 BATCH: Final = 256
 MAX_DATA: Final = 2048
 CHECK_NS: Final = 250_000_000
+_log: Final = logging.getLogger("parasight.tap")
 _REASONS: Final = (FlowEnd.FIN, FlowEnd.RST, FlowEnd.IDLE)
 
 
@@ -90,6 +93,8 @@ class KernelTap:
             undo.callback(self._ring.close)
             self._netdevs = Netdevs(netns)
             undo.callback(self._netdevs.close)
+            self._guard = Guard(netns)
+            undo.callback(self._guard.close)
             self._heart = Heart(self._maps["ports"], fail_closed=fail_closed, patience_s=patience_s)
             inject = self._loaded.programs.get("inject", -1)
             self._injector = Injector(netns, inject, self._maps["tail"], self._heart.mark)
@@ -119,6 +124,7 @@ class KernelTap:
         self._heart.beat_if_due(now_ns)
         if now_ns >= self._next_check_ns:
             self._check_losses(now_ns)
+            self._mend_hooks()
         for at in self._ring.records(BATCH):
             if self._take(at, events):
                 break
@@ -170,6 +176,7 @@ class KernelTap:
         self._injector.close()
         self._loaded.close()
         self._netdevs.close()
+        self._guard.close()
         return events
 
     def beat(self) -> None:
@@ -326,7 +333,18 @@ class KernelTap:
                 self._maps["macs"].update(layout.MAC.pack(hook.ifindex, address), bytes(8))
 
     def _check_ports(self) -> None:
-        self._gone = all(self._netdevs.find(hook.port.ifname) != hook.ifindex for hook in self._hooks)
+        self._gone = not any(self._netdevs.has(hook.ifindex) for hook in self._hooks)
+
+    def _mend_hooks(self) -> None:
+        """A foreign hand in traffic control may have taken our filters away; then nothing would be seen or held."""
+        if not self._guard.has_changed({hook.ifindex for hook in self._hooks}):
+            return
+        for hook in self._hooks:
+            try:
+                if hook.mend():
+                    _log.warning("our filters on port %s had been taken away: they hang again", hook.port.ifname)
+            except HostError as error:
+                _log.warning("our filters were taken away, and nothing is seen or held any more: %s", error)
 
     def _must_act(self) -> None:
         if not self._acts:

@@ -316,11 +316,15 @@ def test_a_port_that_moved_to_another_namespace_is_gone(world) -> None:
     assert clean(world.host_path) == []
 
 
-def test_a_port_that_was_renamed_is_freed_all_the_same(world) -> None:
+def test_a_port_that_was_renamed_is_still_the_port_and_is_freed(world) -> None:
     before = seen(world)
     tap = open_kernel(world)
     ip("-n", world.host, "link", "set", PORT, "down")
     ip("-n", world.host, "link", "set", PORT, "name", "renamed0")
+    ip("-n", world.host, "link", "set", "renamed0", "up")
+    assert not gone_within_2_s(tap), "its index is its identity"
+    udp_talk(world, HOST_IP, from_guest=True, timeout_s=30)
+    collect(tap, lambda events: any(isinstance(event, FlowStarted) for event in events), timeout_s=30)
     tap.close()
     assert seen(world, "renamed0") == before.replace(PORT, "renamed0")
     assert Journal().notes() == []
