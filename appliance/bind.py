@@ -33,7 +33,7 @@ OLD_NS = 1000 * MS  # a socket cannot be gone from a TCP connection of this age 
 
 SPOOFED_MAC, SPOOFED_IP = "spoofed-mac", "spoofed-ip"  # kinds of evidence
 ALARM_REST_NS = 60_000 * MS  # one forged address is one alarm a minute, whatever is sent from it
-MAX_ALARMS = 4096  # forged addresses that are remembered
+MAX_ALARMS = 32  # and so many of them in that time: who forges one address forges a million
 
 _ANSWER_RANK = {Match.EXACT: 4, Match.KERNEL: 3, Match.LISTENER: 2, Match.UNCONNECTED: 2, Match.NONE: 0}
 _LASTING_MISSES = (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY, Reason.TIME_WAIT, Reason.ORPHAN)
@@ -151,19 +151,14 @@ class Forgeries:
 
     def loudest(self, evidence: tuple[Evidence, ...], at_ns: int) -> Evidence | None:
         """The first claim of a forged address that is worth an alarm now; None: there is none, or it was told."""
+        while self._told and at_ns - next(iter(self._told.values())) >= ALARM_REST_NS:
+            self._told.popitem(last=False)
         found = None
         for item in evidence:
-            if item.kind not in (SPOOFED_MAC, SPOOFED_IP):
-                continue
             key = item.kind, item.detail
-            told_ns = self._told.get(key)
-            if told_ns is not None and at_ns - told_ns < ALARM_REST_NS:
-                continue
-            self._told[key] = at_ns
-            self._told.move_to_end(key)
-            if len(self._told) > MAX_ALARMS:
-                self._told.popitem(last=False)
-            found = found or item
+            if item.kind in (SPOOFED_MAC, SPOOFED_IP) and key not in self._told and len(self._told) < MAX_ALARMS:
+                self._told[key] = at_ns
+                found = found or item
         return found
 
 

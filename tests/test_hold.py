@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from appliance.bind import MAX_ALARMS
 from appliance.engine import LEAD_NS, MAX_WAITING, Engine
 from appliance.messages import (
     Decided,
@@ -328,3 +329,13 @@ def test_a_forged_ip_address_that_the_eye_tells_of_is_an_alarm():
     finding = Finding(Match.NONE, reason=Reason.FORWARDED, evidence=(claim,), final=True)
     stage = Stage(finding=finding).start(flow(1), held=False).start(flow(2), held=False)
     assert [report.verdict.judgement.alert for report in stage.reports] == [True, False]
+
+
+def test_who_forges_a_thousand_addresses_raises_a_few_alarms_a_minute():
+    stage = Stage(Rules(Decision.ALLOW))
+    for number in range(1000):
+        mac = f"02:00:00:00:{number >> 8:02x}:{number & 255:02x}"
+        stage.start(replace(flow(number, started_ns=1 + number * 100 * MS), spoofed_mac=mac))
+    alarms = [report.verdict.at_ns // (60_000 * MS) for report in stage.reports if report.verdict.judgement.alert]
+    assert [alarms.count(minute) for minute in (0, 1)] == [MAX_ALARMS, MAX_ALARMS]
+    assert len(stage.reports) == 1000

@@ -140,7 +140,7 @@ RECORDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "net_device": (
         "include/linux/netdevice.h",
-        ("net_device.dev_list.next", "net_device.ip_ptr", "net_device.ip6_ptr?"),
+        ("net_device.dev_list.next", "net_device.ip_ptr", "net_device.ip6_ptr?", "net_device.promiscuity?"),
     ),
     "in_ifaddr": (
         "include/linux/inetdevice.h",
@@ -188,7 +188,9 @@ OFFSETS: Final[dict[str, str]] = {
     "net.packet.sklist": "net.packet.sklist?",
     "net_device.dev_list": "net_device.dev_list",
     "in_device.ifa_list": "in_device.ifa_list",
+    "in_device.forwarding": "in_device.cnf.data?",  # its first: IPV4_DEVCONF_FORWARDING, include/uapi/linux/ip.h
     "inet6_dev.addr_list": "inet6_dev.addr_list?",
+    "inet6_dev.forwarding": "inet6_dev.cnf.forwarding?",  # include/linux/ipv6.h
     "inet6_ifaddr.if_list": "inet6_ifaddr.if_list?",
     "tk_data.timekeeper": "tk_data.timekeeper?",
     "fs.root.mnt": "fs_struct.root.mnt",  # include/linux/fs_struct.h

@@ -170,7 +170,7 @@ class Lookup:
         if number == UDP_LITE:
             return self._udp(flow, key, lite=True)
         if self._namespaces.is_foreign(key.address, self._looks):
-            return Finding(Match.NONE, reason=Reason.FORWARDED)
+            return self._of_nobody_here(flow)
         if number in PORTED:
             return self._nobody(flow, key)
         if number in ICMP_NUMBERS and flow.direction is Direction.IN:
@@ -188,7 +188,7 @@ class Lookup:
     def _nobody(self, flow: Flow, key: Key, holders: list[Finding] | None = None) -> Finding:
         """No socket of this tuple: why. The reason stays open where only the flow's further life can tell."""
         if self._namespaces.is_foreign(key.address, self._looks):
-            return Finding(Match.NONE, reason=Reason.FORWARDED)
+            return self._of_nobody_here(flow)
         came_in = flow.direction is Direction.IN
         evidence = tuple(
             Evidence(
@@ -208,6 +208,19 @@ class Lookup:
         closed = came_in and not flow.midstream and flow.tuple.protocol in transports
         certain = closed and not self._probe.torn and self._namespaces.of_address(key.address)
         return Finding(Match.NONE, reason=Reason.CLOSED if certain else None)
+
+    def _of_nobody_here(self, flow: Flow) -> Finding:
+        """None of the guest's own addresses: it passes this on for somebody else, or it has forged the address.
+
+        With another MAC address than its own it may be a bridge of the guest's that passes it on; that is told anyway.
+        """
+        local = flow.tuple.local.ip
+        evidence: tuple[Evidence, ...] = ()
+        sent = flow.direction is Direction.OUT and not flow.midstream and flow.spoofed_mac is None
+        if sent and not self._namespaces.is_relaying(local.version):
+            claim = f"the guest sent this from {local}, which nothing in it has, and it forwards for nobody"
+            evidence = (Evidence(claim, "spoofed-ip", detail=str(local), weight=1),)
+        return Finding(Match.NONE, reason=Reason.FORWARDED, evidence=evidence)
 
     def _rare_sockets(self) -> list[Raw]:
         """Raw, ping and packet sockets, looked for again after a rest: misses come as often as any user likes."""

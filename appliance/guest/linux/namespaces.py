@@ -74,6 +74,7 @@ class Namespaces:
         self._addresses = Addresses(kernel, facts)
         self._own: dict[int, set[bytes]] = {}  # addresses by namespace, as far as anybody asked
         self._vague: set[int] = set()  # namespaces not all of whose addresses could be read
+        self._relayed: set[int] = set()  # IP versions that some device forwards, as far as anybody asked
         self._reads = MAX_READS
         self._tcp_tables: dict[int, Hashinfo | None] = {}
         self._udp_tables: dict[int, UdpTable | None] = {}
@@ -102,6 +103,7 @@ class Namespaces:
         self._udp_tables.clear()
         self._own.clear()
         self._vague.clear()
+        self._relayed.clear()
         self._reads = MAX_READS
         found: dict[int, Namespace] = {}
         try:
@@ -150,6 +152,10 @@ class Namespaces:
         fresh = self.looks > since or self.refresh()
         return fresh and not self._having(address) and not self._vague
 
+    def is_relaying(self, version: int) -> bool:
+        """Whether the guest may pass on packets of others, as the look that ``is_foreign`` asked has shown."""
+        return bool(self._vague) or version in self._relayed
+
     def having(self, address: bytes) -> list[Namespace]:
         """The namespaces that have this address, as far as the last look knows."""
         return list(self.all.values()) if is_everywhere(address) else self._having(address)
@@ -160,7 +166,7 @@ class Namespaces:
     def _own_addresses(self, namespace: Namespace) -> set[bytes]:
         found = self._own.get(namespace.va)
         if found is None:
-            found, left = self._addresses.read(namespace, self._reads)
+            found, left = self._addresses.read(namespace, self._reads, self._relayed)
             self._own[namespace.va] = found
             if left is None:
                 self._vague.add(namespace.va)
@@ -203,32 +209,44 @@ class Addresses:
         self._ifaddr = facts.record("in_ifaddr")
         self._addr_list = facts.find("inet6_dev.addr_list")
         self._if_list = facts.find("inet6_ifaddr.if_list")
+        self._forwarding = {4: facts.find("in_device.forwarding"), 6: facts.find("inet6_dev.forwarding")}
         self._ifaddr6 = facts.record("inet6_ifaddr")
 
-    def read(self, namespace: Namespace, reads: int) -> tuple[set[bytes], int | None]:
+    def read(self, namespace: Namespace, reads: int, relayed: set[int]) -> tuple[set[bytes], int | None]:
         """Addresses of a namespace: 4 or 16 bytes each, IPv4 broadcast addresses included.
 
+        Adds to ``relayed`` the IP versions that a device of it forwards, or may pass on as the port of a bridge.
         Also returns what is left of ``reads``, None when that or the lists' bounds did not suffice, or one was broken.
         """
         found: set[bytes] = set()
         budget = _Budget(reads)
         try:
-            for in_dev, inet6_dev in self._devices(namespace, budget):
+            for in_dev, inet6_dev, promiscuity in self._devices(namespace, budget):
+                if promiscuity:  # a bridge makes its ports so, and whoever listens with a packet socket may
+                    relayed.update((4, 6))
                 if is_object(in_dev):
+                    self._note_forwarding(4, in_dev, relayed)
                     found.update(self._v4(in_dev, budget))
                 if is_object(inet6_dev):
+                    self._note_forwarding(6, inet6_dev, relayed)
                     found.update(self._v6(inet6_dev, budget))
         except UnreadableMemory:
             return found, None  # a device that goes away while we look; what was found so far holds
         return found, budget.left
 
-    def _devices(self, namespace: Namespace, budget: _Budget) -> Iterator[tuple[int, int]]:
+    def _note_forwarding(self, version: int, va: int, relayed: set[int]) -> None:
+        """``net.ipv4.conf.DEVICE.forwarding`` and that of IPv6; where they cannot be found, nothing is certain."""
+        offset = self._forwarding[version]
+        if offset is None or self._kernel.u32(va + offset):
+            relayed.add(version)
+
+    def _devices(self, namespace: Namespace, budget: _Budget) -> Iterator[tuple[int, int, int]]:
         node, head = namespace.devices, namespace.va + self._dev_head
         while node != head:
             device = node - self._dev_list
             budget.take(device, device=True)
-            node, in_dev, inet6_dev = self._device.parse(self._kernel.read(*self._device.span(device)))
-            yield in_dev, inet6_dev
+            node, in_dev, inet6_dev, promiscuity = self._device.parse(self._kernel.read(*self._device.span(device)))
+            yield in_dev, inet6_dev, promiscuity
 
     def _v4(self, in_dev: int, budget: _Budget) -> Iterator[bytes]:
         """``in_device.ifa_list`` (include/linux/inetdevice.h)."""

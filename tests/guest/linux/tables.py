@@ -50,7 +50,7 @@ class Layout:
         net=[(8, 8), (16, 4), (20, 4), (24, 8), (32, 8), (40, 8), (48, 8)],
         inet_hashinfo=[(0, 8), (8, 4), (16, 8), (24, 4)],
         udp_table=[(0, 8), (8, 4)],
-        net_device=[(0, 8), (8, 8), (16, 8)],
+        net_device=[(0, 8), (8, 8), (16, 8), (24, 4)],
         in_ifaddr=[(0, 8), (8, 4), (12, 4), (16, 4)],
         inet6_ifaddr=[(0, 8), (8, 16)],
         listen_node=[(0, 8)],
@@ -59,6 +59,7 @@ class Layout:
         "sk.node": 0, "tw.substate": 80, "lhash2.head": 0, "udp_hslot.head": 0, "raw.ht": 0, "net.list": 8,
         "net.dev_base_head": 24, "net.packet.sklist": 48, "net_device.dev_list": 0, "in_device.ifa_list": 0,
         "inet6_dev.addr_list": 0, "inet6_ifaddr.if_list": 0,
+        "in_device.forwarding": 8, "inet6_dev.forwarding": 8,
     }  # fmt: skip
 
     def __init__(self, symbols):
@@ -138,6 +139,9 @@ class World:
                 found.append(None)
         return found
 
+    def u32(self, va):
+        return int.from_bytes(self.read(va, 4), "little")
+
     def u64(self, va):
         return int.from_bytes(self.read(va, 8), "little")
 
@@ -166,9 +170,10 @@ class World:
         self.device(va, *addresses)
         return va
 
-    def device(self, net, *addresses):
+    def device(self, net, *addresses, forwards=(), promiscuity=0):
+        """``forwards``: the IP versions it forwards."""
         v4 = v6 = 0
-        inet6 = self.put("<Q", 0)
+        inet6 = self.put("<QI", 0, 6 in forwards)
         for address in map(ip_address, addresses):
             if address.version == 4:
                 local = int.from_bytes(address.packed, "little")
@@ -176,7 +181,8 @@ class World:
             else:
                 v6 = self.put("<Q16s", v6 or inet6, address.packed)
         self.poke(inet6, v6 or inet6)
-        device = self.put("<QQQ", self.u64(net + 24), self.put("<Q", v4), inet6)
+        inet = self.put("<QI", v4, 4 in forwards)
+        device = self.put("<QQQI", self.u64(net + 24), inet, inet6, promiscuity)
         self.poke(net + 24, device)
         return device
 

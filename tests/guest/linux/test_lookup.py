@@ -49,6 +49,39 @@ def test_an_exact_socket_owns_its_tuple_whatever_the_address(world):
     assert answer(world.find(flow("udp", ELSEWHERE, 80))) == (Match.EXACT, None, [20])
 
 
+def forged(finding):
+    return [(claim.kind, claim.detail) for claim in finding.evidence]
+
+
+@pytest.mark.parametrize(("address", "remote"), [(ELSEWHERE, "192.0.2.9"), ("fd99::1", "2001:db8::9")])
+@pytest.mark.parametrize("protocol", ["tcp", "udp", "icmp"])
+def test_an_address_of_nobody_in_a_guest_that_forwards_nothing_is_forged(world, protocol, address, remote):
+    world.build()
+    found = world.find(flow(protocol, address, 80, remote))
+    assert answer(found) == (Match.NONE, Reason.FORWARDED, [])
+    assert forged(found) == [("spoofed-ip", address)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"direction": IN}, {"midstream": True}, {"spoofed_mac": "02:00:00:00:00:66"}],
+    ids=["incoming", "midstream", "of another MAC address"],
+)
+def test_what_the_guest_may_only_have_passed_on_is_not_called_forged(world, more):
+    assert forged(world.build().find(flow("tcp", ELSEWHERE, 80, **more))) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "v4", "v6"), [({"forwards": (4,)}, 0, 1), ({"forwards": (6,)}, 1, 0), ({"promiscuity": 1}, 0, 0)]
+)
+def test_a_guest_that_forwards_or_bridges_forges_nothing(world, device, v4, v6):
+    other = world.namespace()
+    world.device(other, "10.1.0.1", **device)
+    world.build()
+    assert len(forged(world.find(flow("udp", ELSEWHERE, 80)))) == v4
+    assert len(forged(world.find(flow("udp", "fd99::1", 80, "2001:db8::9")))) == v6
+
+
 @pytest.mark.parametrize("address", ["255.255.255.255", "224.0.0.251", "0.0.0.0", "127.0.0.1"])
 def test_groups_broadcasts_and_no_address_yet_are_everybodys(world, address):
     world.datagram("0.0.0.0", 68, by=DNS)
