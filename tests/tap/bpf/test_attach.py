@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -271,6 +272,31 @@ def test_two_taps_on_one_port_do_not_disturb_each_other(world, foreign, first_le
     assert any(isinstance(event, FlowStarted) for event in told)
     stays.close()
     assert seen(world) == before, "the last one takes the qdisc along"
+    assert Journal().notes() == []
+
+
+def test_many_that_come_and_go_at_once_leave_the_port_as_it_was(world) -> None:
+    before = seen(world)
+    failures: list[BaseException] = []
+
+    def come_and_go(programs) -> None:
+        try:
+            for _ in range(6):
+                attached = Attachment(port, programs["from_guest"], programs["to_guest"])
+                assert not attached.mend(), "nobody took it away"
+                attached.detach()
+        except BaseException as error:
+            failures.append(error)
+
+    port = GuestPort(PORT, netns=world.host_path)
+    with loaded() as programs:
+        threads = [threading.Thread(target=come_and_go, args=(programs,)) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert seen(world) == before
     assert Journal().notes() == []
 
 
