@@ -16,6 +16,7 @@ from appliance.tap.bpf.layout import KEY
 TCP: Final = 6
 UDP: Final = 17
 FIN, SYN, RST, PSH, ACK, CWR = 1, 2, 4, 8, 16, 128
+MAX_PIECES: Final = 64  # of one frame
 _VLANS: Final = frozenset({0x8100, 0x88A8, 0x9100})
 _EXTENSIONS: Final = frozenset({0, 43, 44, 51, 60, 135, 139, 140})
 _ROUTING: Final = 43
@@ -182,8 +183,9 @@ def _segment(frame: bytes, shape: Shape, gso_size: int, cut: bool) -> list[bytes
     pieces = [payload[at : at + gso_size] for at in range(0, len(payload), gso_size)] or [b""]
     if cut and len(pieces[-1]) < gso_size and shape.protocol == UDP:
         pieces.pop()  # half a datagram is none
+    cut = cut or len(pieces) > MAX_PIECES  # the guest chose the size; TCP repeats the rest
     made = []
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(pieces[:MAX_PIECES]):
         whole = bytearray(heads + piece)
         stop = len(whole)
         size = stop - shape.network

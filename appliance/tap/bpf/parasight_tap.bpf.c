@@ -667,7 +667,7 @@ static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f
 		}
 		if (size > max)
 			size = max;
-		if (f->hold == ARMED || f->hold == (ARMED | DENY))
+		if (kind & HELD && (f->hold & ~DENY) == ARMED)
 			size = 0; /* it passes; only its payload will wait */
 		asm volatile("" : "+r"(size)); /* so that the verifier sees the next check */
 		if (!size || size > MAX_FRAME || load_bytes(skb, at, s->data, size)) {

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from struct import pack, unpack
 
 from appliance.flow.community import community_id
 from appliance.model import FlowEnded, FlowEvent, FlowPayload, FlowStarted, GuestId, GuestPort
@@ -183,7 +184,9 @@ class Sniffer:
         self.sock = call_in_netns(host.path, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
         call_in_netns(host.path, lambda: self.sock.bind(("eth0", 3)))
         self.sock.settimeout(0)
+        self.sock.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA
         self._frames: list[bytes] = []
+        self._tagged: list[bytes] = []
 
     def frames(self, protocol: int) -> list[bytes]:
         """All incoming IP packets of this protocol so far."""
@@ -200,6 +203,17 @@ class Sniffer:
             if (frame[12:14] == b"\x08\x00" and frame[23] == protocol)
             or (frame[12:14] == b"\x86\xdd" and frame[20] == protocol)
         ]
+
+    def tagged(self) -> list[bytes]:
+        """All incoming frames so far that have a VLAN tag, with that put back (packet(7), PACKET_AUXDATA)."""
+        while True:
+            try:
+                data, extra, _, where = self.sock.recvmsg(1 << 17, 64)
+            except BlockingIOError:
+                return self._tagged
+            _, _, _, _, _, tci, tpid = unpack("=IIIHHHH", extra[0][2])
+            if where[2] != 4 and tpid:
+                self._tagged.append(data[:12] + pack("!HH", tpid, tci) + data[12:])
 
     def __enter__(self) -> Sniffer:
         return self

@@ -9,8 +9,8 @@ import pytest
 from appliance.model import FlowEnd, FlowEnded, FlowPayload, FlowStarted
 from appliance.tap.bpf import layout, loader, sweep
 from appliance.tap.netns import call_in_netns
-from tests.tap.bpf.both import collect, drain, open_kernel, tcp_talk, udp_talk, wait_for
-from tests.tap.world import GUEST_IP, HOST_IP, HOST_IP6, make_world
+from tests.tap.bpf.both import collect, drain, open_kernel, packet_socket, tcp_talk, udp_talk, wait_for
+from tests.tap.world import GUEST_IP, GUEST_MAC, HOST_IP, HOST_IP6, make_world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
 
@@ -171,3 +171,49 @@ def test_the_probe_loads_it() -> None:
     assert loader.probe().ok
     assert layout.EVENT.size % 8 == layout.FLOW.size % 8 == layout.STATS.size % 8 == 0
     assert layout.FLOW.size == layout.SWEPT.size
+
+
+def test_a_source_mac_that_the_port_was_not_given_is_told(world, tap) -> None:
+    from scapy.layers.inet import IP, UDP
+    from scapy.layers.l2 import Ether
+
+    with packet_socket(world.guest_path, "eth0") as raw:
+        for port, mac in ((7001, GUEST_MAC), (7002, "02:00:00:00:00:66")):
+            packet = Ether(src=mac, dst="02:00:00:00:00:01") / IP(src=GUEST_IP, dst=HOST_IP) / UDP(dport=port) / b"x"
+            raw.send(bytes(packet))
+    flows = starts(collect(tap, lambda events: len(starts(events)) >= 2))
+    spoofs = {flow.tuple.remote.port: flow.spoofed_mac for flow in flows if flow.ip_protocol == 17}
+    assert spoofs == {7001: None, 7002: "02:00:00:00:00:66"}
+
+
+@pytest.mark.parametrize("address", [HOST_IP, HOST_IP6])
+def test_an_icmp_error_is_counted_on_the_flow_that_it_quotes(world, tap, address) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with call_in_netns(world.guest_path, lambda: socket.socket(family, socket.SOCK_DGRAM)) as guest:
+        guest.connect((address, 9))
+        guest.send(b"nobody listens")
+        with pytest.raises(ConnectionRefusedError):
+            guest.settimeout(30)
+            guest.recv(10)
+    (flow,) = starts(collect(tap, starts))
+
+    def errors() -> list[int]:
+        values = b"".join(values for _, values in tap._maps["flows"].read_batches())
+        return [value[-1] for value in layout.FLOW.iter_unpack(values)]
+
+    assert wait_for(lambda: max(errors(), default=0)) == 1
+    assert dict(tap.stats().ignored)["icmp-error"] == 1
+    assert len(starts(drain(tap))) == 0, "it is no flow"
+    assert flow.tuple.remote.port == 9
+
+
+def test_after_hours_of_silence_verdicts_are_removed_with_their_flows(world, tap, monkeypatch) -> None:
+    echo = Echo(world, tap, 7001)
+    assert echo.works()
+    (flow,) = starts(collect(tap, starts))
+    assert tap.block(flow.id)
+    assert not echo.works()
+    monkeypatch.setattr(sweep, "TIMEOUT_NS", (100_000_000,) * 11)
+    collect(tap, lambda _: not tap._hand._entries)
+    assert not list(tap._maps["verdicts"].read_batches())
+    assert echo.works(), "a new flow, which nobody judged"
