@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from appliance.model import Direction, FlowEnd, FlowEnded, FlowPayload, FlowStarted
+from appliance.model import Direction, FlowEnd, FlowEnded, FlowPayload, FlowStarted, HoldPolicy
 from appliance.tap.bpf import perf
 from appliance.tap.bpf.layout import Transport
 from appliance.tap.bpf.perf import choose_size, read_online
@@ -139,6 +139,33 @@ def test_its_descriptor_is_readable_as_long_as_something_waits(world, guest) -> 
         seen += len(starts(tap.poll(0)))
     tap.poll(0)
     assert not select.select([tap], [], [], 0)[0]
+    tap.close()
+
+
+def test_a_connection_is_held_with_its_whole_frame_and_released_or_refused(world) -> None:
+    tap = open_kernel(world, transport=Transport.PERF, patience_s=PATIENCE_S)
+    tap.hold_new(HoldPolicy(deadline_s=PATIENCE_S))
+    results: list[str] = []
+
+    def connect() -> None:
+        with call_in_netns(world.guest_path, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as client:
+            client.settimeout(PATIENCE_S)
+            try:
+                client.connect((HOST_IP, 8080))
+                results.append("connected")
+            except ConnectionRefusedError:
+                results.append("refused")
+
+    with call_in_netns(world.host_path, lambda: socket.create_server((HOST_IP, 8080))):
+        for act in (tap.release, tap.block):
+            client = threading.Thread(target=connect)
+            client.start()
+            is_held = lambda told: any(isinstance(one, FlowStarted) and one.held for one in told)  # noqa: E731
+            events = collect_until(tap, is_held)
+            (flow,) = [event.flow for event in events if isinstance(event, FlowStarted) and event.held]
+            assert act(flow.id)
+            client.join()
+    assert results == ["connected", "refused"]
     tap.close()
 
 
