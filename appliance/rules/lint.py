@@ -1,4 +1,4 @@
-"""What is wrong across the blocks of a file, and across files: names that lead nowhere, ties, rules without effect.
+"""What is wrong across the blocks of a file, and across files: names that lead nowhere, entries that contradict, ties.
 
 These checks read the plain data, not the validated models, so that a typo elsewhere hides none of them.
 """
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from appliance.errors import Problem
-from appliance.rules.acts import REDIRECT
 from appliance.rules.compile import conditions_of, rank_of
 from appliance.rules.conditions import Condition, ParentIs, TextIs, UserIs, can_coincide
 from appliance.rules.globs import Glob
@@ -24,7 +22,6 @@ from appliance.rules.text import Document, Path
 from appliance.rules.values import RESERVED, guess, parse_member
 
 MAX_TIES = 1000  # told; whoever has more of them has one mistake, not a thousand
-_COMM = 15  # bytes of a Linux process name
 _WILD = re.compile(r"\*+|\?")
 _SEPARATOR = re.compile(r"[/\\]")
 
@@ -36,11 +33,6 @@ def check(document: Document) -> None:
     _check_entries(document)
     _check_names(document)
     _check_tests(document)
-
-
-def warnings(document: Document) -> list[Problem]:
-    """What is allowed, but surely not meant."""
-    return [*_unused_lists(document), *_profile_warnings(document), *_mode_warnings(document)]
 
 
 def _refuse_nothing(document: Document) -> None:
@@ -63,8 +55,8 @@ def _walk(value: object, path: Path) -> Iterator[tuple[Path, object]]:
 
 
 def _check_lists(document: Document) -> None:
-    known = _dict(document.data, "spec", "lists")
-    for path, name in _list_uses(document):
+    known = mapping(document.data, "spec", "lists")
+    for path, name in list_uses(document):
         if name not in known:
             near = guess(name, [str(key) for key in known])
             document.report(path, f"there is no list '{name}'", near or "define it under spec.lists")
@@ -101,36 +93,38 @@ def _check_entries(document: Document) -> None:
             document.report((*path, ports[0]), f"{protocols[0]} has no ports", "leave them out", at_key=True)
 
 
-def _list_uses(document: Document) -> Iterator[tuple[Path, str]]:
+def list_uses(document: Document) -> Iterator[tuple[Path, str]]:
+    """The lists that entries name, each with its place."""
     for path, entry in _entries(document):
         for side in ("to", "from"):
             for inner in ((side,), (side, "except")):
-                names = _get(entry, *inner, "list")
+                names = get(entry, *inner, "list")
                 for i, name in enumerate(names if isinstance(names, list) else [names]):
                     if isinstance(name, str | int) and not isinstance(name, bool):
                         yield (*path, *inner, "list", i), str(name)
 
 
 def _entries(document: Document) -> Iterator[tuple[Path, dict[str, object]]]:
-    sections = [(("spec", name), _get(document.data, "spec", name)) for name in ("otherwise", "kernel")]
-    for section_path, section in (*sections, *_profiles(document)):
+    sections = [(("spec", name), get(document.data, "spec", name)) for name in ("otherwise", "kernel")]
+    for section_path, section in (*sections, *profiles(document)):
         for kind in ("allow", "deny"):
-            entries = _get(section, kind)
+            entries = get(section, kind)
             for i, entry in enumerate(entries if isinstance(entries, list) else ()):
                 if isinstance(entry, dict):
                     yield (*section_path, kind, i), entry
 
 
-def _profiles(document: Document) -> Iterator[tuple[Path, dict[str, object]]]:
-    profiles = _get(document.data, "spec", "processes")
-    for i, profile in enumerate(profiles if isinstance(profiles, list) else ()):
+def profiles(document: Document) -> Iterator[tuple[Path, dict[str, object]]]:
+    """The profiles, each with its place."""
+    found = get(document.data, "spec", "processes")
+    for i, profile in enumerate(found if isinstance(found, list) else ()):
         if isinstance(profile, dict):
             yield ("spec", "processes", i), profile
 
 
 def _check_names(document: Document) -> None:
     seen: dict[str, int] = {}
-    for path, profile in _profiles(document):
+    for path, profile in profiles(document):
         name = str(profile.get("name"))
         if name in seen:
             document.report((*path, "name"), f"a profile '{name}' exists already", f"it is in line {seen[name]}")
@@ -139,10 +133,10 @@ def _check_names(document: Document) -> None:
 
 
 def _check_tests(document: Document) -> None:
-    known = [str(profile.get("name")) for _, profile in _profiles(document)] + list(RESERVED)
-    tests = _get(document.data, "tests")
+    known = [str(profile.get("name")) for _, profile in profiles(document)] + list(RESERVED)
+    tests = get(document.data, "tests")
     for i, case in enumerate(tests if isinstance(tests, list) else ()):
-        rule = _get(case, "expect", "rule")
+        rule = get(case, "expect", "rule")
         if isinstance(rule, str) and rule not in known:
             document.report(("tests", i, "expect", "rule"), f"there is no profile '{rule}'", guess(rule, known))
 
@@ -248,9 +242,9 @@ def _tie(first: _Candidate, second: _Candidate) -> bool:
 
 
 def _candidates(document: Document) -> Iterator[_Candidate]:
-    os = _get(document.data, "spec", "applies_to", "os")
-    for path, profile in _profiles(document):
-        matching = _matching(profile)
+    os = get(document.data, "spec", "applies_to", "os")
+    for path, profile in profiles(document):
+        matching = matching_of(profile)
         if matching is None:
             continue
         given = profile.get("priority", 0)
@@ -261,105 +255,22 @@ def _candidates(document: Document) -> Iterator[_Candidate]:
             yield _Candidate(document, path, name, os if isinstance(os, str) else None, rank, conditions, image)
 
 
-def _matching(profile: dict[str, object]) -> Matching | None:
+def matching_of(profile: dict[str, object]) -> Matching | None:
+    """A profile's match, None where it is broken."""
     try:
         return MATCHING.validate_python(profile.get("match"))
     except ValidationError:
         return None  # reported where the whole file is validated
 
 
-# -- warnings --
-
-
-def _unused_lists(document: Document) -> Iterator[Problem]:
-    used = {name for _, name in _list_uses(document)}
-    for name in _dict(document.data, "spec", "lists"):
-        if name not in used:
-            yield document.problem(("spec", "lists", name), f"the list '{name}' is not used", at_key=True)
-
-
-def _profile_warnings(document: Document) -> Iterator[Problem]:
-    os = _get(document.data, "spec", "applies_to", "os")
-    for path, profile in _profiles(document):
-        name = profile.get("name")
-        if "id" not in profile:
-            yield document.problem(path, f"'{name}' has no id", "give it a UUID, so that it can be renamed later")
-        matching = _matching(profile)
-        if matching is not None:
-            yield from _never_matches(document, path, matching, os)
-        allow = profile.get("allow")
-        if not isinstance(allow, list):
-            continue
-        if profile.get("default") == "allow" and allow:
-            yield document.problem(
-                (*path, "allow"), f"'{name}' allows by default: its allow entries have no effect", at_key=True
-            )
-        for i, entry in enumerate(allow):
-            if profile.get("default") == "deny" and not entry.keys() - {"id", "description", "references", "expires"}:
-                yield document.problem((*path, "allow", i), f"this entry allows '{name}' everything")
-
-
-def _mode_warnings(document: Document) -> Iterator[Problem]:
-    """A mode and what stands beside it must mean the same."""
-    spec = _dict(document.data, "spec")
-    modes = set()
-    for path, name, block in _blocks(document):
-        enforces = block.get("mode", spec.get("mode")) == "enforce"
-        modes.add(enforces)
-        if "hold" in block and not enforces:
-            yield document.problem((*path, "hold"), f"'{name}' only monitors: nothing waits for it", at_key=True)
-        asked = block.get("on_deny", spec.get("on_deny"))
-        if enforces and asked is not None and not _stops(asked):
-            at = (*path, "on_deny") if "on_deny" in block else ("spec", "on_deny")
-            yield document.problem(
-                at,
-                f"'{name}' enforces: what it denies is stopped, although on_deny does not say how",
-                "add block, or write mode: monitor",
-                at_key=True,
-            )
-    if "hold" in spec and True not in modes:
-        yield document.problem(("spec", "hold"), "nothing here enforces: nothing waits", at_key=True)
-
-
-def _stops(asked: object) -> bool:
-    words = [str(action) for action in (asked if isinstance(asked, list) else [asked])]
-    return any(word in ("block", "reset", "hold") or word.startswith(REDIRECT) for word in words)
-
-
-def _blocks(document: Document) -> Iterator[tuple[Path, str, dict[str, object]]]:
-    """Everything that can have a mode of its own."""
-    for path, profile in _profiles(document):
-        yield path, str(profile.get("name")), profile
-    for name in ("otherwise", "kernel", "unbound"):
-        if block := _dict(document.data, "spec", name):
-            yield ("spec", name), name, block
-
-
-def _never_matches(document: Document, path: Path, matching: Matching, os: object) -> Iterator[Problem]:
-    for i, pattern in enumerate(matching.image or ()):
-        at = (*path, "match", "image", i)
-        glob = Glob(pattern, True)
-        if not pattern.startswith(("/", "*", "?", "\\")) and pattern[1:2] != ":":
-            yield document.problem(at, f"the image '{pattern}' can never match: an image is a whole path", "use name")
-        elif os == "linux" and glob.windows:
-            yield document.problem(at, f"the image '{pattern}' can never match on Linux")
-        elif os == "windows" and pattern.startswith("/"):
-            yield document.problem(at, f"the image '{pattern}' can never match on Windows")
-    for i, pattern in enumerate(matching.name or ()):
-        if os == "linux" and Glob(pattern, False).literal and len(pattern.encode()) > _COMM:
-            yield document.problem(
-                (*path, "match", "name", i),
-                f"the name '{pattern}' can never match: Linux keeps {_COMM} bytes of it",
-                f"write {pattern.encode()[:_COMM].decode(errors='ignore')}",
-            )
-
-
-def _get(value: object, *keys: str) -> object:
+def get(value: object, *keys: str) -> object:
+    """The value at the end of these keys; None where it does not exist."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def _dict(value: object, *keys: str) -> dict[str, object]:
-    found = _get(value, *keys)
+def mapping(value: object, *keys: str) -> dict[str, object]:
+    """The mapping at the end of these keys, empty where there is none."""
+    found = get(value, *keys)
     return found if isinstance(found, dict) else {}

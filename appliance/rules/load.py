@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from appliance.errors import Problem, RuleError
-from appliance.rules import lint, text
+from appliance.rules import doubts, lint, text
 from appliance.rules.book import RuleBook
 from appliance.rules.compile import compile_set
 from appliance.rules.explain import explain
@@ -48,7 +48,7 @@ def _build(sources: list[tuple[str, str]], problems: list[Problem]) -> RuleBook:
         order = sorted(dict.fromkeys(problems), key=lambda p: (p.path, p.line, p.column, p.message))
         raise RuleError(tuple(order))
     compiled = tuple(compile_set(rules, document, content) for document, content, rules in parsed if rules is not None)
-    found = [warning for document in documents for warning in lint.warnings(document)]
+    found = [warning for document in documents for warning in doubts.warnings(document)]
     return RuleBook(compiled, tuple(sorted(found, key=lambda p: (p.path, p.line, p.column, p.message))))
 
 
