@@ -6,7 +6,7 @@ because a flow is made in a few microseconds; the tests compare it with the PyPI
 
 from __future__ import annotations
 
-from base64 import b64encode
+from binascii import b2a_base64
 from hashlib import sha1
 from struct import Struct
 from typing import Final
@@ -39,4 +39,4 @@ def community_id(protocol: int, src: bytes, dst: bytes, src_port: int, dst_port:
 
 
 def _text(ordered: bytes) -> str:
-    return "1:" + b64encode(sha1(ordered, usedforsecurity=False).digest()).decode("ascii")
+    return "1:" + b2a_base64(sha1(ordered, usedforsecurity=False).digest(), newline=False).decode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 
 from appliance.model import FlowCounts, FlowEnd, FlowEnded, FlowEvent, FlowId
 from appliance.tap.bpf.opening import First, Openings
@@ -26,6 +26,11 @@ class Known:
 
     def __iter__(self) -> Iterator[Talk]:
         return iter(list(self._talks.values()))
+
+    @property
+    def numbers(self) -> KeysView[int]:
+        """By which the kernel knows them."""
+        return self._talks.keys()
 
     def get(self, number: int) -> Talk | None:
         """The flow that the kernel calls so."""

@@ -14,11 +14,20 @@ KEY = Struct("=IIHHBBH16s16s")
 FLOW = Struct("=3Q6Q10I6H12BQ12s2H")
 # The part of it that a sweep needs: id, first, last, packets, bytes, state ... hold, MACs.
 SWEPT = Struct("=3Q4Q16x40x12x11Bx8x12s4x")
+# The part that tells whether a sweep has anything to do: id, last, state, missed.
+GLANCE = Struct("=Q8xQ32x16x40x12xB7xB27x")
 # The part of it that a reset needs: id, top, ack, state, fins, has, hold, MACs.
 SEQUENCES = Struct("=Q16x48x8x2I2I8x8x12xB4xBxB2xBx8x12s4x")
 # struct event: id, time, kind, side, reason, state, missed, seen, first side, first flags, payload offset, wire length,
 # captured, ICMP type, code, hold, MACs, tag, key, packets, bytes, GSO size.
 EVENT = Struct("=QQ8BIIIBBBx12sI48s4QI4x")
+# Its parts. What is read of each: id, time, kind, side, reason, seen, payload offset, wire length, captured, hold.
+EVENT_HEAD = Struct("=QQ3B2xB2xIII2xB")
+# Of a flow that is not known: missed, first side, first flags, ICMP type, code, MACs, key.
+EVENT_FLOW = Struct("=20xBxBB12xBB2x12s4x48s")
+# Of one that is over: packets, bytes. Of a frame that waits: tag, GSO size.
+EVENT_COUNTS = Struct("=104x4Q")
+EVENT_FRAME = Struct("=52xI48x32xI")
 # struct verdict: action, ifindex, deadline, flow, MAC, otherwise.
 VERDICT = Struct("=IIQQ6sBx")
 # struct port: heartbeat, patience, hold, flags, mark.

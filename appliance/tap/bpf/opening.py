@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
+from struct import Struct
 from typing import Final, NamedTuple
 
 from appliance.model import Direction, Endpoint, FiveTuple, Flow, FlowId, GuestId, IpAddress, Transport
@@ -20,6 +21,8 @@ CommunityId = Callable[[int, bytes, bytes, int, int], str]
 
 _TRANSPORTS: Final = {6: Transport.TCP, 17: Transport.UDP, 1: Transport.ICMP, 58: Transport.ICMP}
 _ICMP_REPLIES: Final = frozenset({0, 14, 16, 18, 129, 140, 145})
+_ICMP: Final = frozenset({1, 58})
+_SERVER: Final = Struct("=HBB16s")  # port, protocol, IP version (0: any address), address
 _SYN: Final = 0x02
 _ACK: Final = 0x10
 
@@ -41,7 +44,7 @@ class Openings:
         self.flows = 0
         self._vm, self._community_id = vm, community_id
         self._grace_ns = now_ns + GRACE_NS
-        self._servers: OrderedDict[tuple[int, bytes, int], None] = OrderedDict()
+        self._servers: OrderedDict[bytes, None] = OrderedDict()
 
     def open(self, number: int, key: bytes, at_ns: int, first: First) -> Talk:
         """Make the flow of a key."""
@@ -49,10 +52,17 @@ class Openings:
         if version == 4:
             local, remote = local[:4], remote[:4]
         self.flows += 1
-        direction, midstream = self._judge(protocol, first, at_ns, (local, local_port), (remote, remote_port))
-        is_icmp = protocol in {1, 58}
-        ends = ((local, local_port), (remote, remote_port))[:: -1 if first.side else 1]
-        sorts = (first.icmp_type, first.icmp_code) if is_icmp else (ends[0][1], ends[1][1])
+        side, flags, icmp_type, icmp_code, spoofed_mac = first
+        if protocol == 6 and flags & (_SYN | _ACK) == _SYN:
+            direction, midstream = SIDES[side], False
+        else:
+            direction, midstream = self._judge(key, first, at_ns, local_port, remote_port)
+        source, target, ports = (
+            (remote, local, (remote_port, local_port)) if side else (local, remote, (local_port, remote_port))
+        )
+        community = self._community_id(
+            protocol, source, target, *((icmp_type, icmp_code) if protocol in _ICMP else ports)
+        )
         flow = Flow(
             FlowId(self._vm, self.flows),
             FiveTuple(
@@ -64,51 +74,62 @@ class Openings:
             at_ns,
             vlan or None,
             protocol,
-            first.icmp_type if is_icmp else None,
+            icmp_type if protocol in _ICMP else None,
             midstream,
-            self._community_id(protocol, ends[0][0], ends[1][0], *sorts),
-            first.spoofed_mac,
+            community,
+            spoofed_mac,
         )
         return Talk(number, flow, key, MAX_DNS if protocol == 17 and remote_port == 53 else MAX_PAYLOADS)
 
     def learn(self, key: bytes, seen: int) -> None:
         """Note which side the kernel saw answer a SYN."""
-        _, _, local_port, remote_port, protocol, version, _, local, remote = KEY.unpack(key)
-        size = 4 if version == 4 else 16
-        for side, address, port in ((0, local, local_port), (1, remote, remote_port)):
-            if seen >> side & 1:
-                self.learn_server(protocol, address[:size], port)
+        if seen & 1:
+            self._note(_local_of(key))
+        if seen & 2:
+            self._note(_remote_of(key))
 
     def learn_server(self, protocol: int, address: bytes, port: int) -> None:
         """Note a server; an empty address: of the guest, on all of its own."""
-        server = (protocol, address, port)
+        version = {0: 0, 4: 4, 16: 6}[len(address)]
+        self._note(_SERVER.pack(port, protocol, version, address))
+
+    def _note(self, server: bytes) -> None:
         self._servers[server] = None
         self._servers.move_to_end(server)
         if len(self._servers) > MAX_SERVERS:
             self._servers.popitem(last=False)
 
-    def _judge(
-        self, protocol: int, first: First, at_ns: int, local: tuple[bytes, int], remote: tuple[bytes, int]
-    ) -> tuple[Direction, bool]:
+    def _judge(self, key: bytes, first: First, at_ns: int, local_port: int, remote_port: int) -> tuple[Direction, bool]:
         """Who started it, and whether that is a guess."""
         sender, other = SIDES[first.side], SIDES[1 - first.side]
+        protocol = key[12]
         if protocol == 6:
             if first.flags & _SYN:
                 return (other, True) if first.flags & _ACK else (sender, False)
-            here = (6, *local) in self._servers or (6, b"", local[1]) in self._servers
-            there = (6, *remote) in self._servers
+            anywhere = _SERVER.pack(local_port, 6, 0, b"")
+            here = _local_of(key) in self._servers or anywhere in self._servers
+            there = _remote_of(key) in self._servers
             if here != there:
                 return (Direction.IN if here else Direction.OUT), True
-            return (Direction.IN if local[1] < remote[1] else Direction.OUT), True
+            return (Direction.IN if local_port < remote_port else Direction.OUT), True
         if protocol == 17:
-            source, target = (remote[1], local[1]) if first.side else (local[1], remote[1])
+            source, target = (remote_port, local_port) if first.side else (local_port, remote_port)
             if at_ns < self._grace_ns and source < 1024 <= target:
                 return other, True  # an answer to a question that we did not see
             return sender, False
-        if protocol in {1, 58}:
+        if protocol in _ICMP:
             answer = first.icmp_type in _ICMP_REPLIES
             return (other if answer else sender), answer
         return sender, False
+
+
+def _local_of(key: bytes) -> bytes:
+    """The guest's end of a key as ``_SERVER``."""
+    return key[8:10] + key[12:14] + key[16:32]
+
+
+def _remote_of(key: bytes) -> bytes:
+    return key[10:14] + key[32:48]
 
 
 @lru_cache(4096)

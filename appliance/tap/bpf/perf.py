@@ -111,8 +111,9 @@ class PerfRing:
         """Yield where in ``data`` at most ``limit`` records begin; one is handed back when the next is asked for.
 
         A START is told at once. Any other record waits until no CPU can have an older one on its way, a tenth of a
-        millisecond: so a flow's first packet comes before its answer.
+        millisecond: so a flow's first packet comes before its answer. What was yielded already is not made to wait.
         """
+        told = False
         heads, looked_ns = self._look()
         try:
             for _ in range(limit):
@@ -120,10 +121,13 @@ class PerfRing:
                     return
                 first = _choose(heads, looked_ns, alone=len(heads) == len(self._buffers))
                 if first is None:
+                    if told:
+                        return
                     time.sleep(SLACK_NS / 1e9)
                     heads, looked_ns = self._look()
                     continue
                 first.copy(self.data)
+                told = True
                 try:
                     yield 0
                 finally:

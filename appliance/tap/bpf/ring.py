@@ -47,22 +47,24 @@ class Ring:
         return self.ready or bool(self._poll.poll(max(0.0, timeout_s) * 1000))
 
     def records(self, limit: int) -> Iterator[int]:
-        """Yield where in ``data`` at most ``limit`` records begin; one is handed back when the next is asked for."""
-        at = self._read[0]
-        end = self._written[0]
-        for _ in range(limit):
-            if at == end:
-                return
-            here = at & self._mask
-            head = self._words[here >> 2]
-            if head & BUSY:
-                return
-            at += ((head & _LENGTH) + 15) & ~7
-            try:
+        """Yield where in ``data`` at most ``limit`` records begin; those told are handed back at the end, together.
+
+        The kernel wakes a reader that has caught up; one in the middle of a batch need not be woken for each record.
+        """
+        at, end = self._read[0], self._written[0]
+        words, mask = self._words, self._mask
+        try:
+            while at != end and limit > 0:
+                here = at & mask
+                head = words[here >> 2]
+                if head & BUSY:
+                    return
+                at += ((head & _LENGTH) + 15) & ~7
+                limit -= 1
                 if not head & DISCARD:
                     yield here + 8
-            finally:
-                self._read[0] = at
+        finally:
+            self._read[0] = at
 
     def close(self) -> None:
         """Unmap; may be called twice."""

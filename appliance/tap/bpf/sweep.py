@@ -19,7 +19,9 @@ from appliance.tap.bpf.layout import (
     CLOSING,
     DENY,
     END,
+    FLOW,
     FREE,
+    GLANCE,
     KEY,
     REFUSED,
     SECOND_NS,
@@ -75,9 +77,13 @@ class Sweep:
         seen: set[int] = set()
         over: list[bytes] = []
         lost: set[int] = set()
+        living = self._known.numbers
         for keys, values in self._flows.read_batches():
-            for index, value in enumerate(SWEPT.iter_unpack(values)):
+            for index, (number, last_ns, state, missed) in enumerate(GLANCE.iter_unpack(values)):
+                if not missed and number not in living and began_ns - last_ns <= TIMEOUT_NS[state]:
+                    continue  # told, over, and not yet forgotten by the kernel: after a burst, nearly all
                 key = keys[index * KEY.size : (index + 1) * KEY.size]
+                value = SWEPT.unpack_from(values, index * FLOW.size)
                 self._look_at(key, value, began_ns, seen, over, lost)
         self._find_evicted(began_ns + self.offset_ns, seen, is_told)
         self._flows.delete_batch(over)
@@ -108,7 +114,9 @@ class Sweep:
         talk.counts = (p0, p1, b0, b1)
         talk.last_ns = last_ns + self.offset_ns
         if state == CLOSED:
-            if missed & END:
+            if silent:  # an end that came before its start, by way of another CPU's buffer, was not understood
+                over.append(key)
+            if silent or missed & END:
                 self._end(talk, FlowEnd.FIN if fins == 3 else FlowEnd.RST, talk.last_ns)
         elif silent and talk.hold is None:
             over.append(key)

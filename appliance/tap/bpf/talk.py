@@ -38,7 +38,7 @@ class Talk:
         self.counts = (0, 0, 0, 0)  # packets out, in, bytes out, in: as the last sweep found them
         self.told = [0, 0]
         self.seen = 0  # what the kernel has said of it so far
-        self.ranges: list[list[tuple[int, int]]] = [[], []]
+        self.ranges: list[tuple[tuple[int, int], ...]] = [(), ()]  # told payload bytes, by side
         self.hold: Hold | None = None
         self.waits = False  # the kernel holds it until a packet of ours or a verdict says otherwise
 
@@ -48,6 +48,9 @@ class Talk:
         stop = begin + length
         if begin == -1 and stop == 0:
             return 0, 0  # a keep-alive probe repeats the byte before the first one (RFC 1122, section 4.2.3.6)
+        if not self.ranges[side]:
+            self.ranges[side] = ((begin, stop),)
+            return 0, length
         skip = begin
         for low, high in self.ranges[side]:
             if low <= skip < high:
@@ -55,5 +58,5 @@ class Talk:
             elif skip < low < stop:
                 stop = low
         if skip < stop:
-            self.ranges[side] = sorted([*self.ranges[side], (skip, stop)])
+            self.ranges[side] = tuple(sorted((*self.ranges[side], (skip, stop))))
         return skip - begin, stop - begin

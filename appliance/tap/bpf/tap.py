@@ -35,7 +35,21 @@ from appliance.tap.bpf.heart import PATIENCE_S, Heart
 from appliance.tap.bpf.hook import Hook, hang, open_ring
 from appliance.tap.bpf.inject import Injector
 from appliance.tap.bpf.known import Known
-from appliance.tap.bpf.layout import DENY, END, EVENT, FREE, HELD, IGNORED, PAYLOAD, REFUSED, START
+from appliance.tap.bpf.layout import (
+    DENY,
+    END,
+    EVENT,
+    EVENT_COUNTS,
+    EVENT_FLOW,
+    EVENT_FRAME,
+    EVENT_HEAD,
+    FREE,
+    HELD,
+    IGNORED,
+    PAYLOAD,
+    REFUSED,
+    START,
+)
 from appliance.tap.bpf.loader import MAX_FLOWS, PROGRAMS, RING_BYTES, Loaded
 from appliance.tap.bpf.netdev import Netdevs
 from appliance.tap.bpf.opening import SIDES, CommunityId, First, Openings
@@ -43,11 +57,12 @@ from appliance.tap.bpf.sweep import Sweep
 from appliance.tap.bpf.syscalls import count_cpus
 from appliance.tap.bpf.talk import Talk
 
-BATCH: Final = 256
+BATCH: Final = 64  # a flow that has just begun waits for no more than these
 MAX_DATA: Final = 2048
 CHECK_NS: Final = 250_000_000
 _log: Final = logging.getLogger("parasight.tap")
 _REASONS: Final = (FlowEnd.FIN, FlowEnd.RST, FlowEnd.IDLE)
+_PASSING: Final = frozenset({FREE, REFUSED})
 
 
 class KernelTap:
@@ -111,7 +126,7 @@ class KernelTap:
     # -- PacketTap --
 
     def poll(self, timeout_s: float) -> list[FlowEvent]:
-        """Wait at most ``timeout_s``, then return a batch of events; at once when a flow has started."""
+        """Wait at most ``timeout_s``, then return a batch of events: what is there, never waiting for more."""
         if self._closed:
             return []
         self._hand.expire(time.monotonic_ns())
@@ -126,8 +141,7 @@ class KernelTap:
             self._check_losses(now_ns)
             self._mend_hooks()
         for at in self._ring.records(BATCH):
-            if self._take(at, events):
-                break
+            self._take(at, events)
         if self._sweep.is_due(now_ns, busy=self._ring.ready):
             self._run_sweep()
         self._events += len(events)
@@ -234,49 +248,54 @@ class KernelTap:
 
     # -- events of the ring --
 
-    def _take(self, at: int, events: list[FlowEvent]) -> bool:
-        """Turn one record into events; whether a flow has started."""
-        (
-            number, kernel_ns, kind, side, reason, _, missed, seen, first_side, first_flags, offset, length, captured,
-            icmp_type, icmp_code, hold, macs, tag, key, packets_out, packets_in, bytes_out, bytes_in, gso_size,
-        ) = EVENT.unpack_from(self._ring.data, at)  # fmt: skip
+    def _take(self, at: int, events: list[FlowEvent]) -> None:
+        """Turn one record into events."""
+        data = self._ring.data
+        number, kernel_ns, kind, side, reason, seen, offset, length, captured, hold = EVENT_HEAD.unpack_from(data, at)
         at_ns = kernel_ns + self._sweep.offset_ns
-        started = False
         talk = self._known.get(number)
         if talk is None:
+            missed, first_side, first_flags, icmp_type, icmp_code, macs, key = EVENT_FLOW.unpack_from(data, at)
             first = First(first_side, first_flags, icmp_type, icmp_code, self._find_spoof(key, first_side, macs))
             if kind & START:
                 talk = self._known.start(number, key, at_ns, first)
             elif missed & START:
                 talk = self._known.recover(number, key, at_ns, first)
             if talk is None:
-                return False  # ended here already
-            events.append(FlowStarted(talk.flow, at_ns, hold & ~DENY not in {FREE, REFUSED}))
-            started = True
+                return  # ended here already
+            events.append(FlowStarted(talk.flow, at_ns, hold & ~DENY not in _PASSING))
         if seen != talk.seen:
             talk.seen = seen
-            self._openings.learn(key, seen)
+            self._openings.learn(talk.key, seen)
         if hold:
             self._hand.note_waiting(talk, hold, kernel_ns)
-        begin = at + EVENT.size
         if kind & HELD:
-            if captured:
-                frame = bytes(self._ring.data[begin : begin + captured])
-                self._hand.keep(talk, side, frame, tag, gso_size, length)
-                if hold & ~DENY == layout.HELD_PAYLOAD:
-                    self._tell_held(talk, side, frame, at_ns, events)
+            self._keep(at, talk, side, hold, length, captured, at_ns, events)
         elif kind & PAYLOAD and talk.told[side] < talk.limit:
-            skip, stop = (0, captured) if talk.flow.ip_protocol != 6 else talk.fresh(side, offset, length)
+            skip, stop = talk.fresh(side, offset, length) if talk.flow.ip_protocol == 6 else (0, captured)
             stop = min(stop, captured)
             if skip < stop:
-                data = bytes(self._ring.data[begin + skip : begin + stop])
-                events.append(FlowPayload(talk.flow.id, SIDES[side], talk.told[side], data, at_ns))
+                begin = at + EVENT.size
+                payload = data[begin + skip : begin + stop].tobytes()
+                events.append(FlowPayload(talk.flow.id, SIDES[side], talk.told[side], payload, at_ns))
                 talk.told[side] += 1
         if kind & END:
-            self._hand.note_end(talk)
-            counts = (packets_out, packets_in, bytes_out, bytes_in)
-            events.append(self._known.end(talk, _REASONS[reason], counts, at_ns))
-        return started
+            if talk.hold is not None:
+                self._hand.note_end(talk)
+            events.append(self._known.end(talk, _REASONS[reason], EVENT_COUNTS.unpack_from(data, at), at_ns))
+
+    def _keep(
+        self, at: int, talk: Talk, side: int, hold: int, length: int, captured: int, at_ns: int, events: list[FlowEvent]
+    ) -> None:
+        """The frame of a packet that waits."""
+        if not captured:
+            return
+        begin = at + EVENT.size
+        frame = self._ring.data[begin : begin + captured].tobytes()
+        tag, gso_size = EVENT_FRAME.unpack_from(self._ring.data, at)
+        self._hand.keep(talk, side, frame, tag, gso_size, length)
+        if hold & ~DENY == layout.HELD_PAYLOAD:
+            self._tell_held(talk, side, frame, at_ns, events)
 
     def _tell_held(self, talk: Talk, side: int, frame: bytes, at_ns: int, events: list[FlowEvent]) -> None:
         """The first payload of a flow whose payload waits; when it goes on, it is known already."""

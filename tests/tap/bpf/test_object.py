@@ -9,7 +9,23 @@ import pytest
 
 from appliance.errors import HostError
 from appliance.tap.bpf import elf
-from appliance.tap.bpf.layout import EVENT, FLOW, IGNORED, KEY, PORT, STATS, VERDICT, Transport, build_specs
+from appliance.tap.bpf.layout import (
+    EVENT,
+    EVENT_COUNTS,
+    EVENT_FLOW,
+    EVENT_FRAME,
+    EVENT_HEAD,
+    FLOW,
+    GLANCE,
+    IGNORED,
+    KEY,
+    PORT,
+    STATS,
+    SWEPT,
+    VERDICT,
+    Transport,
+    build_specs,
+)
 from appliance.tap.bpf.loader import OBJECT, OBJECTS, OBSERVE, PROGRAMS, Loaded
 from appliance.tap.bpf.syscalls import VerifierError, load_program
 
@@ -90,3 +106,15 @@ def test_the_verifier_is_quoted() -> None:
         assert "R0 !read_ok" in str(error)
     except PermissionError:
         pytest.skip("needs root")
+
+
+def test_the_parts_of_an_event_and_of_a_flow_are_read_from_where_they_lie():
+    event = bytes(range(EVENT.size))
+    all_of_it = EVENT.unpack(event)
+    assert EVENT_HEAD.unpack_from(event) == tuple(all_of_it[i] for i in (0, 1, 2, 3, 4, 7, 10, 11, 12, 15))
+    assert EVENT_FLOW.unpack_from(event) == tuple(all_of_it[i] for i in (6, 8, 9, 13, 14, 16, 18))
+    assert EVENT_COUNTS.unpack_from(event) == all_of_it[19:23]
+    assert EVENT_FRAME.unpack_from(event) == (all_of_it[17], all_of_it[23])
+    flow = bytes(range(FLOW.size))
+    swept = SWEPT.unpack(flow)
+    assert GLANCE.size == FLOW.size and GLANCE.unpack(flow) == tuple(swept[i] for i in (0, 2, 7, 15))
