@@ -10,7 +10,7 @@ import time
 import pytest
 
 from appliance.model import Direction, FlowEnd, FlowEnded, FlowPayload, FlowStarted, HoldPolicy
-from appliance.tap.bpf import perf
+from appliance.tap.bpf import perf, sweep
 from appliance.tap.bpf.layout import Transport
 from appliance.tap.bpf.perf import choose_size, read_online
 from appliance.tap.netns import call_in_netns
@@ -124,6 +124,19 @@ def test_events_that_found_a_buffer_full_are_counted_and_made_up_for(world, gues
     assert 0 < tap._ring.lost <= tap.stats().lost
     ends = [event for event in tap.close() if isinstance(event, FlowEnded)]
     assert sum(event.counts.packets_out == 1 for event in ends) >= 100, "no flow lost in the counters"
+
+
+def test_an_end_that_was_not_understood_is_found_by_the_sweep(world, monkeypatch) -> None:
+    monkeypatch.setattr(sweep, "TIMEOUT_NS", (200_000_000,) * 11)
+    tap = open_kernel(world, transport=Transport.PERF)
+    tcp_talk(world, HOST_IP, from_guest=True)
+    events = collect_until(tap, starts)
+    for _ in tap._ring.records(1 << 10):  # as if they had come before the start
+        pass
+    events += collect_until(tap, lambda told: any(isinstance(one, FlowEnded) for one in told))
+    (end,) = [event for event in events if isinstance(event, FlowEnded)]
+    assert end.reason is FlowEnd.FIN
+    tap.close()
 
 
 def test_its_descriptor_is_readable_as_long_as_something_waits(world, guest) -> None:
