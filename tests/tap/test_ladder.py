@@ -8,6 +8,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 
 import pytest
 
@@ -24,8 +25,9 @@ from appliance.tap.bpf.loader import OBSERVE
 from appliance.tap.ladder import NAMES, RUNGS, VARIABLE, Rung, choose_rungs, open_tap
 from appliance.tap.netns import call_in_netns
 from appliance.tap.trial import empty_netns, probe_rungs, try_rung
-from tests.tap.bpf import both, test_parity
+from tests.tap.bpf import both, test_hold, test_parity
 from tests.tap.bpf.both import VM, tcp_talk
+from tests.tap.bpf.lan import Lan, make_lan
 from tests.tap.bpf.test_attach import seen, tc
 from tests.tap.world import GUEST_IP6, GUEST_MAC, HOST_IP, PORT, make_world
 
@@ -98,6 +100,29 @@ def test_made_frames(world, other_rung, case) -> None:
 
 def test_the_end_of_the_watch_is_told(world, other_rung) -> None:
     test_parity.test_the_end_of_the_watch_and_of_the_guest_are_told(world)
+
+
+@pytest.fixture
+def perf_lan(monkeypatch):
+    opened = Lan.open_tap
+    monkeypatch.setattr(Lan, "open_tap", lambda self, **options: opened(self, transport=Transport.PERF, **options))
+    with make_lan("kq") as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda lan: test_hold.test_a_released_connection_goes_on_with_the_very_syn_that_was_held(lan, AF_INET, True),
+        lambda lan: test_hold.test_a_blocked_guest_is_refused_at_once_and_nothing_leaves(lan, AF_INET6),
+        lambda lan: test_hold.test_frames_of_any_length_that_a_page_cannot_hold(lan, 16000),
+        lambda lan: test_hold.test_the_first_payload_waits_and_the_handshake_does_not(lan, AF_INET, False),
+        test_hold.test_flows_whose_start_was_lost_are_found_and_can_be_released,
+    ],
+    ids=["release", "block", "long-frame", "payload", "lost-start"],
+)
+def test_what_waits_comes_whole_by_perf_events(perf_lan, hold) -> None:
+    hold(perf_lan)
 
 
 # -- which rung --
