@@ -15,10 +15,11 @@ from appliance.flow.community import community_id
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
 from appliance.hosts.probe import probe_host
+from appliance.hosts.qemu import find_guests
 from appliance.model import GuestId, GuestPort
 from appliance.rules import load, schema
 from appliance.tap.af_packet import PortSource
-from appliance.tap.trial import probe_rungs
+from appliance.tap.trial import probe_ports, probe_rungs
 
 rules = typer.Typer(help="Check, test and describe rule files.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -35,7 +36,7 @@ _WORDS = {
 
 def doctor(output: OutputOption = Output.TABLE) -> None:
     """Check this host: what works, what is missing, and the command that mends it."""
-    found = (*probe_host(), *probe_rungs(time.time_ns, community_id, _open_packets))
+    found = (*probe_host(), *probe_rungs(time.time_ns, community_id, _open_packets), *probe_ports(find_guests()))
     bodies = [
         {"name": one.name, "ok": one.ok, "required": one.required, "reason": one.reason, "remedy": one.remedy}
         for one in found

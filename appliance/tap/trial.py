@@ -11,15 +11,16 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fcntl import ioctl
+from functools import partial
 from struct import pack
 from threading import Event, Thread, get_native_id
 from typing import Final
 
 from appliance.errors import HostError, PermissionRefused, UsageError
-from appliance.model import Availability, FlowStarted, GuestId, GuestPort
+from appliance.model import Availability, FlowStarted, GuestId, GuestInfo, GuestPort
 from appliance.ports import PacketTap
 from appliance.tap.ladder import RUNGS, VARIABLE, CommunityId, Rung, choose_rungs, describe, open_tap
 from appliance.tap.netns import CLONE_NEWNET, call_in_netns
@@ -58,6 +59,23 @@ def probe_rungs(clock: Callable[[], int], community_id: CommunityId, fallback: F
     return Availability("tap", False, why, failed[-1].remedy), *failed
 
 
+def probe_ports(guests: Iterable[GuestInfo]) -> tuple[Availability, ...]:
+    """One line for each guest's port where only less than the host's best can be used; nothing is attached to it."""
+    lines = []
+    for guest in guests:
+        for port in guest.ports:
+            try:
+                foreign = call_in_netns(port.netns, partial(_has_foreign_ingress, port))
+            except (HostError, UsageError, OSError, ImportError):  # it left, or opening it will tell
+                continue
+            if foreign:
+                name = port.ifname
+                why = f"port {name} has a foreign ingress qdisc: its connections can be observed, not held or blocked"
+                remedy = f"virsh domiftune DOMAIN {name} --outbound 0 --live; or tc qdisc del dev {name} ingress"
+                lines.append(Availability(f"tap of {guest.id.target}", False, why, remedy, required=False))
+    return tuple(lines)
+
+
 def try_rung(rung: Rung, clock: Callable[[], int], community_id: CommunityId, fallback: Fallback) -> None:
     """Use it on an empty namespace's loopback. Raises HostError, UsageError, OSError, ImportError."""
     with empty_netns() as path:
@@ -75,6 +93,13 @@ def try_rung(rung: Rung, clock: Callable[[], int], community_id: CommunityId, fa
                     raise HostError("it opens, but tells nothing of what passes")
         finally:
             tap.close()
+
+
+def _has_foreign_ingress(port: GuestPort) -> bool:
+    from appliance.tap.bpf.clsact import find_port, open_route, read_kinds  # noqa: PLC0415 (a library may be missing)
+
+    with open_route(port.ifname) as route:
+        return "ingress" in read_kinds(route, find_port(route, port))
 
 
 @contextmanager

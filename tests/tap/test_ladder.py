@@ -16,7 +16,7 @@ from appliance.errors import HostError, UsageError
 from appliance.flow.community import community_id
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
-from appliance.model import Act, Direction, FlowStarted, GuestPort
+from appliance.model import Act, Direction, FlowStarted, GuestId, GuestInfo, GuestPort
 from appliance.tap import trial
 from appliance.tap.af_packet import PortSource
 from appliance.tap.bpf import loader
@@ -24,7 +24,7 @@ from appliance.tap.bpf.layout import Transport
 from appliance.tap.bpf.loader import OBSERVE
 from appliance.tap.ladder import NAMES, RUNGS, VARIABLE, Rung, choose_rungs, open_tap
 from appliance.tap.netns import call_in_netns
-from appliance.tap.trial import empty_netns, probe_rungs, try_rung
+from appliance.tap.trial import empty_netns, probe_ports, probe_rungs, try_rung
 from tests.tap.bpf import both, test_hold, test_parity
 from tests.tap.bpf.both import VM, tcp_talk
 from tests.tap.bpf.lan import Lan, make_lan
@@ -237,6 +237,19 @@ def test_the_trial_says_which_rung_is_in_use(monkeypatch, tmp_path) -> None:
     line, failed = probe()
     assert not line.ok
     assert VARIABLE in line.reason
+
+
+def test_ports_of_guests_with_a_foreign_ingress_qdisc_are_named(world) -> None:
+    ports = (GuestPort(PORT, netns=world.host_path), GuestPort("nosuch0", netns=world.host_path))
+    guests = [GuestInfo(GuestId("qemu:4711"), ports=ports)]
+    assert probe_ports(guests) == ()
+    tc(world, "qdisc", "add", "dev", PORT, "ingress")
+    before = seen(world)
+    (line,) = probe_ports(guests)
+    assert (line.name, line.ok, line.required) == ("tap of qemu:4711", False, False)
+    assert PORT in line.reason
+    assert PORT in line.remedy
+    assert seen(world) == before
 
 
 def test_a_rung_that_opens_and_is_deaf_fails_the_trial(monkeypatch) -> None:
