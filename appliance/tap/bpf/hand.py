@@ -69,6 +69,7 @@ class Hand:
         if talk is None or not self._decide(talk, layout.DROP, seconds):
             return False
         hold = self._drop_hold(talk)
+        self._note_decision(talk, goes_on=False)
         is_refused = hold is not None and talk.flow.direction is Direction.OUT and self._refuse(talk, hold)
         if reset and not is_refused and talk.flow.ip_protocol == forge.TCP:
             self._resets.send(talk)
@@ -97,7 +98,9 @@ class Hand:
         if not self._decide(talk, layout.REDIRECT, None, ifindex=ifindex, mac=parse_mac(decoy.mac)):
             return False
         hold = self._drop_hold(talk)
-        return hold is not None and self._send_on(talk, hold)
+        done = hold is not None and self._send_on(talk, hold)
+        self._note_decision(talk, goes_on=True)
+        return done
 
     def ban(self, peer: IPv4Network | IPv6Network, seconds: float | None = None) -> None:
         """Drop what comes from or goes to these addresses, existing flows too."""
@@ -122,7 +125,7 @@ class Hand:
 
     def note_waiting(self, talk: Talk, hold: int, at_ns: int) -> None:
         """The kernel holds this flow since ``at_ns`` (its clock); ``hold`` as in ``struct flow``."""
-        if hold & ~layout.DENY in {layout.FREE, layout.REFUSED}:
+        if hold & ~layout.DENY in {layout.FREE, layout.REFUSED} or at_ns <= talk.decided_ns:
             return
         talk.waits = True
         if talk.hold is None:
@@ -137,14 +140,18 @@ class Hand:
         if entry == (talk.number, layout.ALLOW) and not self._bans:
             self._forget(talk.key)
 
-    def keep(self, talk: Talk, side: int, frame: bytes, tag: int, gso_size: int, wire_len: int) -> None:
-        """Keep a frame of a flow that waits, as it will go on."""
-        if talk.hold is None or self._kept + len(frame) > MAX_HELD_BYTES:
+    def keep(self, talk: Talk, side: int, frame: bytes, tag: int, gso_size: int, wire_len: int, at_ns: int) -> None:
+        """Keep a frame of a flow that waits, as it will go on: at once, if it was on its way when that was said."""
+        late = at_ns <= talk.decided_ns
+        if talk.hold is None and not (late and talk.goes_on):
             return
         for piece in forge.complete(frame, tag, gso_size, wire_len):
-            talk.hold.frames.append((side, piece))
-            talk.hold.size += len(piece)
-            self._kept += len(piece)
+            if late:
+                self._send(talk.key, side == 0, piece, forged=False)
+            elif talk.hold is not None and self._kept + len(piece) <= MAX_HELD_BYTES:
+                talk.hold.frames.append((side, piece))
+                talk.hold.size += len(piece)
+                self._kept += len(piece)
 
     @property
     def next_due_ns(self) -> int:
@@ -196,9 +203,13 @@ class Hand:
             self._decide(talk, layout.ALLOW, None)
         else:
             self._forget(talk.key, talk.number)
-        if hold is not None and hold.frames and self._send_on(talk, hold):
-            return True
-        return not talk.waits or self._decide(talk, layout.ALLOW, None)
+        done = hold is not None and bool(hold.frames) and self._send_on(talk, hold)
+        done = done or not talk.waits or self._decide(talk, layout.ALLOW, None)
+        self._note_decision(talk, goes_on=True)
+        return done
+
+    def _note_decision(self, talk: Talk, *, goes_on: bool) -> None:
+        talk.decided_ns, talk.goes_on = time.monotonic_ns(), goes_on
 
     def _send_on(self, talk: Talk, hold: Hold) -> bool:
         """Whether all that was kept went on; then the kernel holds the flow no longer."""

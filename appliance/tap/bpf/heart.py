@@ -36,9 +36,16 @@ class Heart:
         self._stopped = False
 
     def add(self, ifindexes: Iterable[tuple[int, int]]) -> None:
-        """Begin: with the first beat the programs begin to look."""
-        self._ports.update(ifindexes)
-        self.beat()
+        """Begin on these: with the first beat the programs begin to look."""
+        with self._lock:
+            self._ports.update(ifindexes)
+            self._write()
+
+    def forget(self, ifindex: int) -> None:
+        """A port is gone."""
+        with self._lock:
+            self._ports.pop(ifindex, None)
+            self._map.delete(ifindex.to_bytes(4, "little"))
 
     def beat(self) -> None:
         """Say that we live; from any thread."""

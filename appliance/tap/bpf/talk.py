@@ -26,7 +26,8 @@ class Talk:
     """One flow that was told and has not ended. ``number``: by which the kernel knows it."""
 
     __slots__ = (
-        "counts", "flow", "hold", "key", "last_ns", "limit", "number", "ranges", "seen", "told", "waits"
+        "counts", "decided_ns", "flow", "goes_on", "hold", "key", "last_ns", "limit", "number", "ranges", "seen",
+        "told", "waits",
     )  # fmt: skip
 
     def __init__(self, number: int, flow: Flow, key: bytes, limit: int) -> None:
@@ -41,6 +42,8 @@ class Talk:
         self.ranges: list[tuple[tuple[int, int], ...]] = [(), ()]  # told payload bytes, by side
         self.hold: Hold | None = None
         self.waits = False  # the kernel holds it until a packet of ours or a verdict says otherwise
+        self.decided_ns = 0  # when that was said (CLOCK_MONOTONIC): what is told of its hold from before is old news
+        self.goes_on = False  # and what was said
 
     def fresh(self, side: int, offset: int, length: int) -> tuple[int, int]:
         """``[skip, stop)`` of a TCP segment's payload that no earlier one carried; ``offset`` from the first byte."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final
@@ -20,49 +20,30 @@ from appliance.model import (
     FlowEnd,
     FlowEvent,
     FlowId,
-    FlowPayload,
-    FlowStarted,
     GuestId,
     GuestPort,
     HoldPolicy,
     IpAddress,
     TapStats,
 )
-from appliance.tap.bpf import forge, layout
+from appliance.tap.bpf import layout
 from appliance.tap.bpf.guard import Guard
 from appliance.tap.bpf.hand import Hand, parse_mac
 from appliance.tap.bpf.heart import PATIENCE_S, Heart
 from appliance.tap.bpf.hook import Hook, hang, open_ring
 from appliance.tap.bpf.inject import Injector
 from appliance.tap.bpf.known import Known
-from appliance.tap.bpf.layout import (
-    DENY,
-    END,
-    EVENT,
-    EVENT_COUNTS,
-    EVENT_FLOW,
-    EVENT_FRAME,
-    EVENT_HEAD,
-    FREE,
-    HELD,
-    IGNORED,
-    PAYLOAD,
-    REFUSED,
-    START,
-)
+from appliance.tap.bpf.layout import IGNORED
 from appliance.tap.bpf.loader import MAX_FLOWS, PROGRAMS, RING_BYTES, Loaded
 from appliance.tap.bpf.netdev import Netdevs
-from appliance.tap.bpf.opening import SIDES, CommunityId, First, Openings
+from appliance.tap.bpf.opening import CommunityId, Openings
 from appliance.tap.bpf.sweep import Sweep
 from appliance.tap.bpf.syscalls import count_cpus
-from appliance.tap.bpf.talk import Talk
+from appliance.tap.bpf.telling import Teller
 
 BATCH: Final = 64  # a flow that has just begun waits for no more than these
-MAX_DATA: Final = 2048
 CHECK_NS: Final = 250_000_000
 _log: Final = logging.getLogger("parasight.tap")
-_REASONS: Final = (FlowEnd.FIN, FlowEnd.RST, FlowEnd.IDLE)
-_PASSING: Final = frozenset({FREE, REFUSED})
 
 
 class KernelTap:
@@ -98,7 +79,6 @@ class KernelTap:
         self._final: TapStats | None = None
         self._cpus = count_cpus()
         self._next_check_ns = 0
-        self._macs: dict[bytes, bytes] = {}  # of the ports, by the first bytes of a flow's key
         netns = ports[0].netns
         with ExitStack() as undo:
             self._loaded = Loaded(max_flows, ring_bytes, transport=transport, programs=programs)
@@ -117,6 +97,7 @@ class KernelTap:
             self._hand = Hand(self._maps, self._known, self._heart, self._injector, self._netdevs.find)
             self._acts = inject >= 0  # on a packet socket the program only observes
             self._sweep = Sweep(self._maps["flows"], self._known, self._hand, clock)
+            self._teller = Teller(self._known, self._openings, self._hand, self._sweep)
             self._hooks: list[Hook] = []
             for port in ports:
                 self._hang(port, undo)
@@ -141,7 +122,7 @@ class KernelTap:
             self._check_losses(now_ns)
             self._mend_hooks()
         for at in self._ring.records(BATCH):
-            self._take(at, events)
+            self._teller.take(self._ring.data, at, events)
         if self._sweep.is_due(now_ns, busy=self._ring.ready):
             self._run_sweep()
         self._events += len(events)
@@ -176,7 +157,7 @@ class KernelTap:
         events = list(self._known.pending)
         self._known.pending.clear()
         for at in self._ring.records(1 << 20):
-            self._take(at, events)
+            self._teller.take(self._ring.data, at, events)
         self._run_sweep()
         events += self._known.pending
         now_ns = self._clock()
@@ -242,77 +223,30 @@ class KernelTap:
         """Flows whose start was lost and which were found later."""
         return self._known.recovered
 
+    def follow(self, ports: Iterable[GuestPort]) -> list[GuestPort]:
+        """Take the guest's ports as they are now: those that have come are hung on and returned, those gone forgotten.
+
+        Raises UsageError, PermissionRefused, HostError for one that cannot be had; the others are as they should be.
+        """
+        living = [hook for hook in self._hooks if self._netdevs.has(hook.ifindex)]
+        for hook in self._hooks:
+            if hook not in living:
+                hook.detach()
+                self._heart.forget(hook.ifindex)
+        self._hooks = living
+        known = {hook.ifindex for hook in living}
+        come = [port for port in ports if self._netdevs.find(port.ifname) not in known]
+        for port in come:
+            with ExitStack() as undo:
+                self._hang(port, undo)
+                hook = self._hooks[-1]
+                self._heart.add([(hook.ifindex, layout.SWAPPED if hook.swapped else 0)])
+                undo.pop_all()
+        return come
+
     def learn_listener(self, protocol: int, local_ip: IpAddress | None, port: int) -> None:
         """Note a server of the guest: a better direction for flows picked up midstream."""
         self._openings.learn_server(protocol, local_ip.packed if local_ip else b"", port)
-
-    # -- events of the ring --
-
-    def _take(self, at: int, events: list[FlowEvent]) -> None:
-        """Turn one record into events."""
-        data = self._ring.data
-        number, kernel_ns, kind, side, reason, seen, offset, length, captured, hold = EVENT_HEAD.unpack_from(data, at)
-        at_ns = kernel_ns + self._sweep.offset_ns
-        talk = self._known.get(number)
-        if talk is None:
-            missed, first_side, first_flags, icmp_type, icmp_code, macs, key = EVENT_FLOW.unpack_from(data, at)
-            first = First(first_side, first_flags, icmp_type, icmp_code, self._find_spoof(key, first_side, macs))
-            if kind & START:
-                talk = self._known.start(number, key, at_ns, first)
-            elif missed & START:
-                talk = self._known.recover(number, key, at_ns, first)
-            if talk is None:
-                return  # ended here already
-            events.append(FlowStarted(talk.flow, at_ns, hold & ~DENY not in _PASSING))
-        if seen != talk.seen:
-            talk.seen = seen
-            self._openings.learn(talk.key, seen)
-        if hold:
-            self._hand.note_waiting(talk, hold, kernel_ns)
-        if kind & HELD:
-            self._keep(at, talk, side, hold, length, captured, at_ns, events)
-        elif kind & PAYLOAD and talk.told[side] < talk.limit:
-            skip, stop = talk.fresh(side, offset, length) if talk.flow.ip_protocol == 6 else (0, captured)
-            stop = min(stop, captured)
-            if skip < stop:
-                begin = at + EVENT.size
-                payload = data[begin + skip : begin + stop].tobytes()
-                events.append(FlowPayload(talk.flow.id, SIDES[side], talk.told[side], payload, at_ns))
-                talk.told[side] += 1
-        if kind & END:
-            if talk.hold is not None:
-                self._hand.note_end(talk)
-            events.append(self._known.end(talk, _REASONS[reason], EVENT_COUNTS.unpack_from(data, at), at_ns))
-
-    def _keep(
-        self, at: int, talk: Talk, side: int, hold: int, length: int, captured: int, at_ns: int, events: list[FlowEvent]
-    ) -> None:
-        """The frame of a packet that waits."""
-        if not captured:
-            return
-        begin = at + EVENT.size
-        frame = self._ring.data[begin : begin + captured].tobytes()
-        tag, gso_size = EVENT_FRAME.unpack_from(self._ring.data, at)
-        self._hand.keep(talk, side, frame, tag, gso_size, length)
-        if hold & ~DENY == layout.HELD_PAYLOAD:
-            self._tell_held(talk, side, frame, at_ns, events)
-
-    def _tell_held(self, talk: Talk, side: int, frame: bytes, at_ns: int, events: list[FlowEvent]) -> None:
-        """The first payload of a flow whose payload waits; when it goes on, it is known already."""
-        shape = forge.parse(frame)
-        if shape is None or talk.told[side]:
-            return
-        data = frame[shape.payload : min(shape.end, shape.payload + MAX_DATA)]
-        skip, stop = talk.fresh(side, 0, len(frame[shape.payload : shape.end]))
-        if skip < min(stop, len(data)):
-            events.append(FlowPayload(talk.flow.id, SIDES[side], 0, data[skip:stop], at_ns))
-            talk.told[side] += 1
-
-    def _find_spoof(self, key: bytes, side: int, macs: bytes) -> str | None:
-        given = self._macs.get(key[:4])
-        if side or given is None or given == macs[6:]:
-            return None
-        return macs[6:].hex(":")
 
     # -- now and then --
 
@@ -347,7 +281,7 @@ class KernelTap:
             self._hand.set_swapped(hook.ifindex)
         if port.mac:
             mac = parse_mac(port.mac)
-            self._macs[hook.ifindex.to_bytes(4, "little")] = mac
+            self._teller.learn_mac(hook.ifindex, mac)
             for address in (mac, bytes(6)):  # zero: at least one is known
                 self._maps["macs"].update(layout.MAC.pack(hook.ifindex, address), bytes(8))
 

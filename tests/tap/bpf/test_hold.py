@@ -105,6 +105,34 @@ def test_datagrams_of_a_released_flow_arrive_in_order_and_unchanged(lan, family,
     wait_for(lambda: len(judge.payloads(start.flow.id)) >= 3)
 
 
+@pytest.mark.parametrize("lets", [True, False], ids=["released", "blocked"])
+def test_a_datagram_that_was_held_while_the_first_was_judged_shares_its_fate(lan, lets) -> None:
+    """A resolver asks for A and AAAA at once; the second waits in the ring when the verdict on the first falls."""
+    tap = lan.open_tap()
+    tap.hold_new(LONG)
+    with (
+        lan.server.socket(V4, socket.SOCK_DGRAM) as receiver,
+        lan.guest.socket(V4, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind((lan.server.address(V4), 53))
+        sender.sendto(b"A", (lan.server.address(V4), 53))
+        (start,) = collect(tap, bool)
+        sender.sendto(b"AAAA", (lan.server.address(V4), 53))
+        wait_for(lambda: tap.held() == 2)
+        assert tap._ring.ready
+        flow = start.flow.id
+        assert tap.release(flow) if lets else tap.block(flow)
+        wait_for(lambda: tap.poll(0.01) is not None and not tap._ring.ready)
+        assert tap._known.find(flow).hold is None, "it does not wait again"
+        if lets:
+            assert [receiver.recv(100), receiver.recv(100)] == [b"A", b"AAAA"]
+        else:
+            receiver.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                receiver.recv(100)
+    tap.close()
+
+
 @FAMILIES
 def test_a_blocked_guest_is_refused_at_once_and_nothing_leaves(lan, family) -> None:
     def block(tap, event) -> None:
