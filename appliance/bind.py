@@ -73,6 +73,10 @@ class Case:
         """When its life on the wire began: ages and the times to ask again count from here."""
         return max(self.flow.started_ns, self.released_ns)
 
+    def is_held(self, at_ns: int) -> bool:
+        """Whether it waits for us; when its time was up, the tap did what the operator wants by default."""
+        return self.held and at_ns < self.deadline_ns
+
     def release(self, at_ns: int) -> None:
         """It goes on without a verdict: from now on its life tells what it is."""
         self.held, self.released_ns, self.retries, self.due_ns = False, at_ns, 0, 0

@@ -16,11 +16,12 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import IntEnum
 from ipaddress import IPv6Address
 from typing import Protocol
 
+from appliance.acting import LEAD_NS, Acts, Doing
 from appliance.bind import Case, Forgeries, forged, next_look_ns, tie
 from appliance.messages import (
     Command,
@@ -38,7 +39,6 @@ from appliance.messages import (
 )
 from appliance.model import (
     Act,
-    Ask,
     Binding,
     Decision,
     Direction,
@@ -52,7 +52,6 @@ from appliance.model import (
     FlowPayload,
     FlowStarted,
     GuestProcess,
-    Handling,
     HoldPolicy,
     IpAddress,
     Judgement,
@@ -62,14 +61,11 @@ from appliance.model import (
     Snapshot,
     Verdict,
 )
-from appliance.rules.acts import Order, by_default, order_for, stop
 from appliance.rules.match import Subject, louder
 
 MAX_PROCESSES = 65_536  # of the process queue: twice a default pid_max
 MAX_REMEMBERED = 65_536  # tuples whose owners an earlier look has seen
 MAX_RECORDS = 262_144  # open flows in the record queue
-MAX_WAITING = 4096  # flows held for a person; of more of them nobody will be asked
-LEAD_NS = 25_000_000  # so long before a hold ends its flow is decided, or the tap would have decided already
 EVIDENCE_FRESH_NS = 10_000_000_000  # foreign code is looked for at most once in this time for one process
 
 
@@ -106,29 +102,6 @@ class Alarm(IntEnum):
     UNANSWERED = 2  # nobody has decided on a flow that is held for a person
 
 
-@dataclass(slots=True)
-class Waiting:
-    """A flow that is held until a person decides."""
-
-    verdict: Verdict
-    since_ns: int
-    deadline_ns: int
-    fresh: bool  # it is held since its first packet: neither end knows of a connection
-
-
-@dataclass(slots=True)
-class _Doing:
-    """An act under way."""
-
-    flow: Flow
-    order: Order
-    ask: Ask
-    held: bool  # the flow has never gone on: to stop it is to refuse it
-    since_ns: int | None = None  # since when it waits; None: it does not
-    verdict: Verdict | None = None  # not reported yet; None: it goes on without one, because the hold is over
-    again: bool = False
-
-
 class Engine:
     """Judges every flow of one guest."""
 
@@ -138,11 +111,11 @@ class Engine:
         """``hold`` is the policy by which the tap holds new flows, if it does."""
         self._judge = judge
         self._names = names
-        self._hold = hold or HoldPolicy()
         self._os, self._tags = "", tags
         self._cases: dict[FlowId, Case] = {}
-        self._pending: dict[FlowId, Verdict] = {}
-        self._doing: dict[FlowId, _Doing] = {}
+        self._pending: dict[FlowId, Verdict] = {}  # whose evidence is sought
+        self._sought: dict[ProcessKey, list[FlowId]] = {}  # one search for all flows of a process
+        self._acts = Acts(hold or HoldPolicy())
         self._due: list[tuple[int, int, Alarm, FlowId]] = []
         self._forgeries = Forgeries()
         self._remembered: dict[FiveTuple, tuple[Owner, ...]] = {}
@@ -150,7 +123,7 @@ class Engine:
         self._by_pid: dict[int, GuestProcess] = {}
         self.processes: OrderedDict[ProcessKey, GuestProcess] = OrderedDict()
         self.records: OrderedDict[FlowId, Verdict] = OrderedDict()
-        self.waiting: dict[FlowId, Waiting] = {}  # for a person
+        self.waiting = self._acts.waiting  # for a person
 
     @property
     def next_due_ns(self) -> int | None:
@@ -173,7 +146,7 @@ class Engine:
             case EvidenceFound(flow_id, evidence, at_ns):
                 yield from self._evidenced(flow_id, evidence, at_ns)
             case Decided(flow_id, allow, who, at_ns):
-                yield from self._decided(flow_id, who, allow=allow)
+                yield from self._decided(flow_id, allow, who)
             case SnapshotTaken(snapshot, os):
                 self._os = os
                 self._seed(snapshot)
@@ -184,10 +157,7 @@ class Engine:
 
     def _woken(self, alarm: Alarm, flow_id: FlowId, due_ns: int, at_ns: int) -> Iterator[Command]:
         if alarm is Alarm.UNANSWERED:
-            if (waiting := self.waiting.get(flow_id)) is not None:
-                ask = waiting.verdict.judgement.ask
-                who = f"nobody decided within {ask.seconds:g} s"
-                yield from self._decided(flow_id, who, allow=ask.default is Decision.ALLOW)
+            yield from self._decided(flow_id, None)
             return
         case = self._cases.get(flow_id)
         if case is None or case.judged:
@@ -205,7 +175,7 @@ class Engine:
     def _started(self, flow: Flow, at_ns: int, *, held: bool) -> Iterator[Command]:
         case = self._cases[flow.id] = Case(flow)
         if held:
-            hold_ns = round(self._hold.deadline_s * 1e9)
+            hold_ns = round(self._acts.hold.deadline_s * 1e9)
             case.held, case.deadline_ns = True, flow.started_ns + hold_ns
             self._wake(case.deadline_ns - min(LEAD_NS, hold_ns // 4), flow.id, Alarm.OVERDUE)
         if not flow.midstream:
@@ -241,13 +211,13 @@ class Engine:
     def _overdue(self, case: Case, at_ns: int) -> Iterator[Command]:
         """The hold is nearly over, and no process is known: what is said of such flows decides, here and now."""
         judgement = self._judgement(case.flow, tie(case), at_ns)
-        order = self._order(case, judgement, at_ns)
+        order = self._acts.order(case, judgement, at_ns)
         if order is None or order.act is not Act.RELEASE:
             yield from self._judge_case(case, at_ns)
             if case.ended:
                 self._forget(case.flow.id)
             return
-        yield from self._do(_Doing(case.flow, order, judgement.ask, True, case.flow.started_ns))
+        yield self._acts.begin(Doing(case.flow, order, judgement.ask, True, case.flow.started_ns))
         case.release(at_ns)
         if not case.looking:
             yield from self._go_on(case, at_ns)
@@ -268,7 +238,7 @@ class Engine:
         case = self._cases.get(flow_id)
         if case is not None:
             case.ended = True
-            if not case.looking:  # else the answer under way ends it
+            if case.judged or not case.looking:  # else the answer under way ends it
                 if not case.judged:
                     yield from self._judge_case(case, at_ns)
                 self._forget(flow_id)
@@ -330,12 +300,12 @@ class Engine:
             new_process=any(added),
             handling=case.handling,
         )
-        order = self._order(case, judgement, at_ns)
+        order = self._acts.order(case, judgement, at_ns)
         if order is None:
             yield from self._gather(verdict, at_ns)
             return
         since_ns = flow.started_ns if case.held else None
-        yield from self._do(_Doing(flow, order, judgement.ask, self._still_held(case, at_ns), since_ns, verdict))
+        yield self._acts.begin(Doing(flow, order, judgement.ask, case.is_held(at_ns), since_ns, verdict))
         case.held = False
 
     def _judgement(self, flow: Flow, binding: Binding, at_ns: int) -> Judgement:
@@ -347,54 +317,21 @@ class Engine:
         parent = self._by_pid.get(process.parent_pid) if process else None
         return parent if parent and process and parent.key.started_ns <= process.key.started_ns else None
 
-    # -- acting --
-
-    def _still_held(self, case: Case, at_ns: int) -> bool:
-        """Whether it waits for us; when its time was up, the tap did what the operator wants by default."""
-        return case.held and at_ns < case.deadline_ns
-
-    def _order(self, case: Case, judgement: Judgement, at_ns: int) -> Order | None:
-        """What the hand must do about a flow; whatever was held gets an answer."""
-        protocol, held = case.flow.tuple.protocol, self._still_held(case, at_ns)
-        if case.held and not case.attempts:  # nobody has answered who owns it
-            order: Order | None = by_default(self._hold.default, protocol, held=held)
-        else:
-            order = order_for(judgement, protocol, held=held)
-        if order is None:
-            return Order(Act.RELEASE) if case.held else None
-        if case.ended:  # nothing is left to be diverted, or to be asked about
-            act = Act.RELEASE if order.act is Act.RELEASE else Act.BLOCK
-            return Order(act) if case.held else None
-        if order.act is Act.HOLD and len(self.waiting) >= MAX_WAITING:
-            return by_default(judgement.ask.default, protocol, held=held)
-        return order
-
-    def _do(self, doing: _Doing) -> Iterator[Command]:
-        self._doing[doing.flow.id] = doing
-        seconds = doing.ask.seconds if doing.order.act is Act.HOLD else None
-        yield Handle(doing.flow.id, doing.order.act, seconds, doing.ask.default, doing.order.target)
-
     def _handled(self, event: Handled) -> Iterator[Command]:
-        doing = self._doing.get(event.flow)
-        if doing is None or doing.order.act is not event.act:
+        case = self._cases.get(event.flow)
+        doing = self._acts.settle(event, living=case is not None and not case.ended)
+        if isinstance(doing, Handle):
+            yield doing
             return
-        if event.done is False and event.act in (Act.HOLD, Act.REDIRECT):  # what is denied must not slip through
-            doing.order = Order(stop(doing.flow.tuple.protocol, held=doing.held))
-            yield from self._do(doing)
+        if doing is None:
             return
-        del self._doing[event.flow]
-        handling = _handling(doing, event)
-        case, verdict = self._cases.get(event.flow), doing.verdict
-        if verdict is None:
+        verdict = doing.verdict
+        if verdict is None:  # it was let go without one
             if case is not None:
-                case.handling = handling
+                case.handling = doing.handling
             return
-        verdict = replace(verdict, handling=handling)
-        if event.act is Act.HOLD and event.done and case is not None and not case.ended:
-            since_ns = event.at_ns if doing.since_ns is None else doing.since_ns
-            deadline_ns = event.at_ns + round(doing.ask.seconds * 1e9)
-            self.waiting[event.flow] = Waiting(verdict, since_ns, deadline_ns, doing.held)
-            self._wake(deadline_ns - LEAD_NS, event.flow, Alarm.UNANSWERED)
+        if (waiting := self.waiting.get(event.flow)) is not None:
+            self._wake(waiting.deadline_ns - LEAD_NS, event.flow, Alarm.UNANSWERED)
         if not doing.again:
             yield from self._gather(verdict, event.at_ns)
         elif event.flow in self._pending:  # its evidence is still sought
@@ -402,19 +339,11 @@ class Engine:
         else:
             yield from self._report(verdict, again=True)
 
-    def _decided(self, flow_id: FlowId, who: str, *, allow: bool) -> Iterator[Command]:
-        """A person, or the deadline, ends the waiting; the verdict is told again, with what became of the flow."""
-        waiting = self.waiting.pop(flow_id, None)
-        if waiting is None:
-            return
-        verdict = waiting.verdict
-        judgement, flow = verdict.judgement, verdict.flow
-        act = Act.RELEASE if allow else stop(flow.tuple.protocol, held=waiting.fresh)
-        because = f"{judgement.because}; {who}: {'allow' if allow else 'block'}"
-        verdict = replace(verdict, judgement=replace(judgement, because=because))
-        yield from self._do(
-            _Doing(flow, Order(act), judgement.ask, waiting.fresh, waiting.since_ns, verdict, again=True)
-        )
+    def _decided(self, flow_id: FlowId, allow: bool | None, who: str = "") -> Iterator[Command]:
+        """The verdict is told again, with what became of the flow."""
+        handle = self._acts.decide(flow_id, allow, who)
+        if handle is not None:
+            yield handle
 
     # -- telling --
 
@@ -429,17 +358,22 @@ class Engine:
             yield from self._report(_with(verdict, evidence))
             return
         self._pending[verdict.flow.id] = verdict
+        if process.key in self._sought:
+            self._sought[process.key].append(verdict.flow.id)
+            return
+        self._sought[process.key] = [verdict.flow.id]
         yield GatherEvidence(verdict.flow.id, process)
 
     def _evidenced(self, flow_id: FlowId, evidence: tuple[Evidence, ...], at_ns: int) -> Iterator[Command]:
-        verdict = self._pending.pop(flow_id, None)
-        if verdict is None:
+        first = self._pending.get(flow_id)
+        process = first.binding.process if first else None
+        if process is None:
             return
-        if (process := verdict.binding.process) is not None:
-            self._evidence[process.key] = (at_ns, evidence)
-            if len(self._evidence) > MAX_PROCESSES:
-                self._evidence.popitem(last=False)
-        yield from self._report(_with(verdict, evidence))
+        self._evidence[process.key] = (at_ns, evidence)
+        if len(self._evidence) > MAX_PROCESSES:
+            self._evidence.popitem(last=False)
+        for sought_for in self._sought.pop(process.key, ()):
+            yield from self._report(_with(self._pending.pop(sought_for), evidence))
 
     def _report(self, verdict: Verdict, *, again: bool = False) -> Iterator[Command]:
         if (waiting := self.waiting.get(verdict.flow.id)) is not None:
@@ -450,17 +384,6 @@ class Engine:
             if len(self.records) > MAX_RECORDS:
                 self.records.popitem(last=False)
         yield Report(verdict, again)
-
-
-def _handling(doing: _Doing, event: Handled) -> Handling | None:
-    """What was done, and how long the flow had waited for it, now or before it was let go without a verdict."""
-    if event.done is None:
-        return None
-    before = doing.verdict.handling if doing.verdict else None
-    held_ns = before.held_ns if before else None
-    if doing.since_ns is not None:
-        held_ns = max(0, event.at_ns - doing.since_ns)
-    return Handling(event.act, event.done, None if event.act is Act.HOLD else held_ns)
 
 
 def _on_the_wire(end: Endpoint) -> Endpoint:

@@ -53,6 +53,7 @@ CHECK_NS = 1_000_000_000  # how often a guest is asked for signs of life
 STILL_NS = 10 * CHECK_NS  # a kernel that does not tick for so long is paused, or is not the running one any more
 RETRY_NS = 2 * CHECK_NS  # first pause before another try to attach; doubled with each failure
 MAX_RETRY_NS = 300 * CHECK_NS
+MAX_PUT_OFF = 256  # searches that wait: a guest can start processes faster than anybody can look into them
 PUT_OFF_NS = 250_000_000  # so long evidence may wait for a moment without events; then its process may be gone
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
 
@@ -264,9 +265,12 @@ class GuestWatch:
                 return LookedUp(flow.id, finding, self.clock())
             case Handle(flow_id, act):
                 return Handled(flow_id, act, self._handle(command), self.clock())
-            case GatherEvidence() if self._hand is not None:
-                self._later.append((command, self.clock()))
-                return None
+            case GatherEvidence(flow_id) if self._hand is not None:
+                if len(self._later) < MAX_PUT_OFF:
+                    self._later.append((command, self.clock()))
+                    return None
+                self.summary.guest_errors["evidence: too much to look for"] += 1
+                return EvidenceFound(flow_id, (), self.clock())
             case GatherEvidence():
                 return self._find_foreign(command)
             case Report(verdict, again):

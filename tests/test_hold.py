@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from appliance.acting import LEAD_NS, MAX_WAITING
 from appliance.bind import MAX_ALARMS
-from appliance.engine import LEAD_NS, MAX_WAITING, Engine
+from appliance.engine import Engine
 from appliance.messages import (
     Decided,
     EvidenceFound,
@@ -237,6 +238,20 @@ def test_without_a_hand_the_same_flows_have_the_same_verdicts_and_no_act():
         told.append([report.verdict for report in stage.reports])
         assert all((verdict.handling is None) == (hand is None) for verdict in told[-1])
     assert [replace(verdict, handling=None) for verdict in told[0]] == told[1]
+
+
+def test_one_search_for_foreign_code_serves_all_flows_that_are_denied_meanwhile():
+    engine, gathers, reports = Engine(Rules(), NoNames()), [], []
+    for number in range(3):
+        one = flow(number)
+        list(engine.feed(FlowStarted(one, one.started_ns, True)))
+        (handle,) = engine.feed(LookedUp(one.id, BOUND, one.started_ns))
+        gathers += engine.feed(Handled(one.id, handle.act, True, one.started_ns))
+    assert len(gathers) == 1
+    found = (Evidence("code", "anon-exec", weight=2),)
+    reports = list(engine.feed(EvidenceFound(gathers[0].flow, found, 2_000_000_000)))
+    assert [report.verdict.flow.id.number for report in reports] == [0, 1, 2]
+    assert all(report.verdict.parasitic for report in reports)
 
 
 # -- a person decides (N19) --

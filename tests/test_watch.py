@@ -21,7 +21,7 @@ from appliance.model import (
     Snapshot,
     TapStats,
 )
-from appliance.watch import CHECK_NS, STILL_NS, GuestWatch
+from appliance.watch import CHECK_NS, MAX_PUT_OFF, STILL_NS, GuestWatch
 from tests.worlds.nouns import VM, NoNames, Verbatim, flow, owner
 
 LIVE = GuestInfo(VM, 4242, ports=(GuestPort("tap1"),))
@@ -306,6 +306,15 @@ def test_a_search_is_not_put_off_for_ever():
     watch_with(hand, *([held(number)] for number in range(200)), eye=eye, polls=1000)
     assert order.index("search") < 150
     assert order.count("search") == 200
+
+
+def test_searches_that_are_too_many_are_left_out_and_counted():
+    eye = Eye()
+    eye.find_owner = lambda one: Finding(Match.EXACT, (owner(one.id.number),))
+    burst = [held(number) for number in range(MAX_PUT_OFF + 50)]
+    summary, reports, _ = watch_with(Hand(), burst, eye=eye, polls=1000)
+    assert len(reports) == MAX_PUT_OFF + 50
+    assert summary.guest_errors == {"evidence: too much to look for": 50}
 
 
 def test_what_was_put_off_is_done_before_the_watch_ends():
