@@ -40,12 +40,14 @@ class Rung:
 
 
 _ACTS: Final = frozenset(Act)
-_IN_KERNEL: Final = "about 0.6 us a packet in the kernel"
+_IN_KERNEL: Final = "about 0.7 us a packet in the kernel"
 RUNGS: Final = (
-    Rung("tc+ring", "flows are tracked in the kernel", _ACTS, f"{_IN_KERNEL}, 15 to 25 us an event"),
-    Rung("tc+perf", "flows are tracked in the kernel", _ACTS, f"{_IN_KERNEL}, 22 to 33 us an event"),
-    Rung("socket", "flows are tracked in the kernel", frozenset(), f"{_IN_KERNEL}, 10 to 22 us an event"),
-    Rung("packets", "every packet is read", frozenset(), "0.6 us a packet in the kernel and 10 to 40 us in user space"),
+    Rung("tc+ring", "flows are tracked in the kernel", _ACTS, f"{_IN_KERNEL}, 12 to 24 us an event"),
+    Rung("tc+perf", "flows are tracked in the kernel", _ACTS, f"{_IN_KERNEL}, 16 to 33 us an event"),
+    Rung("socket", "flows are tracked in the kernel", frozenset(), f"{_IN_KERNEL}, 9 to 22 us an event"),
+    Rung(
+        "packets", "every packet is read", frozenset(), "about 0.6 us a packet in the kernel, 3 to 38 us in user space"
+    ),
 )
 NAMES: Final = tuple(rung.name for rung in RUNGS)
 
