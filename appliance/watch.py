@@ -122,7 +122,7 @@ class GuestWatch:
         self._hand, self._hold, self._decoys, self._serve = hand, hold, decoys, serve
         self._turns = 0
         self._later: deque[tuple[GatherEvidence, int]] = deque()  # with the time it was asked for
-        self._complained = False
+        self._complained: set[str] = set()
         self._next_check_ns = 0
         self._pulse, self._beat_ns, self._spoke_ns, self._still_ns = -1, 0, 0, STILL_NS
         self._retry_ns, self._next_try_ns = RETRY_NS, clock() + RETRY_NS
@@ -287,15 +287,14 @@ class GuestWatch:
         return EvidenceFound(command.flow, evidence, self.clock())
 
     def _handle(self, command: Handle) -> bool | None:
-        """Do one act; whether it was done, None where there is no hand. A host that refuses is told of once."""
+        """Do one act; whether it was done, None where there is no hand. A host that refuses is told of once for each act."""
         if self._hand is None:
-            self._complain("the rules enforce, but here is no hand: nothing is held or blocked")
             return None
         done = False
         try:
             done = self._act(self._hand, command)
         except HostError as error:
-            self._complain(f"{command.act} was not done: {error}")
+            self._complain(command.act, f"{command.act} was not done: {error}")
         if done:
             self.summary.acts[command.act.value] += 1
         else:
@@ -316,13 +315,14 @@ class GuestWatch:
             case Act.REDIRECT:
                 decoy = self._decoys.get(command.target or "")
                 if decoy is None:
-                    self._complain(f"there is no decoy {command.target!r}: what is redirected to it is blocked")
+                    why = f"there is no decoy {command.target!r}: what is redirected to it is blocked"
+                    self._complain(command.target or "", why)
                 return decoy is not None and hand.redirect(flow, decoy)
 
-    def _complain(self, why: str) -> None:
-        """Say once what keeps the rules from being enforced. A capture is judged, never enforced."""
-        if not self._complained and self.info.ports:
-            self._complained = True
+    def _complain(self, subject: str, why: str) -> None:
+        """Say once what keeps the rules from being enforced; the rules bound the number of subjects."""
+        if subject not in self._complained:
+            self._complained.add(subject)
             self._tell(f"{self.info.id.target}: {why}")
 
     @contextlib.contextmanager
