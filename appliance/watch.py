@@ -287,7 +287,7 @@ class GuestWatch:
         return EvidenceFound(command.flow, evidence, self.clock())
 
     def _handle(self, command: Handle) -> bool | None:
-        """Do one act; whether it was done, None where there is no hand. A host that refuses is told of once for each act."""
+        """Do one act; whether it was done, None where there is no hand. A host that refuses is told of once."""
         if self._hand is None:
             return None
         done = False
