@@ -6,9 +6,10 @@
 
 One engine serves one guest. Time comes with each event, so that replay equals live (P10: add, then judge).
 
-A flow that waits in the host gets exactly one act that ends its waiting, before anything else is done about it. When
-its time is nearly up and nobody is known to own it, the policy for flows without a process decides; if that lets it
-go, it is judged by its further life, like a flow that was never held.
+A flow that waits in the host gets exactly one act that ends its waiting, before anything else is done about it. An
+incoming one is let in if its listener may have it, and judged by the process that accepts it. When the time is nearly
+up and nobody is known to own it, the policy for flows without a process decides; if that lets it go, it is judged by
+its further life, like a flow that was never held.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from appliance.model import (
     HoldPolicy,
     IpAddress,
     Judgement,
+    Match,
     Owner,
     ProcessKey,
     Severity,
@@ -164,7 +166,7 @@ class Engine:
             return
         if alarm is Alarm.OVERDUE:
             if case.held:
-                yield from self._overdue(case, at_ns)
+                yield from self._answer(case, at_ns)
         elif case.due_ns == due_ns:  # else another time was set since
             case.retries, case.due_ns = case.retries + 1, 0
             if not case.looking:  # else the answer under way sets the next time
@@ -200,7 +202,9 @@ class Engine:
     def _go_on(self, case: Case, at_ns: int) -> Iterator[Command]:
         """Judge a flow of which all is known that can be, or set the time of the next look."""
         again_ns = next_look_ns(case)
-        if again_ns is None:
+        if again_ns is None and case.held and case.best and case.best.match is Match.LISTENER:
+            yield from self._answer(case, at_ns)  # who accepts it will show when it is let in
+        elif again_ns is None:
             yield from self._judge_case(case, at_ns)
             if case.ended:
                 self._forget(case.flow.id)
@@ -208,8 +212,8 @@ class Engine:
             case.due_ns = again_ns
             self._wake(again_ns, case.flow.id, Alarm.LOOK)
 
-    def _overdue(self, case: Case, at_ns: int) -> Iterator[Command]:
-        """The hold is nearly over, and no process is known: what is said of such flows decides, here and now."""
+    def _answer(self, case: Case, at_ns: int) -> Iterator[Command]:
+        """No more can be known while it waits: by what is known it is stopped for good, or let go and followed."""
         judgement = self._judgement(case.flow, tie(case), at_ns)
         order = self._acts.order(case, judgement, at_ns)
         if order is None or order.act is not Act.RELEASE:

@@ -59,6 +59,8 @@ class Front:
 
     def act(self, flow: FlowId, act: Act) -> bool:
         """RELEASE, BLOCK or RESET one flow."""
+        if act in (Act.RELEASE, Act.BLOCK) and self.decide(flow, act is Act.RELEASE, "the operator"):
+            return True  # it waited for a person
         hand = self._hand()
         done = hand.release(flow) if act is Act.RELEASE else hand.block(flow, reset=act is Act.RESET)
         self.watch.summary.acts[act.value] += done

@@ -141,11 +141,48 @@ def test_in_monitor_mode_what_waits_is_released_and_nothing_else_is_touched():
     assert stage.verdict.handling is None
 
 
-def test_a_listener_is_the_answer_for_an_incoming_connection_that_waits():
-    stage = Stage(Rules(Decision.ALLOW), finding=Finding(Match.LISTENER, (owner(1),)))
-    stage.start(flow(direction=Direction.IN, local_port=80))
+LISTENING = Finding(Match.LISTENER, (owner(1),))
+
+
+def test_an_incoming_connection_is_let_in_by_its_listener_and_judged_by_the_process_that_accepts_it():
+    one, stage = flow(direction=Direction.IN, local_port=80), Stage(Rules(Decision.ALLOW), finding=LISTENING)
+    stage.start(one)
+    assert (stage.acts, stage.reports) == ([Act.RELEASE], [])
+    stage.finding = BOUND
+    stage.wait(one.started_ns + 10 * MS)
+    assert stage.acts == [Act.RELEASE]
+    assert stage.verdict.binding.match is Match.EXACT
+    assert stage.verdict.handling.act is Act.RELEASE
+
+
+def test_an_incoming_connection_that_nobody_accepts_stays_with_its_listener():
+    one, stage = flow(direction=Direction.IN, local_port=80), Stage(Rules(Decision.ALLOW), finding=LISTENING)
+    stage.start(one).wait(one.started_ns + 2000 * MS)
     assert stage.acts == [Act.RELEASE]
     assert stage.verdict.binding.match is Match.LISTENER
+
+
+def test_an_incoming_connection_that_its_listener_may_not_have_is_never_let_in():
+    stage = Stage(finding=LISTENING).start(flow(direction=Direction.IN, local_port=80))
+    assert stage.acts == [Act.BLOCK]
+    assert stage.verdict.binding.match is Match.LISTENER
+
+
+class Refusing(Rules):
+    """Lets in what comes to the listener, and has nothing to do with the process that accepts it."""
+
+    def judge(self, subject):
+        self.bound = Decision.DENY if subject.binding.match is Match.EXACT else Decision.ALLOW
+        return super().judge(subject)
+
+
+def test_an_incoming_connection_accepted_by_a_process_that_may_not_have_it_is_reset():
+    one, stage = flow(direction=Direction.IN, local_port=80), Stage(Refusing(), finding=LISTENING)
+    stage.start(one)
+    stage.finding = BOUND
+    stage.wait(one.started_ns + 10 * MS)
+    assert stage.acts == [Act.RELEASE, Act.RESET]
+    assert stage.verdict.judgement.decision is Decision.DENY
 
 
 def test_an_outgoing_flow_whose_process_shows_up_while_it_waits_is_judged_by_it():

@@ -27,7 +27,7 @@ def duration_text(seconds: float | None) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     left = round(seconds)
-    parts = []
+    parts: list[str] = []
     for name, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, left = divmod(left, size)
         if count or parts:
