@@ -25,6 +25,7 @@ from appliance.hosts.targets import resolve
 from appliance.model import Decoy, GuestInfo, HoldPolicy, Verdict
 from appliance.opening import open_eye_or_none, open_eye_or_say, open_tap, teach
 from appliance.pacemaker import Pacemaker
+from appliance.plugging import Plugging
 from appliance.ports import GuestEye, PacketTap
 from appliance.respond.banning import Banning
 from appliance.respond.control import ControlServer
@@ -191,6 +192,10 @@ def _open_guest(
     )
     if info.pid is not None:
         watcher = partial(watcher, runs=partial(is_running, info), reopen=partial(open_eye_or_none, info))
+        if hand is not None:
+            plugging = Plugging(info, hand, tell)
+            opened.callback(plugging.close)
+            watcher = partial(watcher, ports=plugging.look)
     mailbox = Mailbox()
     one = watcher(serve=mailbox.serve)
     front = Front(one, hand, rung.name, enforces, time.time_ns(), mailbox)

@@ -110,16 +110,18 @@ class GuestWatch:
         hold: HoldPolicy | None = None,
         decoys: Mapping[str, Decoy] = MappingProxyType({}),
         serve: Callable[[], object] = lambda: None,
+        ports: Callable[[], None] = lambda: None,
     ) -> None:
         """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks.
 
         ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
-        same policy), ``decoys`` are the far ends of redirects by name. ``serve`` does what others ask of this thread.
+        same policy), ``decoys`` are the far ends of redirects by name. ``serve`` does what others ask of this thread,
+        ``ports`` looks whether the guest's ports have changed.
         """
         self.info, self._tap, self._eye, self.engine = info, tap, eye, engine
         self._report, self.clock, self._tell = report, clock, tell
         self._runs, self._reopen, self._looked = runs, reopen, looked
-        self._hand, self._hold, self._decoys, self._serve = hand, hold, decoys, serve
+        self._hand, self._hold, self._decoys, self._serve, self._ports = hand, hold, decoys, serve, ports
         self._turns = 0
         self._later: deque[tuple[GatherEvidence, int]] = deque()  # with the time it was asked for
         self._complained: set[str] = set()
@@ -193,6 +195,7 @@ class GuestWatch:
         self._next_check_ns = now_ns + CHECK_NS
         if not self._runs():
             raise GuestGone("the guest has ended")
+        self._ports()
         if self._eye is None:
             if now_ns >= self._next_try_ns:
                 self._adopt(self._reopen(), now_ns)

@@ -1,4 +1,4 @@
-"""A guest that reboots, or is watched before its kernel runs, is seen again without anybody's help."""
+"""A guest that reboots or gets another network card goes on being seen without anybody's help."""
 
 import time
 
@@ -37,3 +37,16 @@ def test_after_a_reboot_the_new_kernel_is_attached_and_its_processes_are_named(g
     for body in (calls(watch)[0], calls(watch)[-1]):
         assert body["binding"]["match"] == "exact", body
         assert body["process"]["name"] == "python3"
+
+
+def test_a_network_card_that_is_plugged_in_is_watched_and_unplugged_is_forgotten(guest, network, tmp_path):
+    port = network.add_port()
+    with Watching(f"qemu:{guest.pid}", home=tmp_path) as watch:
+        guest.qmp("netdev_add", type="tap", id="more", ifname=port.ifname, script="no", downscript="no")
+        guest.qmp("device_add", driver="virtio-net-pci", id="card", netdev="more", mac=port.mac)
+        wait_for(lambda: any(f"port {port.ifname} has come" in line for line in watch.said), 30)
+        network.remove_port(port)
+        guest.run(CALL)
+        wait_for(lambda: calls(watch), 20)
+        watch.end()
+    assert not [line for line in watch.said if "ended" in line]
