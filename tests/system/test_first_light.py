@@ -11,8 +11,9 @@ from tests.worlds.command import ROOT
 pytestmark = pytest.mark.system
 
 
-def test_the_demo_names_the_parasite_and_flags_nothing_honest():
-    command = [sys.executable, "-m", "lab.demo"]
+@pytest.mark.parametrize("options", [(), ("--enforce",)], ids=["monitor", "enforce"])
+def test_the_demo_names_the_parasite_and_flags_nothing_honest(options):
+    command = [sys.executable, "-m", "lab.demo", *options]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'vm-images'}:{ROOT}"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -41,9 +41,15 @@ _SS = re.compile(r"^(tcp|udp)\s+\S+\s+\d+\s+\d+\s+(\S+)\s+(\S+)(?:\s+users:\((.*
 class Watch:
     """`parasight watch` as a child: its verdicts as they come, its summary at the end."""
 
-    def __init__(self, target: str, home: Path) -> None:
-        command = [sys.executable, "-m", "appliance.cli", "watch", target]
-        command += ["--rules", "rules/debian-server.yaml", "--output", "jsonl"]
+    def __init__(self, target: str, home: Path, *, enforce: bool) -> None:
+        rules = ROOT / "rules" / "debian-server.yaml"
+        command = [sys.executable, "-m", "appliance.cli", "watch", target, "--output", "jsonl"]
+        if enforce:
+            enforced = home / "debian-server-enforced.yaml"
+            enforced.write_text(rules.read_text().replace("  mode: monitor\n", "  mode: enforce\n", 1))
+            command += ["--enforce", "--rules", str(enforced)]
+        else:
+            command += ["--rules", str(rules.relative_to(ROOT))]
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -51,7 +57,12 @@ class Watch:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PARASIGHT_STATE": str(home), "XDG_CACHE_HOME": str(home)},
+            env={
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                "PARASIGHT_STATE": str(home),
+                "PARASIGHT_RUN_DIR": str(home),
+                "XDG_CACHE_HOME": str(home),
+            },
         )
         self.verdicts: list[Json] = []
         self.summary: Json = {}
@@ -106,7 +117,7 @@ def asked_ss(guest: Guest) -> Iterator[dict[Tuple, set[int]]]:
             seen[protocol, local, "*" if remote.endswith(":*") else remote].update(map(int, pids))
 
 
-def run(image_name: str, memory_mb: int) -> int:
+def run(image_name: str, memory_mb: int, *, enforce: bool) -> int:
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parasight-demo-")))
@@ -117,7 +128,7 @@ def run(image_name: str, memory_mb: int) -> int:
         guest = stack.enter_context(boot(image, network, name="web-01", memory_mb=memory_mb))
         _do(guest, "/opt/demo/web.sh")
         workers = [int(pid) for pid in _do(guest, "pgrep -P $(cat /run/nginx.pid)").split()]
-        watch = Watch(f"qemu:{guest.pid}", home)
+        watch = Watch(f"qemu:{guest.pid}", home, enforce=enforce)
         stack.callback(watch.close)
         watch.wait_ready()
         with asked_ss(guest) as seen:
@@ -135,18 +146,22 @@ def run(image_name: str, memory_mb: int) -> int:
             say(f"nginx served {served.done} calls, {served.failed} failed")
         watch.end()
         story.print_summary(watch.summary)
-        mistakes = judge(watch.verdicts, seen, workers[0])
+        mistakes = judge(watch.verdicts, seen, workers[0], enforce=enforce)
+        mistakes += [f"nginx failed {served.failed} honest calls"] if served.failed else []
         paused = [event["event"] for event in guest.events if event["event"] in ("STOP", "RESUME")]
     mistakes += [f"the guest was paused: {paused}"] if paused else []
     for mistake in mistakes:
         say(f"FAILED: {mistake}")
     if not mistakes:
         seconds = time.monotonic() - start
-        say(f"PASSED in {seconds:.0f} s: the parasite is named, nothing honest was flagged, owners agree with ss")
+        stopped = " and stopped before its first packet left" if enforce else ""
+        say(
+            f"PASSED in {seconds:.0f} s: the parasite is named{stopped}, nothing honest was flagged, owners agree with ss"
+        )
     return 1 if mistakes else 0
 
 
-def judge(verdicts: list[Json], seen: dict[Tuple, set[int]], infected: int) -> list[str]:
+def judge(verdicts: list[Json], seen: dict[Tuple, set[int]], infected: int, *, enforce: bool) -> list[str]:
     """What went wrong, in sentences; empty when all is well."""
     mistakes, caught, compared = [], False, 0
     for body in verdicts:
@@ -154,7 +169,8 @@ def judge(verdicts: list[Json], seen: dict[Tuple, set[int]], infected: int) -> l
         row = f"{flow['protocol']} {_end(flow['local'])} {flow['direction']} {_end(flow['remote'])}"
         if flow["remote"]["port"] == SINK_PORT:
             right = body["verdict"] == "deny" and body["process"] and body["process"]["pid"] == infected
-            caught = bool(right and body["parasitic"])
+            stopped = (body["act"], body["act_done"]) == ("block", True)
+            caught = bool(right and body["parasitic"] and (stopped or not enforce))
             mistakes += [] if caught else [f"the parasite's connection was not named rightly: {json.dumps(body)}"]
         elif body["verdict"] == "deny" or body["alert"]:
             mistakes.append(f"an honest connection was flagged: {row}: {body['because']}")
@@ -199,9 +215,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./run demo", description=__doc__)
     parser.add_argument("--image", default="debian-12-cloud", help="a folder of vm-images")
     parser.add_argument("--memory", type=int, default=1024, metavar="MIB")
+    parser.add_argument("--enforce", action="store_true", help="let the rules act: the parasite is stopped, too")
     options = parser.parse_args()
     try:
-        return run(options.image, options.memory)
+        return run(options.image, options.memory, enforce=options.enforce)
     except LabError as error:
         say(str(error))
         return 6
