@@ -27,7 +27,7 @@ _CommandLineError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="parasight",
-    help="Binds every connection of a virtual machine to the guest process that owns it, and judges it. Read-only.",
+    help="Binds every connection of a virtual machine to the guest process that owns it, and judges it.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
