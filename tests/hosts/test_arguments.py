@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.hosts.arguments import parse_arguments
@@ -81,6 +81,7 @@ words = st.text(alphabet='-abdeimnotv=,:{}"[]0123456789.', max_size=40)
 options = st.sampled_from(["-netdev", "-device", "-nic", "-net", "-name", "-m", "-uuid", "-M"])
 
 
+@settings(deadline=None)
 @given(st.lists(options | words, max_size=12))
 def test_any_words_are_read_without_an_exception(argv: list[str]) -> None:
     parse_arguments(["qemu", *argv])

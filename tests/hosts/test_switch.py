@@ -6,7 +6,7 @@ import struct
 import subprocess
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.hosts.netns import call_in
@@ -38,6 +38,7 @@ def test_a_port_of_no_switch_has_none(wrong) -> None:
     assert parse_slave_kind(wrong) is None
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_answer(data) -> None:
     parse_slave_kind(answer("openvswitch")[:32] + data)
