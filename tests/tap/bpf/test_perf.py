@@ -121,8 +121,8 @@ def test_events_that_found_a_buffer_full_are_counted_and_made_up_for(world, gues
     assert end.counts.packets_out >= 5
     assert tap.recovered > 30
     processors = os.sched_getaffinity(0)
-    try:
-        for port, processor in enumerate(sorted(processors), 8200):  # what a buffer lost, it says before its next record
+    try:  # what a buffer lost, it says before its next record
+        for port, processor in enumerate(sorted(processors), 8200):
             os.sched_setaffinity(0, {processor})
             guest.sendto(b"x", (HOST_IP, port))
             collect_until(tap, starts)
