@@ -485,11 +485,13 @@ static inline int decode(struct __sk_buff *skb, struct scratch *s, int side, u16
 
 /* -- what is no flow (appliance/flow/table.py, icmp.py) -- */
 
-static inline int is_foreign(u32 ifindex, const u8 *eth, int side, u64 now)
+static inline int is_foreign(u32 ifindex, const u16 *eth, int side, u64 now)
 {
 	struct mac mac = {.ifindex = ifindex}, any = {.ifindex = ifindex};
 
-	__builtin_memcpy(mac.address, side ? eth : eth + 6, 6);
+	if (eth[0] & 1) /* to a group */
+		return 0;
+	__builtin_memcpy(mac.address, side ? eth : eth + 3, 6);
 	if (map_lookup(&macs, &mac))
 		return 0;
 	if (!side) {
@@ -498,6 +500,14 @@ static inline int is_foreign(u32 ifindex, const u8 *eth, int side, u64 now)
 		return 0;
 	}
 	return map_lookup(&macs, &any) != 0;
+}
+
+/* Whether the guest's end of a frame has the MAC address that it had in the flow's last frame: then it is no stranger's. */
+static inline int is_familiar(struct flow *f, const u16 *eth, int side)
+{
+	const u16 *known = (const u16 *)f->macs + 3, *here = side ? eth : eth + 3;
+
+	return known[0] == here[0] && known[1] == here[1] && known[2] == here[2];
 }
 
 static inline int control(struct scratch *s)
@@ -907,11 +917,11 @@ static inline int must_wait(struct port *port, struct scratch *s, int side, u64 
 #define OURS -3 /* let it pass, uncounted */
 
 /* Returns why it is no flow; 0 when it is and the packet passes. */
-static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *port, struct stats *st, const u8 *eth, int side,
+static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *port, struct stats *st, const u16 *eth, int side,
 			u32 segments, u32 mark, u64 now, const int observe)
 {
 	struct key *key = &s->key;
-	int forged = mark & FORGED, waits = 0;
+	int forged = mark & FORGED, waits = 0, why = 0;
 	u8 kind = 0, reason = 0;
 	struct flow *f;
 
@@ -925,21 +935,23 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		if (s->fragment == LATER) {
 			struct noted *noted = map_lookup(&fragments, &s->datagram);
 
-			if (!noted || now - noted->at_ns > 30 * SECOND)
-				return NO_FIRST;
-			*key = noted->key;
+			if (noted && now - noted->at_ns <= 30 * SECOND)
+				*key = noted->key;
+			else
+				why = NO_FIRST;
 		}
 	} else if (key->protocol == 1 || key->protocol == 58) {
-		int why = control(s);
-
-		if (why == ICMP_ERROR)
-			note_error(skb, s, side);
-		if (why)
-			return why;
+		why = control(s);
 	}
 	if (key->protocol == 2)
-		return IGMP;
+		why = IGMP;
 	f = map_lookup(&flows, key);
+	if (!(f && is_familiar(f, eth, side)) && is_foreign(key->ifindex, eth, side, now))
+		return FLOODED;
+	if (why == ICMP_ERROR)
+		note_error(skb, s, side);
+	if (why)
+		return why;
 	if (f && s->fragment != LATER) { /* does this packet still belong to it? */
 		u64 limit = timeout(f->state), over_ns = 0;
 
@@ -967,7 +979,7 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		return OURS;
 	}
 	if (!observe && unlikely(port->flags & (HAS_VERDICTS | HAS_BANS) || (f && f->hold))) {
-		u32 action = judge(s, port, f, eth, side, !!mark, now);
+		u32 action = judge(s, port, f, (const u8 *)eth, side, !!mark, now);
 
 		if (action == HOLD && f) {
 			st->held += segments;
@@ -1009,8 +1021,8 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		n->first_flags = s->flags;
 		n->icmp_type = s->icmp_type;
 		n->icmp_code = s->icmp_code;
-		__builtin_memcpy(n->macs, side ? eth + 6 : eth, 6);
-		__builtin_memcpy(n->macs + 6, side ? eth : eth + 6, 6);
+		__builtin_memcpy(n->macs, side ? eth + 3 : eth, 6);
+		__builtin_memcpy(n->macs + 6, side ? eth : eth + 3, 6);
 		n->state = RAW;
 		if (key->protocol == 6)
 			n->state = !(s->flags & SYN) ? MIDSTREAM : s->flags & ACK ? SYN_RECV : SYN_SENT;
@@ -1099,16 +1111,16 @@ static inline int handle(struct __sk_buff *skb, int side, const int observe)
 	s->key.ifindex = ifindex;
 	if (load_bytes(skb, 0, eth, 14))
 		goto ignore;
-	why = FLOODED;
-	if (!(eth[0] & 1) && is_foreign(ifindex, (u8 *)eth, side, now))
-		goto ignore;
 	why = decode(skb, s, side, ntohs(eth[6]));
-	if (why)
+	if (why) {
+		if (is_foreign(ifindex, eth, side, now))
+			why = FLOODED;
 		goto ignore;
+	}
 	u32 size = skb->gso_size, headers = s->ip_at + s->header_len;
 	if (size && skb->len > headers)
 		segments = (skb->len - headers + size - 1) / size;
-	why = place(skb, s, port, st, (u8 *)eth, side, segments, mark, now, observe);
+	why = place(skb, s, port, st, eth, side, segments, mark, now, observe);
 	if (why == KEEP)
 		return 2; /* TC_ACT_SHOT */
 	if (why == OURS)
