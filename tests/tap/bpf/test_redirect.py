@@ -169,3 +169,27 @@ def test_a_decoy_that_is_not_there_is_named_and_the_flow_waits_on(lan) -> None:
         client.connect((lan.server.address(V4), 22))
         trap.accept()[0].close()
     assert len(errors) == 2
+
+
+@FAMILIES
+def test_datagrams_are_redirected_too(lan, family) -> None:
+    def redirect(tap, event) -> None:
+        assert tap.redirect(event.flow.id, decoy_of(lan))
+
+    server = (lan.server.address(family), 53)
+    lan.run(lan.decoy, "nft", "add rule inet trap in udp dport 53 redirect to :5353")
+    with (
+        held(lan, redirect),
+        Sniffer(lan.server) as wire,
+        lan.decoy.socket(family, socket.SOCK_DGRAM) as trap,
+        lan.guest.socket(family, socket.SOCK_DGRAM) as client,
+    ):
+        trap.bind(("" if family == V4 else "::", 5353))
+        for question in (b"A", b"AAAA", b"MX"):
+            client.sendto(question, server)
+            data, peer = trap.recvfrom(100)
+            assert (data, peer[0]) == (question, lan.guest.address(family))
+            trap.sendto(b"answer to " + question, peer)
+            answer, source = client.recvfrom(100)
+            assert (answer, source[:2]) == (b"answer to " + question, server)
+        assert wire.frames(17) == []
