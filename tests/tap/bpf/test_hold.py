@@ -580,6 +580,22 @@ def test_a_person_may_take_longer_than_the_policy(lan) -> None:
         listener.accept()[0].close()
 
 
+def test_flows_whose_verdict_comes_after_the_deadline_are_not_lost(lan) -> None:
+    """A long walk kept us from looking: what was held waits in the ring, and a late yes still counts."""
+    tap = lan.open_tap()
+    tap.hold_new(HoldPolicy(deadline_s=0.2, default=Decision.DENY))
+    with lan.server.listen(V4) as listener, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(lan.guest.socket(V4, socket.SOCK_STREAM)) for _ in range(20)]
+        for client in clients:
+            client.setblocking(False)
+            assert client.connect_ex((lan.server.address(V4), 80)) == errno.EINPROGRESS
+        time.sleep(1)
+        with Judge(tap, release) as judge:
+            for _ in clients:
+                listener.accept()[0].close()
+            assert len(judge.starts(80)) == 20
+
+
 def test_only_the_directions_that_the_policy_names_wait(lan) -> None:
     with held(lan, nothing, HoldPolicy(incoming=False, deadline_s=300)) as judge:
         talk(lan.server, lan.guest, V4)
