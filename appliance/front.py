@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import ip_network
 
 from appliance.errors import UsageError
 from appliance.messages import Decided
@@ -59,11 +58,12 @@ class Front:
 
     def act(self, flow: FlowId, act: Act) -> bool:
         """RELEASE, BLOCK or RESET one flow."""
-        if act in (Act.RELEASE, Act.BLOCK) and self.decide(flow, act is Act.RELEASE, "the operator"):
+        if self.decide(flow, act is Act.RELEASE, "the operator"):
             return True  # it waited for a person
         hand = self._hand()
         done = hand.release(flow) if act is Act.RELEASE else hand.block(flow, reset=act is Act.RESET)
-        self.watch.summary.acts[act.value] += done
+        if done:
+            self.watch.summary.acts[act.value] += 1
         return done
 
     def ban(self, peer: IpNetwork, seconds: float | None) -> None:
@@ -72,7 +72,7 @@ class Front:
 
     def unban(self, peer: IpNetwork) -> bool:
         """Lift a ban; whether there was one."""
-        return self._hand().unban(ip_network(peer))
+        return self._hand().unban(peer)
 
     def _hand(self) -> PacketHand:
         if self.hand is None:
