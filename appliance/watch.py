@@ -190,7 +190,7 @@ class GuestWatch:
     def _check(self) -> None:
         """Once a second: a guest that has ended sends no more packets, and its tap may stay; a kernel may restart."""
         now_ns = self.clock()
-        if now_ns < self._next_check_ns:
+        if 0 < self._next_check_ns - now_ns <= CHECK_NS:  # further away: the host's clock was set back
             return
         self._next_check_ns = now_ns + CHECK_NS
         if not self._runs():
@@ -217,7 +217,11 @@ class GuestWatch:
         if now_ns - self._beat_ns <= (2 * CHECK_NS if speaks else self._still_ns):
             return
         fresh = self._reopen()
-        if fresh is not None and fresh.read_pulse() == self._pulse:  # the same kernel: the guest is paused
+        fresh_pulse = None
+        if fresh is not None:
+            with self._guest_errors("pulse"):
+                fresh_pulse = fresh.read_pulse()
+        if fresh is not None and fresh_pulse == self._pulse:  # the same kernel: the guest is paused
             fresh.close()
             self._still_ns = min(2 * self._still_ns, MAX_RETRY_NS)
             return

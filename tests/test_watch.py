@@ -182,6 +182,41 @@ def test_a_kernel_that_stopped_ticking_is_looked_for_again(comes_back):
     assert not summary.ended
 
 
+def test_a_fresh_kernel_that_lies_at_once_costs_an_eye_and_not_the_watch():
+    stopped, fresh = Eye(pulse=7), Eye()
+
+    def lie():
+        raise Implausible("a clock that stands at 2**64")
+
+    fresh.read_pulse = lie
+    summary, _, said = watch(Tap(), stopped, reopen=lambda: fresh, polls=(STILL_NS + 3 * CHECK_NS) // 1_000_000)
+    assert not summary.ended, said
+    assert stopped.closed
+    assert fresh.closed
+    assert summary.guest_errors["pulse: Implausible"] >= 1
+
+
+def test_a_clock_that_is_set_back_does_not_hide_that_the_guest_has_ended():
+    clock, runs = Clock(), []
+
+    def ended():
+        runs.append(1)
+        if len(runs) == 1:
+            clock.now_ns -= 3600 * 10**9  # as the host's time is corrected
+        return len(runs) < 3
+
+    clock.now_ns = 7200 * 10**9
+    left = [5000]
+
+    def stop():
+        left[0] -= 1
+        return left[0] < 0
+
+    one = GuestWatch(LIVE, Tap(), Eye(), Engine(Verbatim(), NoNames()), print, clock, runs=ended)
+    one.run(stop)
+    assert one.summary.ended == "the guest has ended"
+
+
 # -- with a hand --
 
 
