@@ -1,6 +1,6 @@
 """A look at every flow of the kernel: it ends the silent ones, and makes up for events that found the ring full.
 
-The price of a sweep is bounded: the next one waits fifty times as long as the last one took.
+The price of a sweep is bounded: the next one waits two hundred times as long as the last one took.
 
 One writer for each value: the kernel writes flows, user space writes verdicts and ports. A sweep removes flows that are
 over; should a packet of the same tuple come between its look and its removal, that flow is told as two.
@@ -34,7 +34,7 @@ from appliance.tap.bpf.syscalls import Map
 from appliance.tap.bpf.talk import Talk
 
 SWEEP_NS: Final = SECOND_NS
-SWEEP_SHARE: Final = 50
+SWEEP_SHARE: Final = 200
 HURRY_NS: Final = 100_000_000
 HURRY_SHARE: Final = 5
 

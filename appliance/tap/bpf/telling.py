@@ -70,14 +70,14 @@ class Teller:
                 self._hand.keep(talk, side, frame, tag, gso_size, length, kernel_ns)
                 if hold & ~DENY == HELD_PAYLOAD:
                     self._tell_held(talk, side, frame, at_ns, events)
-        elif kind & PAYLOAD and talk.told[side] < talk.limit:
+        elif kind & PAYLOAD and (index := talk.told[side]) < talk.limit:
             skip, stop = talk.fresh(side, offset, length) if talk.flow.ip_protocol == 6 else (0, captured)
             stop = min(stop, captured)
             if skip < stop:
                 begin = at + EVENT.size
                 payload = data[begin + skip : begin + stop].tobytes()
-                events.append(FlowPayload(talk.flow.id, SIDES[side], talk.told[side], payload, at_ns))
-                talk.told[side] += 1
+                events.append(FlowPayload(talk.flow.id, SIDES[side], index, payload, at_ns))
+                talk.told[side] = index + 1
         if kind & END:
             if talk.hold is not None:
                 self._hand.note_end(talk)
