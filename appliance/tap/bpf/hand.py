@@ -1,8 +1,7 @@
 """The hand on single flows (``appliance.ports.PacketHand``): verdicts for the kernel, and what was held sent on.
 
 A new flow is held by the kernel program itself, by the port's policy; its frame comes with the event that tells it.
-Only exceptions have an entry in the map ``verdicts``: a released flow needs none. An entry names the kernel's number of
-its flow, so it never touches another flow of the same tuple.
+Only exceptions have a verdict (``verdicts.py``): a released flow needs none.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import heapq
 import time
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network
-from struct import pack
 from typing import Final
 
 from appliance.errors import HostError
@@ -24,6 +22,7 @@ from appliance.tap.bpf.layout import KEY, SECOND_NS
 from appliance.tap.bpf.reset import Resets
 from appliance.tap.bpf.syscalls import Map
 from appliance.tap.bpf.talk import Hold, Talk
+from appliance.tap.bpf.verdicts import Verdicts
 
 MAX_HELD_BYTES: Final = 64 << 20  # beyond it, a released flow goes on by its repetition
 DEFAULT_POLICY: Final = HoldPolicy()
@@ -38,11 +37,9 @@ class Hand:
         self, maps: Mapping[str, Map], known: Known, heart: Heart, injector: Injector, find_port: FindPort
     ) -> None:
         self._known, self._heart, self._injector, self._find_port = known, heart, injector, find_port
-        self._maps, self._verdicts = maps, maps["verdicts"]
+        self.verdicts = Verdicts(maps, heart)
         self._swapped: set[int] = set()
         self._policy = DEFAULT_POLICY
-        self._entries: dict[bytes, tuple[int, int]] = {}  # key of a verdict: the flow's number, action
-        self._bans: dict[tuple[str, bytes], int] = {}  # and their deadlines, 0: none
         self._due: list[tuple[int, int]] = []  # deadlines of holds, and whose
         self._kept = 0  # bytes of held frames
         self._resets = Resets(maps["flows"], self._send)
@@ -66,7 +63,7 @@ class Hand:
     def block(self, flow: FlowId, seconds: float | None = None, *, reset: bool = False) -> bool:
         """Drop its packets; a guest's held SYN is answered with a reset, so its program need not wait."""
         talk = self._known.find(flow)
-        if talk is None or not self._decide(talk, layout.DROP, seconds):
+        if talk is None or not self.verdicts.put(talk, layout.DROP, seconds):
             return False
         hold = self._drop_hold(talk)
         self._note_decision(talk, goes_on=False)
@@ -79,7 +76,7 @@ class Hand:
         """Let its packets wait; after ``seconds`` without another act, ``default`` is what becomes of it."""
         talk = self._known.find(flow)
         otherwise = layout.DROP if default is Decision.DENY else layout.ALLOW
-        if talk is None or not self._decide(talk, layout.HOLD, seconds, otherwise=otherwise):
+        if talk is None or not self.verdicts.put(talk, layout.HOLD, seconds, otherwise=otherwise):
             return False
         if talk.hold is None:
             talk.hold = Hold(0, default)
@@ -95,7 +92,7 @@ class Hand:
         ifindex = self._find_port(decoy.port.ifname)
         if not ifindex or decoy.port.ifindex not in {None, ifindex}:
             raise HostError(f"decoy {decoy.name}: there is no port {decoy.port.ifname} beside the guest's")
-        if not self._decide(talk, layout.REDIRECT, None, ifindex=ifindex, mac=parse_mac(decoy.mac)):
+        if not self.verdicts.put(talk, layout.REDIRECT, ifindex=ifindex, mac=parse_mac(decoy.mac)):
             return False
         hold = self._drop_hold(talk)
         done = hold is not None and self._send_on(talk, hold)
@@ -104,22 +101,11 @@ class Hand:
 
     def ban(self, peer: IPv4Network | IPv6Network, seconds: float | None = None) -> None:
         """Drop what comes from or goes to these addresses, existing flows too."""
-        name, key = _peer_key(peer)
-        deadline_ns = _deadline(seconds)
-        try:
-            self._maps[name].update(key, layout.VERDICT.pack(layout.DROP, 0, deadline_ns, 0, bytes(6), layout.NOTHING))
-        except OSError as error:
-            raise HostError(f"cannot ban {peer}: {error.strerror}; {len(self._bans)} bans are in force") from error
-        self._bans[name, key] = deadline_ns
-        self._set_flags()
+        self.verdicts.ban(peer, seconds)
 
     def unban(self, peer: IPv4Network | IPv6Network) -> bool:
         """Lift a ban; whether there was one."""
-        name, key = _peer_key(peer)
-        self._bans.pop((name, key), None)
-        done = self._maps[name].delete(key)
-        self._set_flags()
-        return done
+        return self.verdicts.unban(peer)
 
     # -- what the tap tells --
 
@@ -136,9 +122,7 @@ class Hand:
     def note_free(self, talk: Talk) -> None:
         """The kernel lets this flow pass: its deadline went by there."""
         talk.waits = False
-        entry = self._entries.get(talk.key)
-        if entry == (talk.number, layout.ALLOW) and not self._bans:
-            self._forget(talk.key)
+        self.verdicts.lift_passing(talk)
 
     def keep(self, talk: Talk, side: int, frame: bytes, tag: int, gso_size: int, wire_len: int, at_ns: int) -> None:
         """Keep a frame of a flow that waits, as it will go on: at once, if it was on its way when that was said."""
@@ -181,30 +165,16 @@ class Hand:
         """The flow is over: nothing of it is sent on. Its verdict stays as long as the kernel knows the flow."""
         self._drop_hold(talk)
 
-    def tidy(self) -> None:
-        """Remove verdicts on flows that the kernel has forgotten, and bans that are over."""
-        flows = self._maps["flows"]
-        for key, (number, _) in list(self._entries.items()):
-            value = flows.lookup(key)
-            if value is None or int.from_bytes(value[:8], "little") != number:
-                self._forget(key)
-        now_ns = time.monotonic_ns()
-        for (name, key), deadline_ns in list(self._bans.items()):
-            if deadline_ns and deadline_ns < now_ns:
-                self._maps[name].delete(key)
-                del self._bans[name, key]
-        self._set_flags()
-
     # -- how --
 
     def _release(self, talk: Talk) -> bool:
         hold = self._drop_hold(talk)
-        if self._bans:  # its own verdict comes before a ban of its peer
-            self._decide(talk, layout.ALLOW, None)
+        if self.verdicts.has_bans:  # its own verdict comes before a ban of its peer
+            self.verdicts.put(talk, layout.ALLOW)
         else:
-            self._forget(talk.key, talk.number)
+            self.verdicts.lift(talk)
         done = hold is not None and bool(hold.frames) and self._send_on(talk, hold)
-        done = done or not talk.waits or self._decide(talk, layout.ALLOW, None)
+        done = done or not talk.waits or self.verdicts.put(talk, layout.ALLOW)
         self._note_decision(talk, goes_on=True)
         return done
 
@@ -237,36 +207,6 @@ class Hand:
         hold.deadline_ns = deadline_ns
         heapq.heappush(self._due, (deadline_ns, talk.number))
 
-    def _decide(
-        self,
-        talk: Talk,
-        action: int,
-        seconds: float | None,
-        *,
-        otherwise: int = layout.NOTHING,
-        ifindex: int = 0,
-        mac: bytes = bytes(6),
-    ) -> bool:
-        value = layout.VERDICT.pack(action, ifindex, _deadline(seconds), talk.number, mac, otherwise)
-        try:
-            self._verdicts.update(talk.key, value)
-        except OSError:  # E2BIG: the map is full
-            return False
-        self._entries[talk.key] = (talk.number, action)
-        self._set_flags()
-        return True
-
-    def _forget(self, key: bytes, number: int | None = None) -> None:
-        entry = self._entries.get(key)
-        if entry is not None and number in {None, entry[0]}:
-            del self._entries[key]
-            self._verdicts.delete(key)
-            self._set_flags()
-
-    def _set_flags(self) -> None:
-        flags = (layout.HAS_VERDICTS if self._entries else 0) | (layout.HAS_BANS if self._bans else 0)
-        self._heart.set(layout.HAS_VERDICTS | layout.HAS_BANS, flags)
-
 
 def parse_mac(text: str) -> bytes:
     """Six bytes of ``aa:bb:cc:dd:ee:ff``. Raises HostError."""
@@ -277,12 +217,3 @@ def parse_mac(text: str) -> bytes:
     if len(mac) != 6:
         raise HostError(f"{text!r} is no MAC address")
     return mac
-
-
-def _deadline(seconds: float | None) -> int:
-    return 0 if seconds is None else time.monotonic_ns() + int(seconds * SECOND_NS)
-
-
-def _peer_key(peer: IPv4Network | IPv6Network) -> tuple[str, bytes]:
-    name = "peers4" if peer.version == 4 else "peers6"
-    return name, pack("=II", 32 + peer.prefixlen, 0) + peer.network_address.packed

@@ -164,6 +164,15 @@ class KernelTap:
         reason = FlowEnd.GUEST_GONE if self._gone else FlowEnd.WATCH_ENDED
         events += [self._known.end(talk, reason, talk.counts, max(now_ns, talk.last_ns)) for talk in self._known]
         self._events += len(events)
+        self._let_go()
+        return events
+
+    def abandon(self) -> None:
+        """Stop as if we had been killed: all stays on the ports, and the kernel fails as the operator chose."""
+        if not self._closed:
+            self._let_go()
+
+    def _let_go(self) -> None:
         self._final = self.stats()
         self._closed = True
         self._heart.stop()
@@ -172,7 +181,6 @@ class KernelTap:
         self._loaded.close()
         self._netdevs.close()
         self._guard.close()
-        return events
 
     def beat(self) -> None:
         """Say to the kernel that we live; ``poll`` does so too. May be called from any thread."""
@@ -264,7 +272,7 @@ class KernelTap:
 
     def _run_sweep(self) -> None:
         self._sweep.run(lambda: not self._ring.ready)
-        self._hand.tidy()
+        self._hand.verdicts.tidy()
 
     def _flush(self, events: list[FlowEvent]) -> None:
         pending = self._known.pending
