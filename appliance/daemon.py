@@ -189,6 +189,7 @@ def _open_guest(
         hand=hand if enforces else None,
         hold=policy,
         decoys={decoy.name: decoy for decoy in options.decoys},
+        abandon=hand.abandon if enforces and hand is not None and options.fail_closed else None,
     )
     if info.pid is not None:
         watcher = partial(watcher, runs=partial(is_running, info), reopen=partial(open_eye_or_none, info))

@@ -111,17 +111,20 @@ class GuestWatch:
         decoys: Mapping[str, Decoy] = MappingProxyType({}),
         serve: Callable[[], object] = lambda: None,
         ports: Callable[[], None] = lambda: None,
+        abandon: Callable[[], None] | None = None,
     ) -> None:
         """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks.
 
         ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
         same policy), ``decoys`` are the far ends of redirects by name. ``serve`` does what others ask of this thread,
-        ``ports`` looks whether the guest's ports have changed.
+        ``ports`` looks whether the guest's ports have changed. ``abandon`` leaves the tap as a dead appliance would: for
+        an operator who wants the guest's network to fail closed, also by an error of ours.
         """
         self.info, self._tap, self._eye, self.engine = info, tap, eye, engine
         self._report, self.clock, self._tell = report, clock, tell
         self._runs, self._reopen, self._looked = runs, reopen, looked
         self._hand, self._hold, self._decoys, self._serve, self._ports = hand, hold, decoys, serve, ports
+        self._abandon = abandon
         self._turns = 0
         self._later: deque[tuple[GatherEvidence, int]] = deque()  # with the time it was asked for
         self._complained: set[str] = set()
@@ -153,11 +156,13 @@ class GuestWatch:
             if self.info.ports and not stop():
                 raise GuestGone("its ports are gone")
             self._finish()
-        except ParasightError as error:  # the boundary: this guest's watch ends, the others go on
+        except GuestGone as error:  # the boundary: this guest's watch ends, the others go on
             self._end(str(error))
+        except ParasightError as error:
+            self._end(str(error), failed=True)
         except Exception as error:  # a defect of ours: it must not look like a quiet guest
             self.summary.defect = True
-            self._end(f"a defect of Parasight, please report it: {error!r}\n{traceback.format_exc()}")
+            self._end(f"a defect of Parasight, please report it: {error!r}\n{traceback.format_exc()}", failed=True)
         finally:
             self._drop_eye()
             self.summary.cpu_s = time.thread_time() - cpu_start_s
@@ -344,12 +349,17 @@ class GuestWatch:
         except GuestError as error:
             self.summary.guest_errors[f"{what}: {type(error).__name__}"] += 1
 
-    def _end(self, why: str) -> None:
-        """End the watch of this guest before its time: what its tap still has is judged, then it is said."""
+    def _end(self, why: str, *, failed: bool = False) -> None:
+        """End the watch of this guest before its time: say so, and judge what its tap still has, unless we failed."""
         self.summary.ended = why
         self._tell(f"{self.info.id.target}: the watch has ended: {why}")
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            self._finish()
+            if failed and self._abandon is not None:
+                self._abandon()
+                self._tell(f"{self.info.id.target}: its network has failed closed; to open it: parasight stop --clean")
+                self.summary.tap = self._tap.stats()
+            else:
+                self._finish()
 
     def _finish(self) -> None:
         """Judge the flows still open, look for what was put off; take the final counters."""

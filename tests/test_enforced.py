@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from appliance.engine import Engine
-from appliance.messages import Decided
+from appliance.messages import Decided, SnapshotTaken
 from appliance.model import Act, Finding, GuestInfo, GuestPort, Match, Snapshot
 from appliance.rules import load_text
 from appliance.watch import GuestWatch
@@ -61,15 +61,17 @@ class Eye:
 class Enforced:
     """A watch in a thread of its own, as the daemon runs it."""
 
-    def __init__(self, lan, action="block", unbound="deny", deadline_s=300):
+    def __init__(self, lan, action="block", unbound="deny", deadline_s=300, *, fail_closed=False):
         book = load_text(HEAD + RULES % (unbound, action, unbound))
         self.reports, self._orders, self._stop = [], [], False
         self._holds = threading.Event()
-        tap, policy = lan.open_tap(), replace(book.hold_policy(), deadline_s=deadline_s)  # a busy machine is slow
+        self.tap = tap = lan.open_tap(fail_closed=fail_closed, patience_s=1.5 if fail_closed else 60)
+        policy = replace(book.hold_policy(), deadline_s=deadline_s)  # a busy machine is slow
         info = GuestInfo(VM, 1, ports=(GuestPort(lan.guest.port),))
         self.engine = Engine(book, NoNames(), hold=policy)
         report, clock = self.reports.append, time.time_ns
-        self.watch = GuestWatch(info, tap, Eye(), self.engine, report, clock, hand=tap, hold=policy)
+        more = {"hand": tap, "hold": policy, "abandon": tap.abandon if fail_closed else None}
+        self.watch = GuestWatch(info, tap, Eye(), self.engine, report, clock, **more)
         self._thread = threading.Thread(target=self.watch.run, args=(self._stopping,))
 
     def _stopping(self):
@@ -158,3 +160,22 @@ def test_a_person_decides_and_the_caller_gets_through_or_not(lan, allow):
         wait_for(lambda: len(enforced.reports) == 2)
     assert (answers[0] == 0) is allow
     assert enforced.acts_on(FOREIGN) == [Act.HOLD, Act.RELEASE if allow else Act.BLOCK]
+
+
+def test_an_error_of_ours_leaves_the_network_closed_where_the_operator_wants_that(lan):
+    with serving(lan, V4, HONEST):
+        with Enforced(lan, fail_closed=True) as enforced:
+            assert call(lan, V4, HONEST) == 0
+            enforced.order(SnapshotTaken(None))  # a defect
+            wait_for(lambda: enforced.watch.summary.ended)
+            wait_for(lambda: not reaches(lan))
+        enforced.tap.close()  # at the end of the program
+        assert not reaches(lan)
+        for hook in enforced.tap._hooks:  # as stop --clean does
+            hook.detach()
+        assert reaches(lan)
+
+
+def reaches(lan):
+    with lan.guest.socket(V4, socket.SOCK_STREAM, timeout_s=2) as caller:
+        return caller.connect_ex((lan.server.address(V4), HONEST)) == 0

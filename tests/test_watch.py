@@ -355,3 +355,21 @@ def test_what_was_put_off_is_done_before_the_watch_ends():
     hand = Hand()
     _, reports, _ = watch_with(hand, [held(1)], [held(2)], polls=2)
     assert len(reports) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "closed"),
+    [(KeyError("x"), False), (HostError("the counters are gone"), False), (GuestGone("the guest has ended"), True)],
+)
+def test_where_a_network_shall_fail_closed_an_error_of_ours_leaves_the_tap_on_the_port(error, closed):
+    abandoned = []
+
+    def runs():
+        raise error
+
+    tap = Tap()
+    summary, _, said = watch(tap, Eye(), runs=runs, hand=Hand(), abandon=lambda: abandoned.append(1))
+    assert (tap.closed, abandoned) == (closed, [] if closed else [1])
+    assert any("stop --clean" in line for line in said) is not closed
+    assert str(error) in summary.ended
+    assert summary.tap.packets == 1
