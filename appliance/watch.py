@@ -117,8 +117,8 @@ class GuestWatch:
 
         ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
         same policy), ``decoys`` are the far ends of redirects by name. ``serve`` does what others ask of this thread,
-        ``ports`` looks whether the guest's ports have changed. ``abandon`` leaves the tap as a dead appliance would: for
-        an operator who wants the guest's network to fail closed, also by an error of ours.
+        ``ports`` looks whether the guest's ports have changed. ``abandon`` leaves the tap as a dead appliance would:
+        for an operator who wants the guest's network to fail closed, also by an error of ours.
         """
         self.info, self._tap, self._eye, self.engine = info, tap, eye, engine
         self._report, self.clock, self._tell = report, clock, tell
