@@ -53,7 +53,7 @@ def run(lab: Lab) -> Iterator[Line]:
         what = f"a packet, {SHORT_PACKETS}-packet flows"
         yield Line("eye", what, "ns", ours.total, TCPDUMP, theirs.total, at_least=1 / 3, note=note)
         if sizes.peers:
-            yield from compare_dissectors(stages[0], what, slices, sizes.eye_flows)
+            yield from compare_dissectors(stages[0], what, slices * sizes.eye_flows, sizes.eye_rounds)
 
 
 def compare(stages: list[Stage], kind: str, slices: int, count: int, rate: int) -> tuple[Cost, Cost, str]:
@@ -76,17 +76,25 @@ def compare(stages: list[Stage], kind: str, slices: int, count: int, rate: int) 
     return costs[0], costs[1], note
 
 
-def compare_dissectors(stage: Stage, what: str, slices: int, count: int) -> Iterator[Line]:
-    """User CPU against those who take every packet apart."""
-    ours, told = own_cost(stage, "ours", slices * count, SHORT_RATE)
-    for name, rate, aim in PEERS:
-        if not is_here(name):
+def compare_dissectors(stage: Stage, what: str, flows: int, rounds: int) -> Iterator[Line]:
+    """User CPU against those who take every packet apart: all in turn, every second round backwards."""
+    turns = [("ours", flows, SHORT_RATE)]
+    for name, rate, _ in PEERS:
+        if is_here(name):
+            turns.append((name, 4 * rate, rate))
+        else:
             say(f"eye: {name} is missing; left out")
-            continue
-        theirs, _ = own_cost(stage, name, 4 * rate, rate)
-        note = f"ours at {SHORT_RATE:,} flows/s, {told}; {name} at {rate:,}"
-        sample = Sample([ours]), Sample([theirs])
-        yield Line("eye", f"{what}, user CPU", "ns", sample[0], name, sample[1], at_least=aim, note=note)
+    samples = {name: Sample() for name, _, _ in turns}
+    notes = []
+    for number in range(rounds):
+        for name, count, rate in turns if number % 2 == 0 else reversed(turns):
+            spent, told = own_cost(stage, name, count, rate)
+            samples[name].values.append(spent)
+            notes += [told] if told else []
+    for name, rate, aim in PEERS:
+        if name in samples:
+            note = f"ours at {SHORT_RATE:,} flows/s, {name} at {rate:,}; ours: {' | '.join(dict.fromkeys(notes))}"
+            yield Line("eye", f"{what}, user CPU", "ns", samples["ours"], name, samples[name], at_least=aim, note=note)
 
 
 def own_cost(stage: Stage, name: str, flows: int, rate: int) -> tuple[float, str]:

@@ -35,6 +35,7 @@ class Sizes:
     eye_slices: int = 100
     eye_packets: int = 6_000
     eye_flows: int = 5_000
+    eye_rounds: int = 3  # of those who dissect
     hold_rounds: int = 300
     held: int = 1000  # at once
     peers: bool = True  # those that take seconds to start
