@@ -154,10 +154,8 @@ def run(image_name: str, memory_mb: int, *, enforce: bool) -> int:
         say(f"FAILED: {mistake}")
     if not mistakes:
         seconds = time.monotonic() - start
-        stopped = " and stopped before its first packet left" if enforce else ""
-        say(
-            f"PASSED in {seconds:.0f} s: the parasite is named{stopped}, nothing honest was flagged, owners agree with ss"
-        )
+        caught = "named and stopped before its first packet left" if enforce else "named"
+        say(f"PASSED in {seconds:.0f} s: the parasite is {caught}, nothing honest was flagged, owners agree with ss")
     return 1 if mistakes else 0
 
 
