@@ -38,6 +38,7 @@ from appliance.tap.pcap import PcapSource
 from appliance.watch import POLL_S, GuestWatch, Summary, Tell
 
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
+TICK_S = 0.5  # how often bans are seen to where no control socket does it
 SWITCH_S = 0.0005  # a guest's thread must not wait 5 ms, Python's default, while a verdict is printed
 
 
@@ -86,8 +87,8 @@ def watch(
     """Watch running guests until ``stop`` is set or the monotonic time ``until`` has come.
 
     ``report`` is called in the caller's thread and returns the verdict's id, ``idle`` there when no verdict waits,
-    ``ready`` once every tap sees packets, ``tell`` with one line for a person. Raises UsageError or HostError when a
-    target cannot be watched at all from the start.
+    ``ready`` once every guest is watched and held to its rules, ``tell`` with one line for a person. Raises UsageError
+    or HostError when a target cannot be watched at all from the start.
     """
     sys.setswitchinterval(SWITCH_S)
     queue: Queue[Verdict] = Queue(MAX_QUEUED)
@@ -103,18 +104,24 @@ def watch(
         return stop.is_set() or (until is not None and time.monotonic() >= until)
 
     with contextlib.ExitStack() as opened:
-        guests = _open_guests(targets, rules, offer, tell, options, opened)
         room = ControlRoom(words, _open_bans(options, tell), stop.set, version=version)
-        opened.enter_context(_control(room, tell))
+        served = opened.enter_context(_control(room, tell, needed=options.enforce))
+        guests = _open_guests(targets, rules, offer, tell, options, opened)
         opened.enter_context(_heart(guests))
         threads = [
             threading.Thread(target=_run, args=(one, room, stopping), name=one.watch.info.id.target) for one in guests
         ]
         for thread in threads:
             thread.start()
-        ready()
+        starting, next_tick_s = True, 0.0
         try:
             while any(thread.is_alive() for thread in threads) or not queue.empty():
+                if starting and all(one.watch.count_turns() or one.watch.summary.ended for one in guests):
+                    starting = False
+                    ready()
+                if not served and time.monotonic() >= next_tick_s:
+                    next_tick_s = time.monotonic() + TICK_S
+                    room.tick()
                 with contextlib.suppress(Empty):
                     verdict = queue.get(timeout=POLL_S)
                     room.known.remember(report(verdict), verdict.flow.id)
@@ -151,7 +158,8 @@ def _open_guests(
 
     All memory eyes first, since attaching takes time in which an open tap's ring would fill.
     """
-    infos = [resolve(target) for target in dict.fromkeys(targets)]
+    named = [resolve(target) for target in targets]
+    infos = list({info.id.instance or info.id: info for info in named}.values())  # a guest can have several names
     eyes: list[GuestEye | None] = []
     for info in infos:
         _say_notes(info, tell)
@@ -228,16 +236,21 @@ def _open_bans(options: Options, tell: Tell) -> Banning:
 
 
 @contextlib.contextmanager
-def _control(room: ControlRoom, tell: Tell) -> Iterator[None]:
-    """Serve the control socket, if it can be had: a watch without one still watches."""
+def _control(room: ControlRoom, tell: Tell, *, needed: bool) -> Iterator[bool]:
+    """Serve the control socket, if it can be had: a watch without one still watches.
+
+    But rules that act are ``needed`` to take orders: nobody could decide, or let go on what was stopped by mistake.
+    """
     try:
         server = ControlServer(control_path(), room.answer, tell, tick=room.tick)
     except ParasightError as error:
+        if needed:
+            raise
         tell(f"{error}; this watch takes no orders")
-        yield
+        yield False
         return
     try:
-        yield
+        yield True
     finally:
         server.close()
 

@@ -1,0 +1,141 @@
+"""Who gives orders to a watch, and when it is ready; real ports, the command as a person runs it."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+
+from appliance import daemon
+from appliance.cli import contract
+from appliance.respond.room import Words
+from appliance.rules import load_text
+from appliance.tap.bpf.tap import KernelTap
+from appliance.tap.netns import call_in_netns
+from tests.rules.builders import HEAD
+from tests.tap.bpf.both import wait_for
+from tests.tap.world import HOST_IP, PORT, ip, make_world
+from tests.worlds.command import Watching, parasight
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+
+RULES = HEAD + "spec:\n  mode: enforce\n  unbound: {action: deny}\n"
+NOBODY = 300  # bans: more than are told to a guest in one go
+
+
+@pytest.fixture(scope="module")
+def world():
+    with make_world("dm") as made:
+        yield made
+
+
+@pytest.fixture
+def rules(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text(RULES)
+    return path
+
+
+@contextlib.contextmanager
+def watching(targets, ready, **options):
+    """A watch in this process."""
+    stop, said, summaries = threading.Event(), [], []
+
+    def run():
+        summaries[:] = daemon.watch(
+            targets,
+            load_text(RULES),
+            contract.verdict_id,
+            stop=stop,
+            ready=ready,
+            idle=lambda: None,
+            tell=said.append,
+            words=Words(contract.verdict, contract.iso),
+            options=daemon.Options(**options),
+        )
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield summaries, said
+    finally:
+        stop.set()
+        thread.join()
+
+
+def count_filters(world):
+    """Ours, on what the guest sends."""
+    words = ["tc", "-n", world.host, "filter", "show", "dev", PORT, "ingress"]
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=10).stdout.count("parasight_tap")
+
+
+def test_rules_act_only_where_orders_are_taken_and_a_second_watch_may_look(world, rules, tmp_path):
+    target = f"port:{PORT}@{world.host}"
+    with Watching(target, "--rules", rules, "--enforce", home=tmp_path):
+        second = parasight("watch", target, "--rules", rules, "--enforce", "--for", "1s", home=tmp_path)
+        assert second.code == 6
+        assert "already running" in second.err
+        assert "PARASIGHT_RUN_DIR" in second.err
+        assert count_filters(world) == 1
+        looking = parasight("watch", target, "--rules", rules, "--for", "1s", home=tmp_path)
+        assert looking.code == 0, looking.err
+        assert "takes no orders" in looking.err
+
+
+def test_one_is_ready_when_what_is_new_waits(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    holds, ready, hold_new = threading.Event(), threading.Event(), KernelTap.hold_new
+
+    def hold_slowly(tap, policy):
+        time.sleep(0.5)
+        hold_new(tap, policy)
+        holds.set()
+
+    monkeypatch.setattr(KernelTap, "hold_new", hold_slowly)
+
+    def is_ready():
+        assert holds.is_set()
+        ready.set()
+
+    with watching([f"port:{PORT}@{world.host}"], is_ready, enforce=True) as (_, said):
+        assert ready.wait(60), said
+
+
+def test_a_guest_that_is_named_twice_is_watched_once(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    ready = threading.Event()
+    with watching([f"port:{PORT}@{world.host}", f"port:{PORT}@{world.host_path}"], ready.set) as (summaries, said):
+        assert ready.wait(60), said
+        assert count_filters(world) == 1
+    assert len(summaries) == 1
+
+
+def test_all_bans_are_in_force_also_where_no_orders_are_taken(world, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path / "file" / "run"))
+    book, ready = tmp_path / "bans.json", threading.Event()
+    peers = [f"10.79.{number // 250}.{number % 250 + 1}" for number in range(NOBODY)]
+    ban = {"guest": None, "target": None, "since_ns": 0, "until_ns": None, "reason": "", "who": "root"}
+    book.write_text(json.dumps({"version": 1, "bans": [ban | {"peer": peer} for peer in peers]}))
+    ip("-n", world.host, "route", "add", "local", "10.79.0.0/16", "dev", "lo")
+    ip("-n", world.guest, "route", "add", "10.79.0.0/16", "via", HOST_IP)
+    server, caller = (
+        call_in_netns(path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        for path in (world.host_path, world.guest_path)
+    )
+    server.bind(("0.0.0.0", 9999))
+    server.settimeout(30)
+
+    def count_heard():
+        for peer in [*peers, HOST_IP]:  # the last is not banned
+            caller.sendto(peer.encode(), (peer, 9999))
+        return sum(1 for _ in iter(lambda: server.recv(64), HOST_IP.encode()))
+
+    with server, caller, watching([f"port:{PORT}@{world.host}"], ready.set, bans=book) as (_, said):
+        assert ready.wait(60), said
+        assert any("takes no orders" in line for line in said)
+        wait_for(lambda: count_heard() == 0)
