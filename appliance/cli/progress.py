@@ -11,8 +11,9 @@ QUIET_S = 1.0  # nothing is said about work that takes less
 
 
 def tell(line: str) -> None:
-    """Print one line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print one line to stderr, if somebody reads it: a watch must not end because a log was restarted."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
