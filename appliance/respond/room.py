@@ -179,16 +179,25 @@ class ControlRoom:
 
     def _held(self) -> list[tuple[GuestDesk, HeldFlow]]:
         """All that wait, most urgent first. Raises NoAnswer where a guest does not say."""
+        found, silent = self._ask_held()
+        if silent is not None:
+            raise silent  # an incomplete list must not look like a whole one
+        return found
+
+    def _ask_held(self) -> tuple[list[tuple[GuestDesk, HeldFlow]], NoAnswer | None]:
+        """What waits in the guests that say so, most urgent first; and that there is one that does not."""
         found: list[tuple[GuestDesk, HeldFlow]] = []
+        silent: NoAnswer | None = None
         for desk, answer in self._ask_all(lambda desk: desk.held()):
             if isinstance(answer, NoAnswer):
-                raise NoAnswer(f"{desk.vm.target}: {answer}")  # an incomplete list must not look like a whole one
-            if isinstance(answer, GuestGone):
+                silent = silent or NoAnswer(f"{desk.vm.target}: {answer}")
+            elif isinstance(answer, GuestGone):
                 continue
-            if isinstance(answer, ParasightError):
+            elif isinstance(answer, ParasightError):
                 raise answer
-            found += [(desk, one) for one in answer]
-        return sorted(found, key=lambda pair: pair[1].until_ns)
+            else:
+                found += [(desk, one) for one in answer]
+        return sorted(found, key=lambda pair: pair[1].until_ns), silent
 
     def _held_body(self, desk: GuestDesk, one: HeldFlow) -> Json:
         left_s = max(0.0, (one.until_ns - self.clock()) / 1e9)
@@ -199,8 +208,11 @@ class ControlRoom:
         }
 
     def _decide(self, prefix: str, allow: bool, who: str) -> Json:
-        waiting = [(desk, one, self.words.verdict(one.verdict)["id"]) for desk, one in self._held()]
+        held, silent = self._ask_held()
+        waiting = [(desk, one, self.words.verdict(one.verdict)["id"]) for desk, one in held]
         found = [entry for entry in waiting if entry[2].startswith(prefix)]
+        if silent is not None and [verdict_id for _, _, verdict_id in found] != [prefix]:
+            raise silent  # of a whole id there is no second; of its first digits there may be, in that guest
         if len(found) > 1:
             raise UsageError(f"{prefix!r} begins several ids: give more of its digits")
         if not found:

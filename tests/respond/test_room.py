@@ -1,5 +1,6 @@
 """The control room: each request does what it says, in the guest's own thread, and says so when it could not."""
 
+import contextlib
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -80,6 +81,21 @@ def test_a_list_of_held_flows_is_whole_or_none(tmp_path):
     world = Setting(tmp_path, wait_s=0.05)
     with pytest.raises(NoAnswer, match="qemu:4242"):
         world.ask("held")
+
+
+def test_a_guest_that_does_not_answer_keeps_nobody_from_deciding_on_another(tmp_path):
+    world = Setting(tmp_path, wait_s=0.5)
+    wanted = contract.verdict_id(world.desks[1].hold(1))
+    with Serving(world.desks[1]):
+        with pytest.raises(NoAnswer, match="qemu:4242"):
+            world.ask("decide", id=wanted[:6], allow=True)  # these digits may begin another id there
+        eventually(lambda: decides(world, wanted) or world.desks[1].decided)
+    assert [one[1:] for one in world.desks[1].decided] == [(True, "ada")]
+
+
+def decides(world, wanted):
+    with contextlib.suppress(NoAnswer):  # on a busy machine, the guest that answers may be late as well
+        return world.ask("decide", id=wanted, allow=True)
 
 
 def test_held_flows_are_told_most_urgent_first_in_words_of_the_contract(world):
