@@ -76,5 +76,5 @@ class Front:
 
     def _hand(self) -> PacketHand:
         if self.hand is None:
-            raise UsageError(f"{self.vm.target} is watched by a tap that can only look ({self.rung}); see: doctor")
+            raise UsageError(f"the tap of this guest ({self.rung}) can only look; see: parasight doctor")
         return self.hand

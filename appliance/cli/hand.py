@@ -149,7 +149,7 @@ def bans(output: OutputOption = Output.TABLE) -> None:
 def _act(do: str, verdict_id: str, words: str, output: Output) -> None:
     body = ask({"do": do, "id": verdict_id})
     done = body["done"]
-    outcome = words if done else "is over already, or this guest's packets can only be seen: nothing was done"
+    outcome = words if done else "is over already, or the host refused: nothing was done"
     _print(output, body, f"{body['id']} of {safe(body['vm'])} {outcome}")
     if not done:
         raise typer.Exit(_YET)
