@@ -56,10 +56,10 @@ class Front:
         self.watch.take(Decided(flow, allow, who, self.watch.clock()))
         return True
 
-    def act(self, flow: FlowId, act: Act) -> bool:
-        """RELEASE, BLOCK or RESET one flow."""
-        if self.decide(flow, act is Act.RELEASE, "the operator"):
-            return True  # it waited for a person
+    def act(self, flow: FlowId, act: Act, who: str) -> bool:
+        """RELEASE, BLOCK or RESET one flow. One that waits for a person is decided on so."""
+        if self.decide(flow, act is Act.RELEASE, who):
+            return True
         hand = self._hand()
         done = hand.release(flow) if act is Act.RELEASE else hand.block(flow, reset=act is Act.RESET)
         if done:

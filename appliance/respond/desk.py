@@ -61,8 +61,8 @@ class GuestDesk(Protocol):
         """A person's answer for a held flow; False: it does not wait any more."""
         ...
 
-    def act(self, flow: FlowId, act: Act) -> bool:
-        """RELEASE, BLOCK or RESET one flow; False: it is over, or the act cannot be done to it."""
+    def act(self, flow: FlowId, act: Act, who: str) -> bool:
+        """RELEASE, BLOCK or RESET one flow, by a person's order; False: it is over, or the act cannot be done to it."""
         ...
 
     def ban(self, peer: IpNetwork, seconds: float | None) -> None:

@@ -94,7 +94,7 @@ class ControlRoom:
             case Decide(prefix, allow):
                 return self._decide(prefix, allow, who)
             case Handle(prefix, act):
-                return self._handle(prefix, act)
+                return self._handle(prefix, act, who)
             case MakeBan(peer, guest, seconds, reason):
                 ban, old = self.banning.ban(peer, self._find(guest), seconds, reason, who)
                 return {"ban": self._ban_body(ban), "replaced": self._ban_body(old) if old else None} | self._rest()
@@ -223,12 +223,12 @@ class ControlRoom:
             raise UsageError(f"{verdict_id} does not wait any more: its time was up, or somebody else has decided")
         return {"id": verdict_id, "vm": desk.vm.target, "decision": "allow" if allow else "block", "who": who}
 
-    def _handle(self, prefix: str, act: Act) -> Json:
+    def _handle(self, prefix: str, act: Act, who: str) -> Json:
         verdict_id, flow = self.known.find(prefix)
         desk = next((desk for desk in self._all() if desk.vm == flow.vm), None)
         if desk is None:
             raise UsageError(f"{flow.vm.target} is not under watch any more")
-        done = self._call(desk, lambda: desk.act(flow, act))
+        done = self._call(desk, lambda: desk.act(flow, act, who))
         return {"id": verdict_id, "vm": desk.vm.target, "act": act.value, "done": done}
 
     # -- bans --

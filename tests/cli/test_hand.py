@@ -141,7 +141,7 @@ def test_block_and_release_reach_the_one_flow(room, desk):
     (body,) = run_json("block", contract.verdict_id(one)[:8], "--reset")
     assert body == {"id": contract.verdict_id(one), "vm": "qemu:4242", "act": "reset", "done": True}
     assert "goes on" in run("release", contract.verdict_id(one))
-    assert [act.value for _, act in desk.acts] == ["block", "reset", "release"]
+    assert [act.value for _, act, _ in desk.acts] == ["block", "reset", "release"]
     late = verdict(500)
     room.known.remember(contract.verdict_id(late), late.flow.id)
     assert "nothing was done" in run("block", contract.verdict_id(late), code=1)

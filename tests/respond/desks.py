@@ -77,9 +77,9 @@ class FakeDesk:
         self.decided += [(flow_id, allow, who)] * len(found)
         return bool(found)
 
-    def act(self, flow_id, act: Act):
+    def act(self, flow_id, act: Act, who):
         self._enter()
-        self.acts.append((flow_id, act))
+        self.acts.append((flow_id, act, who))
         return flow_id.number < 100
 
     def ban(self, peer, seconds):

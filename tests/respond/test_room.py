@@ -147,7 +147,7 @@ def test_an_act_on_a_flow_that_was_told_reaches_it(world, act):
     wanted = contract.verdict_id(one)
     world.room.known.remember(wanted, one.flow.id)
     assert world.ask(act.value, id=wanted[:8]) == {"id": wanted, "vm": "qemu:4242", "act": act.value, "done": True}
-    assert world.desks[0].acts == [(one.flow.id, act)]
+    assert world.desks[0].acts == [(one.flow.id, act, "ada")]
 
 
 def test_an_act_on_a_flow_that_is_over_is_told_as_not_done(world):
