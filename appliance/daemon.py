@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,13 +93,26 @@ def watch(
     """
     sys.setswitchinterval(SWITCH_S)
     queue: Queue[Verdict] = Queue(MAX_QUEUED)
-    dropped = Counter[str]()
+    dropped, failed = Counter[str](), set[str]()
 
     def offer(verdict: Verdict) -> None:
         try:
             queue.put_nowait(verdict)
         except Full:
             dropped[verdict.flow.id.vm.target] += 1
+
+    def show(verdict: Verdict) -> None:
+        """A verdict that we fail to show must not end the watch that made it; a reader who has left may."""
+        try:
+            room.known.remember(report(verdict), verdict.flow.id)
+        except OSError:
+            raise
+        except Exception:
+            vm = verdict.flow.id.vm.target
+            dropped[vm] += 1
+            if vm not in failed:
+                failed.add(vm)
+                tell(f"{vm}: a defect of Parasight, please report it: a verdict is not shown\n{traceback.format_exc()}")
 
     def stopping() -> bool:
         return stop.is_set() or (until is not None and time.monotonic() >= until)
@@ -123,8 +137,7 @@ def watch(
                     next_tick_s = time.monotonic() + TICK_S
                     room.tick()
                 with contextlib.suppress(Empty):
-                    verdict = queue.get(timeout=POLL_S)
-                    room.known.remember(report(verdict), verdict.flow.id)
+                    show(queue.get(timeout=POLL_S))
                 if queue.empty():
                     idle()
         finally:  # also when the reader of our output has left: the guests' threads must not outlive it
@@ -133,6 +146,7 @@ def watch(
                 thread.join()
     for one in guests:
         one.watch.summary.unshown = dropped[one.watch.info.id.target]
+        one.watch.summary.defect |= one.watch.info.id.target in failed
     return [one.watch.summary for one in guests]
 
 

@@ -41,7 +41,7 @@ def rules(tmp_path):
 
 
 @contextlib.contextmanager
-def watching(targets, ready, **options):
+def watching(targets, ready, report=contract.verdict_id, **options):
     """A watch in this process."""
     stop, said, summaries = threading.Event(), [], []
 
@@ -49,7 +49,7 @@ def watching(targets, ready, **options):
         summaries[:] = daemon.watch(
             targets,
             load_text(RULES),
-            contract.verdict_id,
+            report,
             stop=stop,
             ready=ready,
             idle=lambda: None,
@@ -139,3 +139,25 @@ def test_all_bans_are_in_force_also_where_no_orders_are_taken(world, tmp_path, m
         assert ready.wait(60), said
         assert any("takes no orders" in line for line in said)
         wait_for(lambda: count_heard() == 0)
+
+
+def test_a_verdict_that_cannot_be_shown_costs_itself_and_not_the_watch(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    ready, seen = threading.Event(), []
+
+    def show(verdict):
+        seen.append(verdict)
+        if len(seen) == 1:
+            raise UnicodeEncodeError("ascii", "\xe9", 0, 1, "a letter that this terminal has not")
+        return contract.verdict_id(verdict)
+
+    with (
+        watching([f"port:{PORT}@{world.host}"], ready.set, show) as (summaries, said),
+        call_in_netns(world.guest_path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as caller,
+    ):
+        assert ready.wait(60), said
+        for port in (4001, 4002):
+            caller.sendto(b"x", (HOST_IP, port))
+        wait_for(lambda: len(seen) >= 2)
+    assert (summaries[0].defect, summaries[0].unshown) == (True, 1)
+    assert len([line for line in said if "report it" in line]) == 1

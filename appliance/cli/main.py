@@ -7,6 +7,7 @@ supported, 70 a defect of ours, 130 interrupted.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -88,6 +89,8 @@ app.add_typer(check.rules, name="rules")
 
 def run() -> None:
     """Run one command; every expected failure is one message and its exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a guest's text that the terminal has no letters for
     try:
         code = app(standalone_mode=False)
     except ParasightError as error:
