@@ -29,10 +29,10 @@ static void *(*map_lookup)(void *map, const void *key) = (void *)1;
 static long (*map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
 static u64 (*ktime)(void) = (void *)5;
 static u32 (*cpu_id)(void) = (void *)8;
-static long (*store_bytes)(void *skb, u32 at, const void *from, u32 size, u64 flags) = (void *)9;
+static long (*store_bytes)(void *skb, u32 at, const void *from, u64 size, u64 flags) = (void *)9;
 static long (*clone_redirect)(void *skb, u32 ifindex, u64 flags) = (void *)13;
 static long (*redirect)(u32 ifindex, u64 flags) = (void *)23;
-static long (*load_bytes)(const void *skb, u32 at, void *to, u32 size) = (void *)26;
+static long (*load_bytes)(const void *skb, u32 at, void *to, u64 size) = (void *)26;
 static long (*change_tail)(void *skb, u32 size, u64 flags) = (void *)38;
 #ifdef PERF_ARRAY
 static long (*perf_output)(void *skb, void *events, u64 flags, void *data, u64 size) = (void *)25;
@@ -636,6 +636,14 @@ static inline int step(struct flow *f, struct scratch *s, int side, u8 *reason)
 
 /* -- telling -- */
 
+/* A size of 1 to MAX_FRAME, said in the one way that the verifiers of all kernels follow: in the register that is used. */
+#define bounded(size)                                                                                                  \
+	({                                                                                                             \
+		u64 less_ = (size) - 1;                                                                                \
+		asm volatile("%0 &= %1" : "+r"(less_) : "i"(MAX_FRAME - 1));                                           \
+		less_ + 1;                                                                                             \
+	})
+
 static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f, struct stats *st, u8 kind, int side,
 			u8 reason, u64 at_ns)
 {
@@ -679,8 +687,7 @@ static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f
 			size = max;
 		if (kind & HELD && (f->hold & ~DENY) == ARMED)
 			size = 0; /* it passes; only its payload will wait */
-		asm volatile("" : "+r"(size)); /* so that the verifier sees the next check */
-		if (!size || size > MAX_FRAME || load_bytes(skb, at, s->data, size)) {
+		if (!size || load_bytes(skb, at, s->data, bounded(size))) {
 			kind &= ~PAYLOAD;
 			size = 0;
 		}
@@ -691,9 +698,7 @@ static inline void tell(struct __sk_buff *skb, struct scratch *s, struct flow *f
 	if (!kind)
 		return;
 	st->events++;
-	if (size > MAX_FRAME)
-		return;
-	if (likely(!output(skb, e, sizeof(*e) + size))) {
+	if (likely(!(size ? output(skb, e, sizeof(*e) + bounded(size)) : output(skb, e, sizeof(*e))))) {
 		f->missed &= ~(kind & START);
 		return;
 	}
@@ -1130,8 +1135,13 @@ ignore:
 	st->bytes += skb->len;
 	if (why == SHOOT)
 		return 2;
-	if (why > 0 && why < REASONS)
-		st->ignored[why]++;
+	if (why > 0) {
+		u64 which = why;
+
+		asm volatile("" : "+r"(which)); /* the bound must be on the very register that is the index */
+		if (which < REASONS)
+			st->ignored[which]++;
+	}
 	if (!observe && s->mac_at != 1) {
 		if (store_bytes(skb, s->mac_at & 7, s->mac, 6, 0))
 			return 2;
@@ -1161,10 +1171,9 @@ SEC("classifier/inject") int inject(struct __sk_buff *skb)
 	if (more) {
 		void *rest = map_lookup(&tail, &zero);
 
-		asm volatile("" : "+r"(more));
-		if (!rest || !more || more > MAX_FRAME || change_tail(skb, have + more, 0))
+		if (!rest || more > MAX_FRAME || change_tail(skb, have + more, 0))
 			return -1;
-		if (store_bytes(skb, have, rest, more, 0))
+		if (store_bytes(skb, have, rest, bounded(more), 0))
 			return -1;
 	}
 	return clone_redirect(skb, ifindex, flags);
