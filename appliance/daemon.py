@@ -49,6 +49,9 @@ class Rules(Judge, Protocol):
     def hold_policy(self, os: str = "", tags: tuple[str, ...] = ()) -> HoldPolicy | None:
         """Which new flows must wait for their verdict; None: nothing is enforced."""
 
+    def decoys(self, os: str = "", tags: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """Where denied connections are redirected to, by name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -130,7 +133,7 @@ def watch(
         starting, next_tick_s = True, 0.0
         try:
             while any(thread.is_alive() for thread in threads) or not queue.empty():
-                if starting and all(one.watch.count_turns() or one.watch.summary.ended for one in guests):
+                if starting and all(_has_begun(*one) for one in zip(guests, threads, strict=True)):
                     starting = False
                     ready()
                 if not served and time.monotonic() >= next_tick_s:
@@ -148,6 +151,11 @@ def watch(
         one.watch.summary.unshown = dropped[one.watch.info.id.target]
         one.watch.summary.defect |= one.watch.info.id.target in failed
     return [one.watch.summary for one in guests]
+
+
+def _has_begun(guest: _Guest, thread: threading.Thread) -> bool:
+    """Its loop came round for the first time: new flows wait, where they shall; or its watch is over already."""
+    return guest.watch.count_turns() > 0 or not thread.is_alive()
 
 
 def _run(guest: _Guest, room: ControlRoom, stopping: Callable[[], bool]) -> None:
@@ -198,6 +206,8 @@ def _open_guest(
     policy = rules.hold_policy(eye.os if eye else "")
     enforces = options.enforce and policy is not None and hand is not None
     _say_mode(info, tell, options, policy, tap)
+    if enforces:
+        _say_decoys(info, tell, options, rules.decoys(eye.os if eye else ""))
     watcher = partial(
         GuestWatch,
         info,
@@ -243,6 +253,13 @@ def _say_mode(info: GuestInfo, tell: Tell, options: Options, policy: HoldPolicy 
     elif options.enforce:
         fails = "closed: new connections are dropped" if options.fail_closed else "open: everything passes"
         tell(f"{info.id.target}: enforcing; if Parasight dies, the network fails {fails}")
+
+
+def _say_decoys(info: GuestInfo, tell: Tell, options: Options, wanted: tuple[str, ...]) -> None:
+    for name in wanted:
+        if name not in {decoy.name for decoy in options.decoys}:
+            way = f"say where it is with --decoy {name}=IFNAME,MAC"
+            tell(f"{info.id.target}: there is no decoy {name!r}, what is redirected to it is blocked; {way}")
 
 
 def _open_bans(options: Options, tell: Tell) -> Banning:

@@ -12,6 +12,7 @@ import pytest
 
 from appliance import daemon
 from appliance.cli import contract
+from appliance.model import Decoy, GuestPort
 from appliance.respond.room import Words
 from appliance.rules import load_text
 from appliance.tap.bpf.tap import KernelTap
@@ -41,14 +42,14 @@ def rules(tmp_path):
 
 
 @contextlib.contextmanager
-def watching(targets, ready, report=contract.verdict_id, **options):
+def watching(targets, ready, report=contract.verdict_id, rules=RULES, **options):
     """A watch in this process."""
     stop, said, summaries = threading.Event(), [], []
 
     def run():
         summaries[:] = daemon.watch(
             targets,
-            load_text(RULES),
+            load_text(rules),
             report,
             stop=stop,
             ready=ready,
@@ -161,3 +162,14 @@ def test_a_verdict_that_cannot_be_shown_costs_itself_and_not_the_watch(world, tm
         wait_for(lambda: len(seen) >= 2)
     assert (summaries[0].defect, summaries[0].unshown) == (True, 1)
     assert len([line for line in said if "report it" in line]) == 1
+
+
+def test_a_decoy_that_the_rules_want_and_nobody_named_is_told_at_the_start(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    rules = HEAD + "spec:\n  mode: enforce\n  unbound: {action: deny, on_deny: [alert, redirect:trap, redirect:pit]}\n"
+    ready, trap = threading.Event(), Decoy("trap", GuestPort("decoy0"), "02:00:00:00:00:09")
+    with watching([f"port:{PORT}@{world.host}"], ready.set, rules=rules, enforce=True, decoys=(trap,)) as (_, said):
+        assert ready.wait(60), said
+    assert [line.partition(": ")[2] for line in said if "decoy" in line] == [
+        "there is no decoy 'pit', what is redirected to it is blocked; say where it is with --decoy pit=IFNAME,MAC"
+    ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from appliance.errors import Problem
 from appliance.model import Decision, HoldPolicy, Judgement, Reason, RuleRef
 from appliance.rules import match, suite
+from appliance.rules.acts import REDIRECT
 from appliance.rules.match import Profile, Section, Subject, Unbound, View
 
 QUIET_REASONS = frozenset(
@@ -79,7 +80,7 @@ class RuleBook:
         Before its process is known, nobody can say which profile a flow belongs to: the longest deadline holds, and the
         strictest default.
         """
-        blocks = [block for rules in self.sets if rules.applies(os, tags) for block in rules.enforcing]
+        blocks = self._enforcing(os, tags)
         outgoing = [block for block in blocks if block.can_deny(inbound=False)]
         incoming = [block for block in blocks if block.hold.incoming and block.can_deny(inbound=True)]
         holding = [block.hold for block in (*outgoing, *incoming)]
@@ -92,6 +93,14 @@ class RuleBook:
             deadline_s=max(hold.deadline_s for hold in holding),
             default=Decision.DENY if strict else Decision.ALLOW,
         )
+
+    def decoys(self, os: str = "", tags: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """The decoys that connections of such a guest are redirected to, by name."""
+        actions = (action for block in self._enforcing(os, tags) for action in block.actions)
+        return tuple(dict.fromkeys(name.removeprefix(REDIRECT) for name in actions if name.startswith(REDIRECT)))
+
+    def _enforcing(self, os: str, tags: tuple[str, ...]) -> list[Section | Unbound]:
+        return [block for rules in self.sets if rules.applies(os, tags) for block in rules.enforcing]
 
     def test(self) -> tuple[suite.TestResult, ...]:
         """Run the tests inside the files; each file is judged by its own rules alone."""
