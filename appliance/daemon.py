@@ -1,4 +1,4 @@
-"""Puts the rooms together: which tap, which eye, which rules for which guest, and who may give orders."""
+"""Runs the watch of all guests, and says who may give orders; replays a capture. Knows every room."""
 
 from __future__ import annotations
 
@@ -9,69 +9,31 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
-from typing import Protocol
 
+from appliance.assembly import Options, Rules, Watched, open_guests
 from appliance.engine import Engine, Judge
-from appliance.errors import HostError, ParasightError
+from appliance.errors import ParasightError
 from appliance.flow.names import Names
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
-from appliance.front import Front
-from appliance.hosts.qemu import is_running
 from appliance.hosts.targets import resolve
-from appliance.model import Decoy, GuestInfo, HoldPolicy, Verdict
-from appliance.opening import open_eye_or_none, open_eye_or_say, open_tap, teach
+from appliance.model import Verdict
+from appliance.opening import open_eye_or_say, teach
 from appliance.pacemaker import Pacemaker
-from appliance.plugging import Plugging
-from appliance.ports import GuestEye, PacketTap
 from appliance.respond.banning import Banning
 from appliance.respond.control import ControlServer
-from appliance.respond.mailbox import Mailbox
 from appliance.respond.never import host_addresses, spare
 from appliance.respond.place import control_path
 from appliance.respond.room import ControlRoom, Words
-from appliance.tap.bpf.tap import KernelTap
 from appliance.tap.pcap import PcapSource
 from appliance.watch import POLL_S, GuestWatch, Summary, Tell
 
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
 TICK_S = 0.5  # how often bans are seen to where no control socket does it
 SWITCH_S = 0.0005  # a guest's thread must not wait 5 ms, Python's default, while a verdict is printed
-
-
-class Rules(Judge, Protocol):
-    """The rules, as a watch needs them."""
-
-    def hold_policy(self, os: str = "", tags: tuple[str, ...] = ()) -> HoldPolicy | None:
-        """Which new flows must wait for their verdict; None: nothing is enforced."""
-
-    def decoys(self, os: str = "", tags: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """Where denied connections are redirected to, by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How an operator wants guests to be watched."""
-
-    enforce: bool = False  # let rules with ``mode: enforce`` act; else they only report
-    fail_closed: bool = False  # without us, what would have been held is dropped
-    rung: str | None = None  # of the ladder of taps; None: the best
-    decoys: tuple[Decoy, ...] = ()
-    never_ban: Path | None = None
-    bans: Path | None = None  # where bans outlive a restart
-
-
-@dataclass(frozen=True, slots=True)
-class _Guest:
-    """One guest with everything that was opened for it."""
-
-    watch: GuestWatch
-    front: Front
-    beat: Callable[[], None] | None
 
 
 def watch(
@@ -84,7 +46,7 @@ def watch(
     idle: Callable[[], None],
     tell: Tell,
     words: Words,
-    options: Options = Options(),
+    options: Options,
     until: float | None = None,
     version: str = "",
 ) -> list[Summary]:
@@ -123,7 +85,7 @@ def watch(
     with contextlib.ExitStack() as opened:
         room = ControlRoom(words, _open_bans(options, tell), stop.set, version=version)
         served = opened.enter_context(_control(room, tell, needed=options.enforce))
-        guests = _open_guests(targets, rules, offer, tell, options, opened)
+        guests = open_guests(targets, rules, offer, tell, options, opened)
         opened.enter_context(_heart(guests))
         threads = [
             threading.Thread(target=_run, args=(one, room, stopping), name=one.watch.info.id.target) for one in guests
@@ -153,12 +115,12 @@ def watch(
     return [one.watch.summary for one in guests]
 
 
-def _has_begun(guest: _Guest, thread: threading.Thread) -> bool:
+def _has_begun(guest: Watched, thread: threading.Thread) -> bool:
     """Its loop came round for the first time: new flows wait, where they shall; or its watch is over already."""
     return guest.watch.count_turns() > 0 or not thread.is_alive()
 
 
-def _run(guest: _Guest, room: ControlRoom, stopping: Callable[[], bool]) -> None:
+def _run(guest: Watched, room: ControlRoom, stopping: Callable[[], bool]) -> None:
     """A guest's thread."""
     room.admit(guest.front)
     try:
@@ -166,100 +128,6 @@ def _run(guest: _Guest, room: ControlRoom, stopping: Callable[[], bool]) -> None
     finally:
         room.dismiss(guest.front)
         guest.front.mailbox.close()
-
-
-def _open_guests(
-    targets: list[str],
-    rules: Rules,
-    offer: Callable[[Verdict], None],
-    tell: Tell,
-    options: Options,
-    opened: contextlib.ExitStack,
-) -> list[_Guest]:
-    """Open every guest; where one cannot be opened, ``opened`` closes the others again.
-
-    All memory eyes first, since attaching takes time in which an open tap's ring would fill.
-    """
-    named = [resolve(target) for target in targets]
-    infos = list({info.id.instance or info.id: info for info in named}.values())  # a guest can have several names
-    eyes: list[GuestEye | None] = []
-    for info in infos:
-        _say_notes(info, tell)
-        eyes.append(open_eye_or_say(info, tell) if info.pid is not None else None)
-        if (eye := eyes[-1]) is not None:
-            opened.callback(eye.close)
-    return [_open_guest(info, eye, rules, offer, tell, options, opened) for info, eye in zip(infos, eyes, strict=True)]
-
-
-def _open_guest(
-    info: GuestInfo,
-    eye: GuestEye | None,
-    rules: Rules,
-    offer: Callable[[Verdict], None],
-    tell: Tell,
-    options: Options,
-    opened: contextlib.ExitStack,
-) -> _Guest:
-    tap, rung, learn = open_tap(info, tell, rung=options.rung, fail_closed=options.fail_closed)
-    opened.callback(tap.close)
-    hand = tap if isinstance(tap, KernelTap) else None
-    policy = rules.hold_policy(eye.os if eye else "")
-    enforces = options.enforce and policy is not None and hand is not None
-    _say_mode(info, tell, options, policy, tap)
-    if enforces:
-        _say_decoys(info, tell, options, rules.decoys(eye.os if eye else ""))
-    watcher = partial(
-        GuestWatch,
-        info,
-        tap,
-        eye,
-        Engine(rules, Names(), hold=policy if enforces else None),
-        offer,
-        time.time_ns,
-        tell=tell,
-        looked=partial(teach, learn),
-        hand=hand if enforces else None,
-        hold=policy,
-        decoys={decoy.name: decoy for decoy in options.decoys},
-        abandon=hand.abandon if enforces and hand is not None and options.fail_closed else None,
-    )
-    if info.pid is not None:
-        watcher = partial(watcher, runs=partial(is_running, info), reopen=partial(open_eye_or_none, info))
-        if hand is not None:
-            plugging = Plugging(info, hand, tell)
-            opened.callback(plugging.close)
-            watcher = partial(watcher, ports=plugging.look)
-    mailbox = Mailbox()
-    one = watcher(serve=mailbox.serve)
-    front = Front(one, hand, rung.name, enforces, time.time_ns(), mailbox)
-    return _Guest(one, front, hand.beat if hand is not None else None)
-
-
-def _say_notes(info: GuestInfo, tell: Tell) -> None:
-    if not info.ports:
-        raise HostError(f"{info.id.target} has no port to watch: {'; '.join(info.notes) or 'no network card'}")
-    for note in info.notes:
-        tell(f"{info.id.target}: {note}")
-
-
-def _say_mode(info: GuestInfo, tell: Tell, options: Options, policy: HoldPolicy | None, tap: PacketTap) -> None:
-    """What a person must know of enforcement: that it is on, that it is off although the rules ask for it, and why."""
-    if policy is not None and not options.enforce:
-        tell(f"{info.id.target}: rules ask to enforce and only report; start with --enforce to let them act")
-    elif options.enforce and policy is None:
-        tell(f"{info.id.target}: nothing to enforce: no rule for this guest says mode: enforce")
-    elif options.enforce and not isinstance(tap, KernelTap):
-        raise HostError(f"{info.id.target} cannot be held to its rules: this tap can only look; see: parasight doctor")
-    elif options.enforce:
-        fails = "closed: new connections are dropped" if options.fail_closed else "open: everything passes"
-        tell(f"{info.id.target}: enforcing; if Parasight dies, the network fails {fails}")
-
-
-def _say_decoys(info: GuestInfo, tell: Tell, options: Options, wanted: tuple[str, ...]) -> None:
-    for name in wanted:
-        if name not in {decoy.name for decoy in options.decoys}:
-            way = f"say where it is with --decoy {name}=IFNAME,MAC"
-            tell(f"{info.id.target}: there is no decoy {name!r}, what is redirected to it is blocked; {way}")
 
 
 def _open_bans(options: Options, tell: Tell) -> Banning:
@@ -287,7 +155,7 @@ def _control(room: ControlRoom, tell: Tell, *, needed: bool) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _heart(guests: list[_Guest]) -> Iterator[None]:
+def _heart(guests: list[Watched]) -> Iterator[None]:
     heart = Pacemaker()
     for guest in guests:
         if guest.beat is not None:

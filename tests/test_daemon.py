@@ -11,6 +11,7 @@ import time
 import pytest
 
 from appliance import daemon
+from appliance.assembly import Options
 from appliance.cli import contract
 from appliance.model import Decoy, GuestPort
 from appliance.respond.room import Words
@@ -56,7 +57,7 @@ def watching(targets, ready, report=contract.verdict_id, rules=RULES, **options)
             idle=lambda: None,
             tell=said.append,
             words=Words(contract.verdict, contract.iso),
-            options=daemon.Options(**options),
+            options=Options(**options),
         )
 
     thread = threading.Thread(target=run)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 import typer
 
 from appliance import __version__, daemon
+from appliance.assembly import Options
 from appliance.cli import contract, story
 from appliance.cli.duration import parse_duration
 from appliance.cli.progress import tell, working
@@ -66,7 +67,7 @@ def watch(
     everything: AllOption = True,
 ) -> None:
     """Watch running guests: bind each new connection to its process, judge it, say what is wrong with it."""
-    options = daemon.Options(
+    options = Options(
         enforce=enforce,
         fail_closed=fail is Fail.CLOSED,
         rung=tap,
