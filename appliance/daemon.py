@@ -126,7 +126,7 @@ def _run(guest: Watched, room: ControlRoom, stopping: Callable[[], bool]) -> Non
     try:
         guest.watch.run(stopping)
     finally:
-        room.dismiss(guest.front)
+        room.dismiss(guest.front, guest.watch.summary.ended)
         guest.front.mailbox.close()
 
 

@@ -60,6 +60,7 @@ class ControlRoom:
     known: KnownFlows = field(default_factory=KnownFlows)
     wait_s: float = _WAIT_S
     _desks: dict[str, GuestDesk] = field(default_factory=dict)
+    _ended: dict[str, tuple[GuestDesk, str]] = field(default_factory=dict)  # watches that ended before their time
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _started_ns: int = 0
 
@@ -71,13 +72,16 @@ class ControlRoom:
         """A guest is under watch from now on."""
         with self._lock:
             self._desks[desk.vm.target] = desk
+            self._ended.pop(desk.vm.target, None)
         self.banning.admit(desk)
 
-    def dismiss(self, desk: GuestDesk) -> None:
-        """The watch of a guest has ended."""
+    def dismiss(self, desk: GuestDesk, why: str = "") -> None:
+        """The watch of a guest has ended; ``why``, if that was before its time."""
         with self._lock:
             if self._desks.get(desk.vm.target) is desk:
                 del self._desks[desk.vm.target]
+                if why:
+                    self._ended[desk.vm.target] = desk, f"its watch has ended: {why.splitlines()[0]}"
         self.banning.dismiss(desk)
 
     def tick(self) -> None:
@@ -156,12 +160,15 @@ class ControlRoom:
     # -- status --
 
     def _status(self) -> Json:
+        guests = [self._guest_body(desk, status) for desk, status in self._ask_all(lambda desk: desk.status())]
+        with self._lock:
+            ended = list(self._ended.values())
         return {
             "pid": os.getpid(),
             "version": self.version,
             "started": self.words.moment(self._started_ns),
             "uptime_s": round((self.clock() - self._started_ns) / 1e9, 3),
-            "guests": [self._guest_body(desk, status) for desk, status in self._ask_all(lambda desk: desk.status())],
+            "guests": guests + [self._guest_body(desk, GuestGone(why)) for desk, why in ended],
         }
 
     def _guest_body(self, desk: GuestDesk, answer: GuestStatus | ParasightError) -> Json:

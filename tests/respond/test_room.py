@@ -77,6 +77,16 @@ def test_a_guest_that_does_not_answer_is_told_and_the_others_are_seen(tmp_path):
     assert second["flows"] == 7
 
 
+def test_a_guest_whose_watch_ended_early_does_not_vanish_without_a_word(world):
+    world.room.dismiss(world.desks[0], "a defect\nTraceback ...")
+    world.room.dismiss(world.desks[1])  # as it was to
+    (body,) = world.ask("status")["guests"]
+    assert (body["vm"], body["answers"], body["enforces"], body["uptime_s"]) == ("qemu:4242", False, None, None)
+    assert body["trouble"] == "its watch has ended: a defect"
+    world.room.admit(world.desks[0])
+    assert [guest["answers"] for guest in world.ask("status")["guests"]] == [True]
+
+
 def test_a_list_of_held_flows_is_whole_or_none(tmp_path):
     world = Setting(tmp_path, wait_s=0.05)
     with pytest.raises(NoAnswer, match="qemu:4242"):
