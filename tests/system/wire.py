@@ -1,4 +1,7 @@
-"""The first packet of every conversation on a guest's port, straight from an AF_PACKET socket: as early as can be."""
+"""The first packet of every conversation on a guest's port, straight from an AF_PACKET socket: as early as can be.
+
+``Flow.started_ns`` is when the host's kernel saw the packet (SO_TIMESTAMPNS, socket(7)).
+"""
 
 import socket
 import struct
@@ -10,6 +13,7 @@ from appliance.tap.netns import call_in_netns
 
 ETH_P_ALL = 3
 SYN, ACK = 0x02, 0x10
+SO_TIMESTAMPNS = 35  # include/uapi/asm-generic/socket.h
 
 
 class Wire:
@@ -18,6 +22,7 @@ class Wire:
             netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
         )
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self._socket.bind((ifname, ETH_P_ALL))
         self._mac = bytes.fromhex(mac.replace(":", ""))
         self._seen: set[tuple] = set()
@@ -27,14 +32,15 @@ class Wire:
         self._socket.settimeout(timeout_s)
         while True:
             try:
-                frame = self._socket.recv(128)
+                frame, notes, _, _ = self._socket.recvmsg(128, 64)
             except TimeoutError:
                 return
-            flow = self._parse(frame)
+            seconds, ns = struct.unpack("qq", notes[0][2])
+            flow = self._parse(frame, seconds * 1_000_000_000 + ns)
             if flow is not None:
                 yield flow
 
-    def _parse(self, frame: bytes) -> Flow | None:
+    def _parse(self, frame: bytes, at_ns: int) -> Flow | None:
         kind = int.from_bytes(frame[12:14], "big")
         if kind == 0x0800:
             protocol, addresses, at = frame[23], (frame[26:30], frame[30:34]), 14 + (frame[14] & 15) * 4
@@ -59,7 +65,7 @@ class Wire:
             return None
         self._seen.add(key)
         direction = Direction.OUT if out else Direction.IN
-        return Flow(FlowId(GuestId("qemu:0"), len(self._seen)), FiveTuple(*key), direction, 0)
+        return Flow(FlowId(GuestId("qemu:0"), len(self._seen)), FiveTuple(*key), direction, at_ns)
 
     def close(self) -> None:
         self._socket.close()
