@@ -470,7 +470,11 @@ class Handling:
 
 @dataclass(frozen=True, slots=True)
 class HoldPolicy:
-    """Which new flows of one guest wait for a verdict: TCP by its SYN, UDP by its first datagrams."""
+    """Which new flows of one guest wait for a verdict, by their first packets.
+
+    TCP without a SYN waits in both directions where any does: who began it is a guess. Where new outgoing flows wait,
+    what cannot be placed in a flow does not leave, and with DENY by default nor do protocols that carry none.
+    """
 
     outgoing: bool = True
     incoming: bool = True

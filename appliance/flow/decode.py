@@ -28,6 +28,7 @@ ACK: Final = 0x10
 ETHERTYPES: Final = {0x0806: "arp", 0x8035: "arp", 0x88CC: "lldp", 0x8863: "pppoe", 0x8864: "pppoe", 0x888E: "eapol"}
 EXTENSIONS: Final = frozenset({0, 43, 44, 51, 60, 135, 139, 140})  # IPv6 headers that lead to another one
 MAX_EXTENSIONS: Final = 12
+TAGS: Final = frozenset({0x8100, 0x88A8, 0x9100})
 MAX_TAGS: Final = 4
 
 _TWO = Struct(">HH").unpack_from
@@ -72,6 +73,8 @@ def decode(data: bytes, wire_len: int, vlan: int | None = None) -> Decoded | str
         return _ipv6(data, at, wire_len, vlan)
     if kind < 0x0600:
         return "llc"
+    if kind in TAGS:  # a receiver may still find IP behind more tags than we look for
+        return "long-extension-chain"
     return ETHERTYPES.get(kind, "other-ethertype")
 
 
@@ -86,7 +89,7 @@ def decode_ip(data: bytes, at: int) -> Decoded | str:
 def _skip_tags(data: bytes, kind: int, at: int, vlan: int | None) -> tuple[int, int, int | None]:
     """Step over 802.1Q and QinQ tags (0x8100, 0x88a8, 0x9100)."""
     for _ in range(MAX_TAGS):
-        if kind not in {0x8100, 0x88A8, 0x9100} or len(data) < at + 4:
+        if kind not in TAGS or len(data) < at + 4:
             break
         tci, kind = _TWO(data, at)
         at += 4

@@ -125,6 +125,15 @@ def answer_syn(frame: bytes) -> int | None:
     return int(seq + 1 + shape.end - shape.payload) & 0xFFFFFFFF
 
 
+def expected_by(frame: bytes) -> int | None:
+    """The sequence number that the sender of a TCP segment expects next; None when it does not say, or resets."""
+    shape = parse(frame)
+    if shape is None or shape.protocol != TCP or not shape.sums:
+        return None
+    _, _, _, ack, _, flags, *_ = _TCP.unpack_from(frame, shape.transport)
+    return int(ack) if flags & (ACK | RST) == ACK else None
+
+
 def _parse(frame: bytes) -> Shape | None:
     at = 12
     kind = int.from_bytes(frame[at : at + 2], "big")

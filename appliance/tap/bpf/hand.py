@@ -63,11 +63,13 @@ class Hand:
     def block(self, flow: FlowId, seconds: float | None = None, *, reset: bool = False) -> bool:
         """Drop its packets; a guest's held SYN is answered with a reset, so its program need not wait."""
         talk = self._known.find(flow)
-        if talk is None or not self.verdicts.put(talk, layout.DROP, seconds):
+        if talk is None:
+            return False
+        if not self.verdicts.put(talk, layout.DROP, seconds) and (seconds is not None or not self._say_no(talk)):
             return False
         hold = self._drop_hold(talk)
         self._note_decision(talk, goes_on=False)
-        is_refused = hold is not None and talk.flow.direction is Direction.OUT and self._refuse(talk, hold)
+        is_refused = hold is not None and self._refuse(talk, hold)
         if reset and not is_refused and talk.flow.ip_protocol == forge.TCP:
             self._resets.send(talk)
         return True
@@ -111,7 +113,7 @@ class Hand:
 
     def note_waiting(self, talk: Talk, hold: int, at_ns: int) -> None:
         """The kernel holds this flow since ``at_ns`` (its clock); ``hold`` as in ``struct flow``."""
-        if hold & ~layout.DENY in {layout.FREE, layout.REFUSED} or at_ns <= talk.decided_ns:
+        if hold & ~layout.DENY in {layout.FREE, layout.REFUSED} or _is_decided(talk, at_ns):
             return
         talk.waits = True
         if talk.hold is None:
@@ -126,7 +128,7 @@ class Hand:
 
     def keep(self, talk: Talk, side: int, frame: bytes, tag: int, gso_size: int, wire_len: int, at_ns: int) -> None:
         """Keep a frame of a flow that waits, as it will go on: at once, if it was on its way when that was said."""
-        late = at_ns <= talk.decided_ns
+        late = _is_decided(talk, at_ns)
         if talk.hold is None and not (late and talk.goes_on):
             return
         for piece in forge.complete(frame, tag, gso_size, wire_len):
@@ -188,15 +190,28 @@ class Hand:
         return all(sent)
 
     def _refuse(self, talk: Talk, hold: Hold) -> bool:
-        """Answer the guest's SYN, where one waits."""
+        """Answer the guest's SYN, where one waits; False after a segment without SYN, which may need more than that."""
         for side, frame in hold.frames:
-            if side == 0 and (answer := forge.answer_syn(frame)) is not None:
+            if side == 0 and talk.flow.direction is Direction.OUT and (answer := forge.answer_syn(frame)) is not None:
                 return self._send(talk.key, False, forge.make_reset(talk.key, frame[:12], True, 0, answer), forged=True)
+            if side == 0 and talk.flow.midstream and (number := forge.expected_by(frame)) is not None:
+                self._send(talk.key, False, forge.make_reset(talk.key, frame[:12], True, number, 0), forged=True)
+                return False
         return False
 
+    def _say_no(self, talk: Talk) -> bool:
+        """Tell the kernel by a frame that waits that its flow is refused: where there is no room for a verdict."""
+        if not talk.waits or talk.hold is None or not talk.hold.frames:
+            return False
+        side, frame = talk.hold.frames[0]
+        return self._inject(talk.key, side == 0, frame, layout.REFUSE)
+
     def _send(self, key: bytes, from_guest: bool, frame: bytes, *, forged: bool) -> bool:
+        return self._inject(key, from_guest, frame, layout.FORGED if forged else 0)
+
+    def _inject(self, key: bytes, from_guest: bool, frame: bytes, kind: int) -> bool:
         ifindex = KEY.unpack(key)[0]
-        return self._injector.send(frame, ifindex, ingress=from_guest != (ifindex in self._swapped), forged=forged)
+        return self._injector.send(frame, ifindex, ingress=from_guest != (ifindex in self._swapped), kind=kind)
 
     def _drop_hold(self, talk: Talk) -> Hold | None:
         hold, talk.hold = talk.hold, None
@@ -206,6 +221,14 @@ class Hand:
     def _set_deadline(self, talk: Talk, hold: Hold, deadline_ns: int) -> None:
         hold.deadline_ns = deadline_ns
         heapq.heappush(self._due, (deadline_ns, talk.number))
+
+
+def _is_decided(talk: Talk, at_ns: int) -> bool:
+    """Whether what the kernel told of a hold at that time is old news.
+
+    A frame of ours that frees a flow may wait in the kernel's backlog, and meanwhile the flow waits there.
+    """
+    return at_ns <= talk.decided_ns or (talk.goes_on and talk.hold is None)
 
 
 def parse_mac(text: str) -> bytes:

@@ -13,7 +13,7 @@ from struct import pack
 from typing import Final
 
 from appliance.errors import HostError
-from appliance.tap.bpf.layout import FORGED, MAX_FRAME
+from appliance.tap.bpf.layout import MAX_FRAME
 from appliance.tap.bpf.syscalls import Map, run_program
 from appliance.tap.netns import call_in_netns
 
@@ -34,14 +34,15 @@ class Injector:
             self._theirs = call_in_netns(netns, _open_own)
             self._ours = _open_own()
 
-    def send(self, frame: bytes, ifindex: int, *, ingress: bool, forged: bool = False) -> bool:
-        """Send one frame; whether the kernel took it. Raises HostError when the namespace cannot be left again."""
+    def send(self, frame: bytes, ifindex: int, *, ingress: bool, kind: int = 0) -> bool:
+        """Send one frame; whether the kernel took it. Raises HostError when the namespace cannot be left again.
+
+        ``kind``: 0 for one that was held; FORGED, REFUSE (``layout.py``).
+        """
         if len(frame) > MAX_FRAME:
             return False
         head = frame[:HEAD_BYTES]
-        context = bytes(_CB_AT) + pack(
-            "=IIII", ifindex, INGRESS if ingress else 0, self._mark | (FORGED if forged else 0), len(frame)
-        )
+        context = bytes(_CB_AT) + pack("=IIII", ifindex, INGRESS if ingress else 0, self._mark | kind, len(frame))
         try:
             if len(frame) > len(head):
                 self._tail.update(bytes(4), frame[len(head) :].ljust(MAX_FRAME, b"\0"))

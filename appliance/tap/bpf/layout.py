@@ -53,6 +53,7 @@ HOLD_IN: Final = 32
 HOLD_PAYLOAD: Final = 64
 HOLD_DENY: Final = 128
 FORGED: Final = 1  # in the mark
+REFUSE: Final = 2
 MARK_BITS: Final = 3
 MAX_FRAME: Final = 16384
 

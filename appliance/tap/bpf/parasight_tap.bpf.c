@@ -168,6 +168,7 @@ struct port {
 #define HOLD_DENY 128
 
 #define FORGED 1 /* in the mark: a reset of ours, not a packet that was held */
+#define REFUSE 2 /* in the mark: a packet that was held, as a word to us: its flow is refused for good */
 #define MARK_BITS 3
 
 struct peer4 {
@@ -454,7 +455,7 @@ static inline int decode(struct __sk_buff *skb, struct scratch *s, int side, u16
 	if (skb->vlan_present)
 		s->key.vlan = skb->vlan_tci & 0xfff;
 #pragma unroll
-	for (int i = 0; i < 2; i++) {
+	for (int i = 0; i < 4; i++) {
 		u16 tag[2];
 
 		if (kind != 0x8100 && kind != 0x88a8 && kind != 0x9100)
@@ -480,6 +481,8 @@ static inline int decode(struct __sk_buff *skb, struct scratch *s, int side, u16
 		return LLDP;
 	if (kind == 0x8863 || kind == 0x8864)
 		return PPPOE;
+	if (kind == 0x8100 || kind == 0x88a8 || kind == 0x9100)
+		return LONG_CHAIN; /* a receiver may still find IP behind more tags than we look for */
 	return kind == 0x888e ? EAPOL : OTHER_ETHERTYPE;
 }
 
@@ -528,13 +531,13 @@ static inline int control(struct scratch *s)
 	return type >= 151 && type <= 153 ? ROUTER : 0;
 }
 
-static inline int is_multicast(struct key *key) /* to the guest, so its local address is the target */
+static inline int is_group(const struct key *key, const u32 *address)
 {
-	u8 first = key->local[0] & 0xff;
+	u8 first = address[0] & 0xff;
 
 	if (key->version == 6)
 		return first == 0xff;
-	return (first >= 224 && first < 240) || key->local[0] == 0xffffffff;
+	return (first >= 224 && first < 240) || address[0] == 0xffffffff;
 }
 
 /* -- TCP (appliance/flow/tcp.py) -- */
@@ -826,7 +829,7 @@ static inline u32 judge(struct scratch *s, struct port *port, struct flow *f, co
 	if (hold == REFUSED)
 		return DROP;
 	if (hold) {
-		int waits = hold == HELD_NEW || (s->payload_len && side == f->first_side);
+		int waits = hold == HELD_NEW || ((s->payload_len || s->fragment) && side == f->first_side);
 
 		if (waits && hold == ARMED) {
 			f->hold += HELD_PAYLOAD - ARMED;
@@ -846,7 +849,7 @@ static inline u32 judge(struct scratch *s, struct port *port, struct flow *f, co
 /* Whether user space needs this frame of a flow that waits, to send it on. TCP repeats; a datagram comes once. */
 static inline int is_wanted(struct flow *f, struct scratch *s, int side)
 {
-	if (s->key.protocol == 17) {
+	if (s->key.protocol != 6) {
 		if (f->copied >= (s->fragment == LATER ? MAX_PIECES : MAX_COPIES))
 			return 0;
 		f->copied++;
@@ -854,14 +857,14 @@ static inline int is_wanted(struct flow *f, struct scratch *s, int side)
 	}
 	if (f->missed & START)
 		return 1;
-	if (s->key.protocol != 6 || !s->payload_len || f->copied & (1 << side))
+	if (!s->payload_len || f->copied & (1 << side))
 		return 0;
 	f->copied |= 1 << side;
 	return 1;
 }
 
 /* The flow that an ICMP error quotes (RFC 792, RFC 4443): its sender is the receiver of the error. */
-static inline void note_error(struct __sk_buff *skb, struct scratch *s, int side)
+static inline struct flow *note_error(struct __sk_buff *skb, struct scratch *s, int side)
 {
 	u32 at = s->payload_at;
 	u16 ports[2];
@@ -871,7 +874,7 @@ static inline void note_error(struct __sk_buff *skb, struct scratch *s, int side
 		struct { u8 version_ihl, tos; u16 total, ident, frag; u8 ttl, protocol; u16 check; u32 src, dst; } head;
 
 		if (load_bytes(skb, at, &head, 20))
-			return;
+			return 0;
 		at += (head.version_ihl & 15) << 2;
 		s->key.protocol = head.protocol;
 		s->key.local[0] = side ? head.src : head.dst;
@@ -880,18 +883,19 @@ static inline void note_error(struct __sk_buff *skb, struct scratch *s, int side
 		struct { u32 version; u16 length; u8 next, hops; u32 src[4], dst[4]; } head;
 
 		if (load_bytes(skb, at, &head, 40))
-			return;
+			return 0;
 		at += 40;
 		s->key.protocol = head.next;
 		__builtin_memcpy(s->key.local, side ? head.src : head.dst, 16);
 		__builtin_memcpy(s->key.remote, side ? head.dst : head.src, 16);
 	}
 	if (load_bytes(skb, at, ports, 4))
-		return;
+		return 0;
 	set_ports(&s->key, !side, ntohs(ports[0]), ntohs(ports[1]));
 	f = map_lookup(&flows, &s->key);
 	if (f)
 		f->errors[side]++;
+	return f;
 }
 
 static inline void count(struct flow *f, struct scratch *s, int side, u32 segments, u64 now)
@@ -908,13 +912,55 @@ static inline int has_deadline(struct flow *f) /* it may be silent because it wa
 	return f->hold && f->hold != REFUSED;
 }
 
+static inline int is_in_force(struct port *port, u64 now)
+{
+	return port->flags & FAIL_CLOSED || is_alive(port, now);
+}
+
+static inline int is_midstream(struct scratch *s)
+{
+	return s->key.protocol == 6 && (s->flags & (SYN | ACK)) != SYN;
+}
+
+/* Where new flows wait, any packet that makes one does. Who began a connection that is picked up in the middle is a
+ * guess, and its first packet may be forged from either end, so it waits in both directions. */
 static inline int must_wait(struct port *port, struct scratch *s, int side, u64 now)
 {
-	if (likely(!(port->flags & (side ? HOLD_IN : HOLD_OUT))))
+	u32 which = is_midstream(s) ? HOLD_OUT | HOLD_IN : side ? HOLD_IN : HOLD_OUT;
+
+	return unlikely(port->flags & which) && is_in_force(port, now);
+}
+
+/* Whether a packet that makes no flow may not pass either: nobody could say whose it is, and a receiver may take more
+ * than we understand. ARP, EAPOL, LLDP, spanning tree and neighbour discovery pass: without them there is no network. */
+static inline int is_barred(struct scratch *s, struct port *port, int side, int why, u64 now)
+{
+	u32 flags = port->flags;
+
+	if (!is_in_force(port, now))
 		return 0;
-	if (s->key.protocol != 17 && (s->key.protocol != 6 || (s->flags & (SYN | ACK)) != SYN))
+	if (flags & HAS_BANS && s->key.version && is_banned(&s->key, now))
+		return 1;
+	if (side)
 		return 0;
-	return port->flags & FAIL_CLOSED || is_alive(port, now);
+	if (why == NO_FIRST) /* a guest sends the first fragment first */
+		return flags & (HOLD_OUT | HAS_VERDICTS);
+	if (!(flags & HOLD_OUT))
+		return 0;
+	if ((why >= CUT_IP && why < NO_FIRST) || why == STRAY_CLOSE)
+		return 1;
+	if (!(flags & HOLD_DENY))
+		return 0;
+	if (why == IGMP || why == MLD || why == ROUTER)
+		return !is_group(&s->key, s->key.remote);
+	return why == PPPOE || why == OTHER_ETHERTYPE;
+}
+
+static inline void note_fragment(struct scratch *s, u64 now)
+{
+	s->noted.key = s->key;
+	s->noted.at_ns = now;
+	map_update(&fragments, &s->datagram, &s->noted, BPF_ANY);
 }
 
 #define SHOOT -1 /* drop it */
@@ -934,7 +980,7 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		s->datagram.ifindex = key->ifindex;
 		s->datagram.vlan = key->vlan;
 		s->datagram.ident = s->ident;
-		s->datagram.protocol = key->protocol;
+		s->datagram.protocol = key->version == 4 ? key->protocol : 0; /* RFC 8200: only the first one's counts */
 		__builtin_memcpy(s->datagram.src, side ? key->remote : key->local, 16);
 		__builtin_memcpy(s->datagram.dst, side ? key->local : key->remote, 16);
 		if (s->fragment == LATER) {
@@ -953,8 +999,6 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 	f = map_lookup(&flows, key);
 	if (!(f && is_familiar(f, eth, side)) && is_foreign(key->ifindex, eth, side, now))
 		return FLOODED;
-	if (why == ICMP_ERROR)
-		note_error(skb, s, side);
 	if (why)
 		return why;
 	if (f && s->fragment != LATER) { /* does this packet still belong to it? */
@@ -974,6 +1018,13 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 			reason = 0;
 		}
 	}
+	if (!observe && mark & REFUSE) {
+		if (f)
+			f->hold = REFUSED;
+		return KEEP;
+	}
+	if (f && s->fragment == FIRST) /* also of a packet that waits or is dropped: the later ones share its fate */
+		note_fragment(s, now);
 	if (!observe && forged) {
 		if (!f || key->protocol != 6)
 			return OURS;
@@ -1010,12 +1061,20 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		count(f, s, side, segments, now);
 		return 0;
 	}
-	if (f && f->state == CLOSED && key->protocol == 6 && !absorbs(f, s, side))
-		f = 0;
+	if (f && f->state == CLOSED && key->protocol == 6) {
+		int alive = s->flags & SYN || (s->payload_len && after(s->seq + s->payload_len, f->top[side]));
+
+		if (!absorbs(f, s, side)) {
+			f = 0;
+		} else if (!observe && !mark && !side && alive && port->flags & HOLD_OUT && is_in_force(port, now)) {
+			st->dropped += segments; /* the verdict on a connection that is over covers nothing new */
+			return SHOOT;
+		}
+	}
 	if (!f) {
 		struct flow *n = &s->fresh;
 
-		if (side && (eth[0] & 1 || is_multicast(key)))
+		if (side && (eth[0] & 1 || is_group(key, key->local)))
 			return MULTICAST;
 		if (key->protocol == 6 && s->flags & (FIN | RST) && !(s->flags & SYN) && !s->payload_len)
 			return STRAY_CLOSE;
@@ -1036,13 +1095,15 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		else if (key->protocol == 1 || key->protocol == 58)
 			n->state = ICMP;
 		if (!observe && !mark && must_wait(port, s, side, now)) {
-			n->hold = key->protocol == 6 && port->flags & HOLD_PAYLOAD && !s->payload_len ? ARMED : HELD_NEW;
+			int syn = key->protocol == 6 && !is_midstream(s);
+
+			n->hold = syn && port->flags & HOLD_PAYLOAD && !s->payload_len ? ARMED : HELD_NEW;
 			waits = n->hold == HELD_NEW;
 			if (port->flags & HOLD_DENY)
 				n->hold |= DENY;
 			n->held_ns = now + port->hold_ns;
-			n->copied = key->protocol == 6 ? 3 : 1; /* a SYN is told here, and only it */
-			if (key->protocol == 6) { /* another SYN of this tuple is another connection */
+			n->copied = key->protocol == 6 ? 3 : 1; /* a segment is told here, and only it: TCP repeats */
+			if (syn) { /* another SYN of this tuple is another connection */
 				n->isn[side] = s->seq;
 				n->has = HAS_ISN << side;
 			}
@@ -1056,11 +1117,8 @@ static inline int place(struct __sk_buff *skb, struct scratch *s, struct port *p
 		}
 		st->flows++;
 		kind |= START;
-	}
-	if (s->fragment) {
-		s->noted.key = *key;
-		s->noted.at_ns = now;
-		map_update(&fragments, &s->datagram, &s->noted, BPF_ANY);
+		if (s->fragment)
+			note_fragment(s, now);
 	}
 	if (waits) {
 		st->held += segments;
@@ -1098,7 +1156,7 @@ static inline int handle(struct __sk_buff *skb, int side, const int observe)
 	struct scratch *s = map_lookup(&scratch, &zero);
 	struct stats *st = map_lookup(&stats, &zero);
 	u16 eth[8];
-	int why = RUNT;
+	int why = RUNT, barred = 0;
 
 	if (!port || !s || !st)
 		return -1; /* TC_ACT_UNSPEC: other filters still run */
@@ -1117,19 +1175,29 @@ static inline int handle(struct __sk_buff *skb, int side, const int observe)
 	if (load_bytes(skb, 0, eth, 14))
 		goto ignore;
 	why = decode(skb, s, side, ntohs(eth[6]));
-	if (why) {
-		if (is_foreign(ifindex, eth, side, now))
-			why = FLOODED;
-		goto ignore;
+	if (likely(!why)) {
+		u32 size = skb->gso_size, headers = s->ip_at + s->header_len;
+
+		if (size && skb->len > headers)
+			segments = (skb->len - headers + size - 1) / size;
+		why = place(skb, s, port, st, eth, side, segments, mark, now, observe);
+		if (why == KEEP)
+			return 2; /* TC_ACT_SHOT */
+		if (why == OURS)
+			return -1;
+	} else if (is_foreign(ifindex, eth, side, now)) {
+		why = FLOODED;
 	}
-	u32 size = skb->gso_size, headers = s->ip_at + s->header_len;
-	if (size && skb->len > headers)
-		segments = (skb->len - headers + size - 1) / size;
-	why = place(skb, s, port, st, eth, side, segments, mark, now, observe);
-	if (why == KEEP)
-		return 2; /* TC_ACT_SHOT */
-	if (why == OURS)
-		return -1;
+	if (why > 0) {
+		barred = !observe && !mark && port->flags & (HOLD_OUT | HAS_VERDICTS | HAS_BANS) && is_barred(s, port, side, why, now);
+		if (why == ICMP_ERROR) {
+			struct flow *f = note_error(skb, s, side);
+
+			/* it carries whatever its sender likes: it has to be about a flow that there is, and that may pass */
+			if (!observe && !side && (port->flags & (HOLD_OUT | HOLD_DENY)) == (HOLD_OUT | HOLD_DENY))
+				barred |= is_in_force(port, now) && (!f || f->hold);
+		}
+	}
 ignore:
 	st->packets += segments;
 	st->bytes += skb->len;
@@ -1141,6 +1209,10 @@ ignore:
 		asm volatile("" : "+r"(which)); /* the bound must be on the very register that is the index */
 		if (which < REASONS)
 			st->ignored[which]++;
+	}
+	if (barred) {
+		st->dropped += segments;
+		return 2;
 	}
 	if (!observe && s->mac_at != 1) {
 		if (store_bytes(skb, s->mac_at & 7, s->mac, 6, 0))

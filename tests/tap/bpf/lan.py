@@ -215,6 +215,11 @@ class Sniffer:
             if where[2] != 4 and tpid:
                 self._tagged.append(data[:12] + pack("!HH", tpid, tci) + data[12:])
 
+    def every(self) -> list[bytes]:
+        """All incoming frames so far, without the tag that was out of band."""
+        self.frames(0)
+        return self._frames
+
     def __enter__(self) -> Sniffer:
         return self
 

@@ -99,6 +99,7 @@ CASES = {
         tcp(True, "S", 1, tags=(7,)), tcp(False, "SA", 1, 2, tags=(7,)), tcp(True, "S", 1, sport=4001, tags=(9,)),
     ],
     "qinq": [tcp(True, "S", 1, tags=(7, 11)), tcp(False, "SA", 1, 2, tags=(7, 11))],
+    "many-tags": [tcp(True, "S", 1, tags=tags) for tags in ((0, 0, 0), (1, 0, 0, 7), (0,) * 6)],
     "midstream": [tcp(True, "PA", 10, 20, b"hello"), tcp(False, "A", 20, 15), tcp(False, "PA", 20, 15, b"there")],
     "midstream-server": [tcp(False, "PA", 10, 20, b"hello", 22, 5000), tcp(True, "A", 20, 15, b"", 22, 5000)],
     "syn-ack-first": [tcp(False, "SA", 500, 101), tcp(True, "A", 101, 501), tcp(True, "PA", 101, 501, b"x")],
