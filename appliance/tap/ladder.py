@@ -42,7 +42,7 @@ class Rung:
 _ACTS: Final = frozenset(Act)
 _IN_KERNEL: Final = "about 0.7 us a packet in the kernel"
 RUNGS: Final = (
-    Rung("tc+ring", "flows are tracked in the kernel", _ACTS, f"{_IN_KERNEL}, 12 to 24 us an event"),
+    Rung("tc+ring", "flows are tracked in the kernel", _ACTS, f"{_IN_KERNEL}, 5 to 24 us an event"),
     Rung("tc+perf", "flows are tracked in the kernel", _ACTS, f"{_IN_KERNEL}, 16 to 33 us an event"),
     Rung("socket", "flows are tracked in the kernel", frozenset(), f"{_IN_KERNEL}, 9 to 22 us an event"),
     Rung(
