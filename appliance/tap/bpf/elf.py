@@ -22,6 +22,7 @@ _HEADER = Struct("<4sBB10xHHIQQQIHHHHHH")
 _SECTION = Struct("<IIQQQQIIQQ")
 _SYMBOL = Struct("<IBBHQQ")
 _REL = Struct("<QQ")
+_SIZE = Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Object:
 
     programs: dict[str, Code]
     license: bytes
+    sizes: tuple[int, ...]  # of the structures that it shares with us
 
 
 def parse(data: bytes) -> Object:
@@ -89,7 +91,8 @@ def _parse(data: bytes) -> Object:
         for index, name in enumerate(names)
         if _is_program(name)
     }
-    return Object(programs, bodies[names.index("license")].rstrip(b"\0"))
+    sizes = tuple(size for (size,) in _SIZE.iter_unpack(bodies[names.index("layout")]))
+    return Object(programs, bodies[names.index("license")].rstrip(b"\0"), sizes)
 
 
 def _is_program(section: str) -> bool:

@@ -74,6 +74,7 @@ TIMEOUT_NS: Final = tuple(
 _HASH, _ARRAY, _PERF_EVENT_ARRAY, _PERCPU_ARRAY, _LRU_HASH, _LPM_TRIE, _RINGBUF = 1, 2, 4, 6, 9, 11, 27
 NO_PREALLOC: Final = 1
 _SCRATCH_BYTES: Final = EVENT.size + MAX_FRAME + KEY.size + FLOW.size + 48 + 56 + 8 * 4 + 4 + 4 + 8
+SIZES: Final = (KEY.size, FLOW.size, EVENT.size, VERDICT.size, PORT.size, STATS.size, (_SCRATCH_BYTES + 7) & ~7)
 
 
 class Transport(StrEnum):
@@ -112,6 +113,6 @@ def build_specs(
         events,
         MapSpec("macs", _LRU_HASH, MAC.size, 8, 1024),
         MapSpec("fragments", _LRU_HASH, 48, 56, 4096),
-        MapSpec("scratch", _PERCPU_ARRAY, 4, (_SCRATCH_BYTES + 7) & ~7, 1),
+        MapSpec("scratch", _PERCPU_ARRAY, 4, SIZES[-1], 1),
         MapSpec("tail", _ARRAY, 4, MAX_FRAME, 1),
     )

@@ -12,7 +12,7 @@ from typing import Final
 from appliance.errors import HostError, PermissionRefused
 from appliance.model import Availability
 from appliance.tap.bpf import elf
-from appliance.tap.bpf.layout import Transport, build_specs
+from appliance.tap.bpf.layout import SIZES, Transport, build_specs
 from appliance.tap.bpf.syscalls import Map, count_cpus, load_program, raise_memlock
 
 OBJECT: Final = Path(__file__).with_name("parasight_tap.bpf.o")
@@ -46,6 +46,8 @@ class Loaded:
             what = "its object"
             try:
                 code = elf.parse((path or OBJECTS[transport]).read_bytes())
+                if code.sizes != SIZES:
+                    raise ValueError("it was built for other structures than layout.py has")
                 for spec in build_specs(max_flows, ring_bytes, transport, count_cpus()):
                     what = f"map {spec.name}"
                     self.maps[spec.name] = Map(

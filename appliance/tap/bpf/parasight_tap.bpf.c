@@ -1257,4 +1257,10 @@ SEC("socket/observe") int observe(struct __sk_buff *skb)
 	return 0; /* bytes to queue */
 }
 
+/* For which structures this was built: layout.py has to have the same. */
+const u32 _layout[] SEC("layout") = {
+	sizeof(struct key), sizeof(struct flow), sizeof(struct event), sizeof(struct verdict), sizeof(struct port),
+	sizeof(struct stats), sizeof(struct scratch),
+};
+
 char _license[] SEC("license") = "Dual MIT/GPL";

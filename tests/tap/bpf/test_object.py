@@ -3,6 +3,7 @@
 import platform
 import re
 import shutil
+import struct
 import subprocess
 
 import pytest
@@ -20,6 +21,7 @@ from appliance.tap.bpf.layout import (
     IGNORED,
     KEY,
     PORT,
+    SIZES,
     STATS,
     SWEPT,
     VERDICT,
@@ -96,6 +98,18 @@ def test_a_damaged_object_is_named(tmp_path) -> None:
         path.write_bytes(broken)
         with pytest.raises(HostError, match="its object cannot be used"):
             Loaded(1024, 1 << 16, path)
+
+
+@pytest.mark.parametrize("transport", Transport)
+def test_an_object_that_was_built_for_other_structures_is_refused(tmp_path, transport) -> None:
+    """Else it would load, and tell nothing."""
+    data = OBJECTS[transport].read_bytes()
+    ours = struct.pack(f"<{len(SIZES)}I", *SIZES)
+    assert data.count(ours) == 1
+    path = tmp_path / "older.o"
+    path.write_bytes(data.replace(ours, struct.pack("<I", SIZES[0] + 8) + ours[4:]))
+    with pytest.raises(HostError, match="built for other structures"):
+        Loaded(1024, 1 << 16, path, transport=transport)
 
 
 def test_the_verifier_is_quoted() -> None:

@@ -37,7 +37,7 @@ def collect_until(tap, condition) -> list:
     events: list = []
     give_up_s = time.monotonic() + PATIENCE_S
     while not condition(events):
-        assert time.monotonic() < give_up_s, f"only {len(events)} events came"
+        assert time.monotonic() < give_up_s, f"only {len(events)} events came: {tap.stats()}, held {tap.held()}"
         events += tap.poll(0.05)
     return events
 
