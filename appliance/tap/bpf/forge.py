@@ -149,14 +149,15 @@ def _parse(frame: bytes) -> Shape | None:
     else:
         return None
     version, protocol, transport, end, sums = found
-    if protocol not in {TCP, UDP}:
+    if protocol not in {TCP, UDP} or not network + 20 <= transport <= min(end, len(frame)):
         return None
     if not sums:
         return Shape(network, transport, transport, end, version, protocol, False)
-    payload = transport + (8 if protocol == UDP else (frame[transport + 12] >> 4) * 4)
-    if payload > end or payload > len(frame):
-        return None
-    if protocol == UDP and (length := int.from_bytes(frame[transport + 4 : transport + 6], "big")):
+    header = 8 if protocol == UDP else (frame[transport + 12] >> 4) * 4
+    payload = transport + header
+    if header < (8 if protocol == UDP else _TCP.size) or payload > min(end, len(frame)):
+        return None  # what looks like its header may be what follows the packet in its frame
+    if protocol == UDP and (length := int.from_bytes(frame[transport + 4 : transport + 6], "big")) >= header:
         end = min(end, transport + length)
     return Shape(network, transport, payload, end, version, protocol, True)
 

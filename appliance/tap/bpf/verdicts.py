@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
+from itertools import islice
 from struct import pack
+from typing import Final
 
 from appliance.errors import HostError
 from appliance.tap.bpf import layout
@@ -18,7 +20,8 @@ from appliance.tap.bpf.layout import SECOND_NS
 from appliance.tap.bpf.syscalls import Map
 from appliance.tap.bpf.talk import Talk
 
-_NO_MAC = bytes(6)
+MAX_TIDIED: Final = 2048  # at some microseconds each
+_NO_MAC: Final = bytes(6)
 
 
 class Verdicts:
@@ -88,9 +91,14 @@ class Verdicts:
         return done
 
     def tidy(self) -> None:
-        """Remove verdicts on flows that the kernel has forgotten, and bans that are over."""
+        """Remove verdicts on flows that the kernel has forgotten, and bans that are over.
+
+        Some each time, in turn: a guest that is denied often fills the map, and must not hold us up by that.
+        """
         flows = self._maps["flows"]
-        for key, (number, _) in list(self._entries.items()):
+        for key in list(islice(self._entries, MAX_TIDIED)):
+            number, _ = entry = self._entries.pop(key)
+            self._entries[key] = entry  # the last one now
             value = flows.lookup(key)
             if value is None or int.from_bytes(value[:8], "little") != number:
                 self._forget(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from ipaddress import ip_network
+from struct import pack, unpack
 
 import pytest
 from scapy.all import raw as as_bytes
@@ -307,6 +308,19 @@ def test_a_ping_waits_and_goes_on_when_it_is_released(lan) -> None:
         with Sniffer(lan.server) as wire:
             assert judge.do(lambda: tap.release(start.flow.id))
             assert wait_for(lambda: wire.frames(1))[0].endswith(b"ping")
+
+
+def test_a_segment_that_is_shorter_than_its_header_ends_nothing(lan) -> None:
+    """What follows the packet in its frame is the guest's choice too: here it looks like the rest of a header."""
+    tap = lan.open_tap()
+    tap.hold_new(STRICT)
+    tails = [pack("!HH", 100 * size + more, 1) + b"\x10" * more for size in range(4, 14) for more in range(9, 16)]
+    cut = [IP(**ENDS4, proto=6, len=20 + unpack("!H", tail[:2])[0] // 100) / Raw(tail) for tail in tails]
+    cut += [IPv6(**ENDS6, nh=6, plen=unpack("!H", tail[:2])[0] // 100) / Raw(tail) for tail in tails]
+    assert sent(lan, cut) == []
+    flows = collect(tap, lambda told: len(told) == len(cut))
+    assert all(start.held and tap.block(start.flow.id) for start in flows)
+    tap.close()
 
 
 def test_where_there_is_no_room_for_a_verdict_what_waits_is_refused_all_the_same(lan) -> None:

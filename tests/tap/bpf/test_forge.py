@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from struct import pack
 
 import pytest
 from hypothesis import given
@@ -142,3 +144,19 @@ def test_whatever_a_guest_sends_is_answered_with_frames(data, gso_size) -> None:
         for piece in forge.complete(frame, gso_size=gso_size):
             assert len(piece) <= len(frame)
         forge.answer_syn(frame)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", [6, 17])
+def test_no_length_that_a_guest_may_write_leads_beyond_the_frame(version, protocol) -> None:
+    for size, more, byte in itertools.product(range(24), range(8), (0, 3, 0x10, 0x40, 0x50, 0xF0)):
+        if version == 4:
+            head = b"\x08\x00" + pack("!BBHIBBH", 0x45, 0, 20 + size, 0, 64, protocol, 0) + bytes(8)
+        else:
+            head = b"\x86\xdd" + pack("!IHBB", 6 << 28, size, protocol, 64) + bytes(32)
+        frame = bytes(12) + head + bytes([byte]) * (size + more)
+        for gso_size in (0, 1, 65535):
+            for made in forge.complete(frame, 0, gso_size, len(frame)):
+                assert len(made) <= len(frame)
+        forge.answer_syn(frame)
+        forge.expected_by(frame)
