@@ -73,7 +73,7 @@ class Attachment:
         try:
             call_in_netns(port.netns, self._attach)
         except BaseException:
-            self._forget()
+            self.forget()
             raise
 
     def detach(self) -> None:
@@ -88,7 +88,7 @@ class Attachment:
         except HostError as error:
             _log.warning("%s; 'parasight stop --clean' takes off what is left", error)
         finally:
-            self._forget()
+            self.forget()
 
     def mend(self) -> bool:
         """Hang our filters again where somebody took one away; whether that was necessary. Raises HostError."""
@@ -181,7 +181,8 @@ class Attachment:
             remove_qdisc(route, self._place, self._journal)
         self._made_qdisc = False
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Give the namespace back; what hangs there stays. May be called twice."""
         if self._netns >= 0:
             os.close(self._netns)
         self._netns = -1

@@ -26,6 +26,7 @@ class Hook:
     ifindex: int
     swapped: bool
     detach: Callable[[], None]
+    forget: Callable[[], None]  # give back what it holds; what hangs on the port stays there
     mend: Callable[[], bool]  # hang it again where somebody took it away; whether that was necessary
 
 
@@ -38,8 +39,9 @@ def hang(port: GuestPort, programs: Mapping[str, int]) -> Hook:
     else:
         ingress, egress = ("to_guest", "from_guest") if swapped else ("from_guest", "to_guest")
         hung = Attachment(port, programs[ingress], programs[egress])
-    mend = hung.mend if isinstance(hung, Attachment) else lambda: False  # nobody takes a packet socket away
-    return Hook(port, hung.ifindex, swapped, hung.detach, mend)
+    if isinstance(hung, Attachment):
+        return Hook(port, hung.ifindex, swapped, hung.detach, hung.forget, hung.mend)
+    return Hook(port, hung.ifindex, swapped, hung.detach, hung.detach, lambda: False)  # nobody takes a socket away
 
 
 def open_ring(transport: Transport, events: Map, size: int) -> Ring | PerfRing:

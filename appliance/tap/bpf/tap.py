@@ -171,6 +171,8 @@ class KernelTap:
         """Stop as if we had been killed: all stays on the ports, and the kernel fails as the operator chose."""
         if not self._closed:
             self._let_go()
+            for hook in self._hooks:
+                hook.forget()
 
     def _let_go(self) -> None:
         self._final = self.stats()

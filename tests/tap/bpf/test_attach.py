@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from appliance.model import FlowEnd, FlowEnded, FlowStarted, GuestPort
 from appliance.tap.bpf import loader
 from appliance.tap.bpf.attach import Attachment, ForeignIngress
 from appliance.tap.bpf.journal import Journal, Note, Place, here
+from appliance.tap.bpf.layout import Transport
 from appliance.tap.bpf.leftovers import clean, list_ours
 from appliance.tap.bpf.owner import Owner
 from appliance.tap.bpf.tap import KernelTap
@@ -315,6 +317,18 @@ def gone_within_2_s(tap) -> bool:
         tap.poll(POLL_S)
         polls += 1
     return tap.exhausted
+
+
+@pytest.mark.parametrize("transport", Transport)
+@pytest.mark.parametrize("end", ["close", "abandon"])
+def test_no_descriptor_is_left_of_a_tap(world, transport, end) -> None:
+    counts = []
+    for _ in range(3):
+        tap = open_kernel(world, transport=transport)
+        tap.poll(0)
+        getattr(tap, end)()
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert counts[1:] == counts[:1] * 2
 
 
 def test_a_port_that_disappears_ends_the_tap(world) -> None:

@@ -310,6 +310,22 @@ def test_a_ping_waits_and_goes_on_when_it_is_released(lan) -> None:
             assert wait_for(lambda: wire.frames(1))[0].endswith(b"ping")
 
 
+def test_a_flow_that_is_displaced_by_a_flood_waits_again(lan) -> None:
+    """The map of flows forgets the oldest; a verdict is on one flow only."""
+    tap = lan.open_tap(max_flows=256)
+    tap.hold_new(STRICT)
+    packets = [tcp("S", b""), UDP4]
+    assert sent(lan, packets) == []
+    talks = [tap._known.find(event.flow.id) for event in collect(tap, lambda told: len(told) == 2)]
+    for talk in talks:
+        assert tap.block(talk.flow.id)
+    flood = [IP(**ENDS4) / UDP(sport=number, dport=9) for number in range(10_000, 14_000)]
+    assert sent(lan, flood) == []
+    assert all(tap._maps["flows"].lookup(talk.key) is None for talk in talks)
+    assert sent(lan, [tcp("PA"), tcp("S"), *packets]) == []
+    tap.close()
+
+
 def test_a_segment_that_is_shorter_than_its_header_ends_nothing(lan) -> None:
     """What follows the packet in its frame is the guest's choice too: here it looks like the rest of a header."""
     tap = lan.open_tap()
