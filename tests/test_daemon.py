@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import threading
@@ -23,7 +22,7 @@ from tests.tap.bpf.both import wait_for
 from tests.tap.world import HOST_IP, PORT, ip, make_world
 from tests.worlds.command import Watching, parasight
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 RULES = HEAD + "spec:\n  mode: enforce\n  unbound: {action: deny}\n"
 NOBODY = 300  # bans: more than are told to a guest in one go

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import socket
 import subprocess
 import threading
@@ -21,7 +20,7 @@ from tests.tap.bpf.both import wait_for
 from tests.tap.bpf.lan import VM, make_lan
 from tests.worlds.nouns import NoNames, owner
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 HONEST, FOREIGN, NOBODY = 8001, 8002, 8003  # ports of the server that our processes call

@@ -59,7 +59,8 @@ class GuestLayer(interfaces.layers.DataLayerInterface):
             raise InvalidAddressException(self.name, offset, "not RAM") from None
 
     def write(self, offset: int, data: bytes) -> None:
-        raise NotImplementedError("a guest is only ever read")  # volatility3 asks every layer for this method
+        """Abstract in volatility3, so every layer must have it; ours has nothing to do there."""
+        raise NotImplementedError("a guest is only ever read")
 
     @classmethod
     def get_requirements(cls):

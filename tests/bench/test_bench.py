@@ -1,7 +1,6 @@
 """The benchmarks still run. Their figures are never asserted: they belong to the machine."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -50,7 +49,7 @@ def test_rounds_are_interleaved_and_every_second_one_goes_backwards():
     assert [len(sample) for sample in samples] == [2, 2]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+@pytest.mark.root("network namespaces")
 def test_the_packet_eye_is_compared_with_tcpdump_and_loses_no_flow():
     done = bench("eye", "--quick", "--json")
     assert done.returncode == 0, done.stderr
@@ -58,7 +57,7 @@ def test_the_packet_eye_is_compared_with_tcpdump_and_loses_no_flow():
     assert [line["peer"]["name"] for line in document["lines"]][:2] == ["tcpdump -w", "tcpdump -w"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+@pytest.mark.root("network namespaces")
 def test_the_hand_holds_and_drops_what_is_measured():
     done = bench("hand", "--quick", "--json")
     assert done.returncode == 0, done.stderr

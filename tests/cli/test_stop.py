@@ -19,7 +19,7 @@ from appliance.cli.main import app
 from appliance.tap.bpf.journal import Journal
 from tests.tap.world import PORT, make_world
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "json.md").read_text()

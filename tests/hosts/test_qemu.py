@@ -16,7 +16,7 @@ from appliance.hosts.netns import call_in
 from appliance.hosts.qemu import find_guest, find_guests
 from appliance.hosts.targets import resolve
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and taps")
+pytestmark = pytest.mark.root("network namespaces and taps")
 MAC = "52:54:00:77:01:02"
 UUID = "3d1f3c6a-5b5e-4c7a-9d53-0f3a5b6c7d8e"
 

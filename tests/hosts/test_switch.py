@@ -51,7 +51,7 @@ def test_only_a_port_of_open_vswitch_has_a_note() -> None:
     assert explain_switch(port, None) is None
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces")
+@pytest.mark.root("network namespaces")
 def test_a_real_port_of_a_bridge_is_read() -> None:
     name = f"psw-{os.getpid()}"
     path = f"/run/netns/{name}"

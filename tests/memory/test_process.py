@@ -126,7 +126,7 @@ def test_where_ram_begins_is_told_by_the_kernel_in_it(own):
         assert pairs == {(base + IMAGE_GPA + DATA + 0x4000, IMAGE_GPA + DATA + 0x4000)}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives up the rights that only root has")
+@pytest.mark.root("giving up rights")
 def test_a_qemu_we_may_not_look_at_is_refused_with_the_remedy(tmp_path):
     with pretender(tmp_path / "qemu-system-x86_64") as pid:
         said = as_nobody(lambda: open_qemu(pid))

@@ -243,7 +243,7 @@ def test_the_socket_is_for_its_owner_only_whatever_the_umask(tmp_path, told):
     assert not server.path.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
+@pytest.mark.root("becomes another user")
 def test_another_user_is_not_served_even_where_the_socket_lets_him_in(tmp_path, told):
     stranger = (
         "import os, socket, sys; s = socket.socket(socket.AF_UNIX); os.setgroups([]); os.setresgid(*[65534] * 3);"

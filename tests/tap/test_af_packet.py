@@ -1,7 +1,6 @@
 """A live port: real packets between two namespaces."""
 
 import contextlib
-import os
 import select
 import socket
 import struct
@@ -24,7 +23,7 @@ from appliance.tap.merged import MergedSource
 from appliance.tap.netns import call_in_netns
 from tests.tap.world import GUEST_IP, GUEST_IP6, GUEST_MAC, HOST_IP, HOST_IP6, PORT, World, ip, make_world
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and packet sockets")
+pytestmark = pytest.mark.root("network namespaces and packet sockets")
 VM = GuestId("port:test")
 
 

@@ -1,6 +1,5 @@
 """Which way PACKET_OUTGOING goes: the kind of a port decides."""
 
-import os
 import socket
 import struct
 
@@ -55,7 +54,7 @@ def test_only_a_macvtap_sends_outwards_what_the_guest_sends(kind, outwards):
     ("outgoing_is_guests", "pkttype", "from_guest"),
     [(False, HOST, True), (False, PACKET_OUTGOING, False), (True, HOST, False), (True, PACKET_OUTGOING, True)],
 )
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: packet sockets")
+@pytest.mark.root("packet sockets")
 def test_the_ring_turns_the_sides_of_a_macvtap_round(outgoing_is_guests, pkttype, from_guest):
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
         ring = Ring(sock, BLOCK, outgoing_is_guests=outgoing_is_guests)
@@ -67,7 +66,7 @@ def test_the_ring_turns_the_sides_of_a_macvtap_round(outgoing_is_guests, pkttype
     assert frame.from_guest is from_guest
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and packet sockets")
+@pytest.mark.root("network namespaces and packet sockets")
 def test_a_port_in_another_namespace_says_its_kind():
     with make_world("kind") as world:
         ip("-n", world.host, "link", "add", "br0", "type", "bridge")

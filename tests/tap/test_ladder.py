@@ -1,7 +1,6 @@
 """The ladder: each rung tells the same, the best one that works is taken, and why the others were not is said."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -31,7 +30,7 @@ from tests.tap.bpf.lan import Lan, make_lan
 from tests.tap.bpf.test_attach import seen, tc
 from tests.tap.world import GUEST_IP6, GUEST_MAC, HOST_IP, PORT, make_world
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60
 

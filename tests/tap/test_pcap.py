@@ -178,6 +178,7 @@ def test_any_damage_is_read_up_to_there_or_refused(tmp_path, data: bytes, at: in
         assert "test.pcap" in str(error)
 
 
+# Captures of other people's are not ours to carry: they are compared where a folder of them lies beside the checkout.
 @pytest.mark.skipif(not (CAPTURES / "flows.csv").exists(), reason="PARASIGHT_PCAPS names no folder with flows.csv")
 def test_every_flow_of_the_real_captures_is_found() -> None:
     wanted = defaultdict(set)

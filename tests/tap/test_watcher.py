@@ -1,6 +1,5 @@
 """The port watcher tells what comes and goes in a network namespace."""
 
-import os
 import select
 import subprocess
 import time
@@ -15,7 +14,7 @@ from appliance.tap.netns import call_in_netns
 from appliance.tap.watcher import LOOK_AGAIN, PortChange, PortState, PortWatcher, parse_changes
 from tests.tap.world import ip, make_world
 
-root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces")
+root = pytest.mark.root("network namespaces")
 UP, DOWN, GONE = PortState.UP, PortState.DOWN, PortState.GONE
 
 

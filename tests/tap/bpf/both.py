@@ -61,7 +61,7 @@ class Both:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        source = PortSource(GuestPort(PORT, GUEST_MAC, world.host_path), ring_bytes=32 << 20)
+        source = PortSource(GuestPort(PORT, GUEST_MAC, world.host_path), ring_bytes=64 << 20)
         self.user = TrackedTap(VM, source, FlowTable(VM, [GUEST_MAC]), time.time_ns)
         self.kernel = open_kernel(world)
 

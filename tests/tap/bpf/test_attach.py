@@ -30,7 +30,7 @@ from tests.tap.world import GUEST_IP, HOST_IP, PORT, ip, make_world
 
 POLL_S = 0.1
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 
 @pytest.fixture

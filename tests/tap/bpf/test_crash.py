@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import re
 import signal
@@ -23,7 +22,7 @@ from appliance.tap.bpf.journal import Journal
 from appliance.tap.netns import call_in_netns
 from tests.tap.world import HOST_IP, PORT, make_world
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVICE = 8080

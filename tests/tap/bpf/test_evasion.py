@@ -26,7 +26,7 @@ from appliance.tap.bpf.layout import DENY, KEY, REFUSED, SWEPT, VERDICT
 from tests.tap.bpf.both import collect, packet_socket, wait_for
 from tests.tap.bpf.lan import Judge, Sniffer, make_lan, nothing
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 V4 = socket.AF_INET
 SECRET = b"the secret of a parasite" * 2

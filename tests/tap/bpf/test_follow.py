@@ -1,6 +1,5 @@
 """Ports that come to a guest and leave it while its tap is open."""
 
-import os
 import subprocess
 
 import pytest
@@ -9,7 +8,7 @@ from appliance.model import FlowStarted, GuestPort
 from tests.tap.bpf.both import collect, open_kernel, udp_talk
 from tests.tap.world import GUEST_MAC, HOST_IP, PORT, ip, make_world
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 
 @pytest.fixture

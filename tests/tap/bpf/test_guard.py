@@ -1,6 +1,5 @@
 """Others change traffic control on our ports while we watch: what is ours is hung again, what is theirs stays."""
 
-import os
 import subprocess
 import time
 from struct import pack
@@ -15,7 +14,7 @@ from appliance.tap.bpf.journal import Journal
 from tests.tap.bpf.both import collect, open_kernel, udp_talk
 from tests.tap.world import HOST_IP, PORT, ip, make_world
 
-root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+root = pytest.mark.root("network namespaces and bpf(2)")
 U32 = ("protocol", "all", "pref", "9", "u32", "match", "u32", "0", "0", "flowid", "1:1")
 
 

@@ -17,7 +17,7 @@ from tests.tap.bpf.both import collect, wait_for
 from tests.tap.bpf.lan import Judge, Sniffer, make_lan, nothing, release
 from tests.tap.world import ip
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 BOTH_WAYS = pytest.mark.parametrize("outgoing", [True, False], ids=["out", "in"])

@@ -40,7 +40,7 @@ def test_a_zombie_is_gone() -> None:
         assert owner.is_gone()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a pid namespace")
+@pytest.mark.root("a pid namespace")
 @pytest.mark.parametrize("options", [["--mount-proc"], []], ids=["own-proc", "proc-of-the-host"])
 def test_a_process_of_another_pid_namespace_is_found_under_its_number_here(options) -> None:
     command = ["unshare", "--pid", "--fork", "--kill-child", *options, sys.executable, "-c", CHILD]

@@ -17,7 +17,7 @@ from appliance.tap.netns import call_in_netns
 from tests.tap.bpf.both import open_kernel, tcp_talk
 from tests.tap.world import HOST_IP, make_world
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 PATIENCE_S = 60
 
 

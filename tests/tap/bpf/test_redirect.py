@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 
@@ -14,7 +13,7 @@ from tests.tap.bpf.both import wait_for
 from tests.tap.bpf.lan import Judge, Sniffer, make_lan, nothing, release
 from tests.tap.bpf.test_hold import FAMILIES, V4, held
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 COUNT = 100
 DECOY_PORT = 8022

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 
 import pytest
@@ -12,7 +11,7 @@ from tests.tap.bpf.both import wait_for
 from tests.tap.bpf.lan import Judge, Sniffer, make_lan, nothing
 from tests.tap.bpf.test_hold import BOTH_WAYS, FAMILIES, V4, ends_of, read
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 
 @pytest.fixture

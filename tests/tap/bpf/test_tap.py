@@ -1,6 +1,5 @@
 """Verdicts, losses and sweeps of the kernel tap."""
 
-import os
 import socket
 from ipaddress import ip_network
 
@@ -12,7 +11,7 @@ from appliance.tap.netns import call_in_netns
 from tests.tap.bpf.both import collect, drain, open_kernel, packet_socket, tcp_talk, udp_talk, wait_for
 from tests.tap.world import GUEST_IP, GUEST_MAC, HOST_IP, HOST_IP6, make_world
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and bpf(2)")
+pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
 
 @pytest.fixture
