@@ -17,18 +17,20 @@ from struct import unpack, unpack_from
 from typing import Final, Self
 
 from appliance.errors import HostError
+from appliance.rtnetlink import (
+    IFINFOMSG,
+    NETLINK_ROUTE,
+    NLMSGHDR,
+    RTM_DELLINK,
+    RTM_NEWLINK,
+    parse_attributes,
+)
 from appliance.tap.netns import call_in_netns
 
-NETLINK_ROUTE: Final = 0
 RTMGRP_LINK: Final = 1
-RTM_NEWLINK: Final = 16
-RTM_DELLINK: Final = 17
 IFLA_IFNAME: Final = 3
 IFLA_MASTER: Final = 10
-NLA_TYPE_MASK: Final = 0x3FFF
 IFF_UP: Final = 1
-NLMSGHDR: Final = 16  # struct nlmsghdr: length (u32), type (u16), flags (u16), sequence, port
-IFINFOMSG: Final = 16  # struct ifinfomsg: family (u8), pad, ARPHRD (u16), index (s32), flags (u32), change
 SO_RCVBUFFORCE: Final = 33
 BUFFER_BYTES: Final = 1 << 20  # some 500 notifications
 DATAGRAM: Final = 1 << 16
@@ -129,7 +131,7 @@ def _parse_link(body: bytes, *, gone: bool) -> Iterator[PortChange]:
     family, index, flags = unpack_from("=BxxxiI", body)
     if family != socket.AF_UNSPEC:
         return
-    found = dict(_attributes(body[IFINFOMSG:]))
+    found = dict(parse_attributes(body[IFINFOMSG:]))
     name = found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "replace")
     above = found.get(IFLA_MASTER, b"")
     (master,) = unpack("=I", above) if len(above) == 4 else (0,)
@@ -137,16 +139,6 @@ def _parse_link(body: bytes, *, gone: bool) -> Iterator[PortChange]:
         yield PortChange(PortState.GONE, name, index)
     else:
         yield PortChange(PortState.UP if flags & IFF_UP else PortState.DOWN, name, index, master or None)
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + 4 <= len(data):
-        length, kind = unpack_from("=HH", data, at)
-        if length < 4 or at + length > len(data):
-            return
-        yield kind & NLA_TYPE_MASK, data[at + 4 : at + length]
-        at += length + 3 & ~3
 
 
 def _open(buffer_bytes: int) -> socket.socket:

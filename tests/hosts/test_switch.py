@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.hosts.netns import call_in
-from appliance.hosts.switch import explain_switch, parse_slave_kind, read_switch
+from appliance.hosts.switch import explain_switch, read_switch
 from appliance.model import GuestPort
+from appliance.rtnetlink import IFLA_INFO_SLAVE_KIND, parse_info
 
 
 def attribute(kind: int, data: bytes) -> bytes:
@@ -30,18 +31,18 @@ def answer(slave: str | None) -> bytes:
 
 @pytest.mark.parametrize("kind", ["openvswitch", "bridge", "bond"])
 def test_the_kind_of_the_switch_is_read_from_the_answer(kind) -> None:
-    assert parse_slave_kind(answer(kind)) == kind
+    assert parse_info(answer(kind), IFLA_INFO_SLAVE_KIND) == kind
 
 
 @pytest.mark.parametrize("wrong", [b"", b"\0" * 7, answer(None), struct.pack("=IHHIIi", 36, 2, 0, 1, 0, -19)])
 def test_a_port_of_no_switch_has_none(wrong) -> None:
-    assert parse_slave_kind(wrong) is None
+    assert parse_info(wrong, IFLA_INFO_SLAVE_KIND) is None
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_answer(data) -> None:
-    parse_slave_kind(answer("openvswitch")[:32] + data)
+    parse_info(answer("openvswitch")[:32] + data, IFLA_INFO_SLAVE_KIND)
 
 
 def test_only_a_port_of_open_vswitch_has_a_note() -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.system
 
 LIBRARIES = ("pyroute2", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 ROOMS = ("tap", "flow")
-FILES = ("__init__", "errors", "model", "ports")
+FILES = ("__init__", "errors", "model", "ports", "rtnetlink")
 
 LOAD = """
 import json

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.model import GuestPort
+from appliance.rtnetlink import IFLA_INFO_KIND, parse_info
 from appliance.tap.af_packet import PortSource
-from appliance.tap.kind import parse_kind, read_kind, sends_outwards
+from appliance.tap.kind import read_kind, sends_outwards
 from appliance.tap.netns import call_in_netns
 from appliance.tap.ring import _HEADER, BLOCK, PACKET_OUTGOING, TP_STATUS_USER, Ring
 from tests.tap.world import PORT, ip, make_world
@@ -29,17 +30,17 @@ def answer(kind):
 
 @pytest.mark.parametrize("kind", ["tun", "veth", "macvtap", "vlan"])
 def test_the_kind_is_read_from_the_answer(kind):
-    assert parse_kind(answer(kind)) == kind
+    assert parse_info(answer(kind), IFLA_INFO_KIND) == kind
 
 
 @pytest.mark.parametrize("wrong", [b"", b"\0" * 7, answer(None), struct.pack("=IHHIIi", 36, 2, 0, 1, 0, -19)])
 def test_no_kind_is_none(wrong):
-    assert parse_kind(wrong) is None
+    assert parse_info(wrong, IFLA_INFO_KIND) is None
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_answer(data):
-    parse_kind(answer("tun")[:32] + data)
+    parse_info(answer("tun")[:32] + data, IFLA_INFO_KIND)
 
 
 @pytest.mark.parametrize(
