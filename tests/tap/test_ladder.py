@@ -24,7 +24,7 @@ from appliance.tap.bpf.loader import OBSERVE
 from appliance.tap.ladder import NAMES, RUNGS, VARIABLE, Rung, choose_rungs, open_tap
 from appliance.tap.netns import call_in_netns
 from appliance.tap.trial import empty_netns, probe_ports, probe_rungs, try_rung
-from tests.tap.bpf import both, test_hold, test_parity
+from tests.tap.bpf import both, test_hold, test_hold_frames, test_hold_payload, test_parity
 from tests.tap.bpf.both import VM, tcp_talk
 from tests.tap.bpf.lan import Lan, make_lan
 from tests.tap.bpf.test_attach import seen, tc
@@ -114,9 +114,9 @@ def perf_lan(monkeypatch):
     [
         lambda lan: test_hold.test_a_released_connection_goes_on_with_the_very_syn_that_was_held(lan, AF_INET, True),
         lambda lan: test_hold.test_a_blocked_guest_is_refused_at_once_and_nothing_leaves(lan, AF_INET6),
-        lambda lan: test_hold.test_frames_of_any_length_that_a_page_cannot_hold(lan, 16000),
-        lambda lan: test_hold.test_the_first_payload_waits_and_the_handshake_does_not(lan, AF_INET, False),
-        test_hold.test_flows_whose_start_was_lost_are_found_and_can_be_released,
+        lambda lan: test_hold_frames.test_frames_of_any_length_that_a_page_cannot_hold(lan, 16000),
+        lambda lan: test_hold_payload.test_the_first_payload_waits_and_the_handshake_does_not(lan, AF_INET, False),
+        test_hold_frames.test_flows_whose_start_was_lost_are_found_and_can_be_released,
     ],
     ids=["release", "block", "long-frame", "payload", "lost-start"],
 )

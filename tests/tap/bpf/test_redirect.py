@@ -10,8 +10,8 @@ import pytest
 from appliance.errors import HostError
 from appliance.model import Decoy, GuestPort, HoldPolicy
 from tests.tap.bpf.both import wait_for
+from tests.tap.bpf.holding import FAMILIES, V4, held
 from tests.tap.bpf.lan import Judge, Sniffer, make_lan, nothing, release
-from tests.tap.bpf.test_hold import FAMILIES, V4, held
 
 pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 

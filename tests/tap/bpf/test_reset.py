@@ -8,8 +8,8 @@ import pytest
 
 from appliance.model import FlowEnd
 from tests.tap.bpf.both import wait_for
+from tests.tap.bpf.holding import BOTH_WAYS, FAMILIES, V4, ends_of, read
 from tests.tap.bpf.lan import Judge, Sniffer, make_lan, nothing
-from tests.tap.bpf.test_hold import BOTH_WAYS, FAMILIES, V4, ends_of, read
 
 pytestmark = pytest.mark.root("network namespaces and bpf(2)")
 
