@@ -72,6 +72,10 @@ class VcpuState:
     cr4: int
     rip: int = 0
     idt_base: int = 0
+    lstar: int = 0  # IA32_LSTAR, where SYSCALL goes; 0: not told
+    fs_base: int = 0
+    gs_base: int = 0
+    kernel_gs_base: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +238,24 @@ class TapStats:
 class ProcessKey:
     """The identity of a process: pids are reused, so its start time is part of it.
 
-    ``pid`` is the thread-group id in the guest's initial pid namespace; ``started_ns`` counts since the guest's boot
-    (CLOCK_BOOTTIME, ``task_struct.start_boottime``).
+    Linux: ``pid`` is the thread-group id in the guest's initial pid namespace; ``started_ns`` counts since the guest's
+    boot (CLOCK_BOOTTIME, ``task_struct.start_boottime``). Windows: ``_EPROCESS.UniqueProcessId`` and ``CreateTime``,
+    which counts since the Unix epoch here.
     """
 
     pid: int
     started_ns: int
+
+
+class Flag(StrEnum):
+    """What is odd about a process or a socket, by views of one guest that contradict each other (T9)."""
+
+    HIDDEN_PROCESS = "hidden-process"  # it is not on the guest's own list of processes; of a socket: its owner is not
+    UNLINKED_ENDPOINT = "unlinked-endpoint"  # in none of the kernel's tables, and yet alive in its pool
+    ONE_TABLE_ONLY = "one-table-only"  # in one of two tables that must agree
+    STALE = "stale"  # what is left of something that is over
+    OWNER_EXITED = "owner-exited"  # the process that holds it has ended
+    PORT_WITHOUT_ENDPOINT = "port-without-endpoint"  # the port is taken, and nothing that takes it can be found
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,23 +263,28 @@ class GuestProcess:
     """One process of a guest, as its kernel describes it."""
 
     key: ProcessKey
-    name: str  # comm: at most 15 bytes, chosen by the process itself
+    name: str  # Linux: comm, at most 15 bytes, chosen by the process itself. Windows: the image's file name
     path: str | Missing  # the executable file; " (deleted)" is not appended, see ``deleted``
     command: str | Missing  # argv joined by blanks
     parent_pid: int
-    uid: int  # real uid, initial user namespace
-    user: str | None = None  # name of the uid in the guest's own passwd, where that could be read
+    uid: int | None  # real uid, initial user namespace; None on Windows, see ``sid``
+    user: str | None = None  # name of the uid in the guest's own passwd, or of the SID, where that could be read
     deleted: bool = False  # the executable file has no name any more
     started_wall_ns: int | None = None  # start time since the Unix epoch by the guest's own clock
     container: str | None = None  # container id or name taken from the cgroup path
     cgroup: str | Missing = Missing.UNKNOWN
     netns: int | Missing = Missing.UNKNOWN  # inode number of its network namespace
     pid_in_namespace: int = 0
-    task_va: int = 0
+    task_va: int = 0  # ``task_struct`` or ``_EPROCESS``
+    sid: str | None = None  # Windows: the user's security identifier, S-1-5-...
+    session: int | None = None  # Windows: terminal session
+    services: tuple[str, ...] = ()  # Windows: services that it hosts, where its command line tells
+    signer: str | None = None  # Windows: who signed the image, as the kernel noted it
+    flags: tuple[Flag, ...] = ()
 
     @property
     def pid(self) -> int:
-        """Thread-group id in the guest's initial pid namespace."""
+        """Linux: thread-group id in the guest's initial pid namespace. Windows: process id."""
         return self.key.pid
 
 
@@ -284,9 +305,10 @@ class GuestSocket:
     local: Endpoint
     remote: Endpoint | None  # None: there is none (listener, unconnected UDP)
     owners: tuple[Owner, ...]
-    netns: int  # inode number of the network namespace
-    address: int  # ``struct sock`` (or the mini socket), guest VA
+    netns: int  # inode number of the network namespace; Windows: the compartment
+    address: int  # ``struct sock`` (or the mini socket), ``_TCP_ENDPOINT`` and its like; guest VA
     uid: int | None = None
+    flags: tuple[Flag, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,11 @@ def process(one: GuestProcess | None) -> Json | None:
         "parent_pid": one.parent_pid,
         "started": iso(one.started_wall_ns) if one.started_wall_ns is not None else None,
         "container": one.container,
+        "sid": one.sid,
+        "session": one.session,
+        "services": list(one.services),
+        "signer": one.signer,
+        "flags": [flag.value for flag in one.flags],
     }
 
 
@@ -78,6 +83,7 @@ def connection(vm: str, socket: GuestSocket) -> Json:
         "owners": [process(owner.process) for owner in socket.owners],
         "netns": socket.netns,
         "address": f"{socket.address:#x}",
+        "flags": [flag.value for flag in socket.flags],
     }
 
 
