@@ -16,7 +16,7 @@ from typing import Annotated, ParamSpec, TypeVar, cast
 import typer
 
 from appliance import __version__
-from appliance.cli import check, hand, look, stop, watching
+from appliance.cli import check, hand, look, stop, suggest, watching
 from appliance.errors import ParasightError, RuleError, UsageError
 
 INTERRUPTED = 130
@@ -84,6 +84,7 @@ app.command()(_quiet(hand.release))
 app.command()(_quiet(hand.ban))
 app.command()(_quiet(hand.unban))
 app.command()(_quiet(hand.bans))
+check.rules.command("suggest")(suggest.suggest)
 app.add_typer(check.rules, name="rules")
 
 

@@ -77,6 +77,8 @@ def watch(
     )
     seconds = parse_duration(duration)
     book = _rules(rules)
+    if drafts := [one.file for one in book.sets if one.draft]:
+        raise ConfigError(f"{drafts[0]} is a draft: read it, then write status: reviewed; parasight replay may use it")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

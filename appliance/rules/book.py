@@ -36,6 +36,7 @@ class RuleSet:
     unbound: Unbound | None = None
     cases: tuple[suite.TestCase, ...] = ()
     enforce: bool = False
+    draft: bool = False  # nobody has reviewed it
 
     @property
     def profile_names(self) -> tuple[str, ...]:

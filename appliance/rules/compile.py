@@ -112,6 +112,7 @@ class _Compiler:
             unbound=self._unbound(spec.unbound) if spec.unbound else None,
             cases=tuple(self._case(case, ("tests", i)) for i, case in enumerate(self.rules.tests)),
             enforce=spec.mode == "enforce",
+            draft=self.rules.metadata.status == "draft",
         )
 
     def _ref(self, path: Path, name: str) -> RuleRef:

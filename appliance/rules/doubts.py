@@ -16,7 +16,13 @@ _COMM = 15  # bytes of a Linux process name
 
 def warnings(document: Document) -> list[Problem]:
     """What is allowed, but surely not meant."""
-    return [*_unused_lists(document), *_profile_warnings(document), *_mode_warnings(document)]
+    return [*_unused_lists(document), *_profile_warnings(document), *_mode_warnings(document), *_draft(document)]
+
+
+def _draft(document: Document) -> Iterator[Problem]:
+    if get(document.data, "metadata", "status") == "draft":
+        why = "this is a draft: read it, then write status: reviewed; until then watch refuses it"
+        yield document.problem(("metadata", "status"), why)
 
 
 def _unused_lists(document: Document) -> Iterator[Problem]:

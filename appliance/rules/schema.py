@@ -55,6 +55,9 @@ class Metadata(Block):
     description: Words | None = None
     author: Words | None = None
     references: Annotated[list[Words], *LISTED] = []
+    status: Literal["draft", "reviewed"] = Field(
+        "reviewed", description="A draft is checked and replayed, not watched by"
+    )
 
 
 class AppliesTo(Block):

@@ -65,6 +65,12 @@ class Book:
         with self._explained():
             return [json.loads(body) for (body,) in self._db.execute(query, (len(prefix), prefix))]
 
+    def read_since(self, at_ns: int) -> Iterator[dict[str, Any]]:
+        """Every verdict since a time (nanoseconds since the Unix epoch), oldest first."""
+        with self._explained():
+            for (body,) in self._db.execute("SELECT body FROM verdict WHERE at_ns >= ? ORDER BY at_ns", (at_ns,)):
+                yield json.loads(body)
+
     def commit(self) -> None:
         """Make what was written readable by others, and let the oldest rows go now and then."""
         if not self._uncommitted:
