@@ -15,13 +15,14 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from appliance.errors import GuestError
+from appliance.guest.budget import Budget
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.facts import PF_KTHREAD, Facts
 from appliance.guest.linux.injection_cache import PageCache
 from appliance.guest.linux.injection_code import Code, judge_code
 from appliance.guest.linux.injection_facts import InjectionFacts
 from appliance.guest.linux.injection_files import Files, MappedFile, odd_place
-from appliance.guest.linux.injection_pages import Budget, Pages, spans_of
+from appliance.guest.linux.injection_pages import Pages, spans_of
 from appliance.guest.linux.injection_text import Mapped, Texts
 from appliance.guest.linux.injection_threads import NO_CODE, Thread, Threads, judge_threads
 from appliance.guest.linux.paths import Paths

@@ -9,9 +9,9 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
+from appliance.guest.budget import Budget
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_facts import S_IFMT, S_IFREG, InjectionFacts
-from appliance.guest.linux.injection_pages import Budget
 from appliance.guest.linux.paths import Path, Paths
 from appliance.guest.linux.record import is_object
 from appliance.model import Missing

@@ -9,12 +9,12 @@ what the process itself may read.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
 from appliance.errors import GuestError
+from appliance.guest.budget import Budget
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_facts import PAGE, InjectionFacts
 from appliance.guest.linux.record import is_object
@@ -23,33 +23,11 @@ MAX_SPAN: Final = 1 << 30  # bytes of one mapping that are looked at; no program
 BLOCK: Final = 2 << 20  # arch/x86/mm/init_64.c: vmemmap_populate_hugepages
 MAX_BLOCKS: Final = 8192  # of these: the struct pages of 1 TiB
 BATCH: Final = 64  # pages hashed between two looks at the clock
-MAX_CUT: Final = 256  # notes of what was cut off
 STEP: Final = 32 << 20  # bytes of address space between two looks at the clock
 MAPPING_ANON: Final = 1  # PAGE_MAPPING_ANON
 MAPPING_FLAGS: Final = 3
 FIRST_BYTES: Final = 16  # shown
 HEAD_BYTES: Final = 64  # kept
-
-
-class Budget:
-    """How much one part of a look may cost: pages and time. What it cuts off is told in ``cut``."""
-
-    def __init__(self, pages: int, seconds: float, cut: list[str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._pages, self._clock, self._end, self._cut = pages, clock, clock() + seconds, cut
-
-    @property
-    def over(self) -> bool:
-        """Nothing is left."""
-        return self._pages <= 0 or self._clock() >= self._end
-
-    def spend(self, pages: int) -> None:
-        """Count pages that were looked at."""
-        self._pages -= pages
-
-    def cut_off(self, what: str) -> None:
-        """Note what is not looked at any more."""
-        if len(self._cut) < MAX_CUT:
-            self._cut.append(what)
 
 
 class Page(NamedTuple):

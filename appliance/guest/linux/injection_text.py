@@ -13,11 +13,12 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from appliance.errors import UnreadableMemory
+from appliance.guest.budget import Budget
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_cache import PageCache
 from appliance.guest.linux.injection_facts import PAGE, VM_MAYSHARE
 from appliance.guest.linux.injection_files import MappedFile
-from appliance.guest.linux.injection_pages import Budget, Page, Pages, is_anonymous
+from appliance.guest.linux.injection_pages import Page, Pages, is_anonymous
 from appliance.guest.linux.vmas import Vma
 from appliance.model import Evidence
 

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
+from appliance.guest.budget import Budget
 from appliance.guest.kernel import Kernel
 from appliance.guest.linux.injection_facts import PF_IO_WORKER, PF_USER_WORKER, InjectionFacts
-from appliance.guest.linux.injection_pages import Budget, spans_of
+from appliance.guest.linux.injection_pages import spans_of
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.vmas import USER_END, MemoryMap
 from appliance.model import Evidence, Gap
