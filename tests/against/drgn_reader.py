@@ -17,7 +17,7 @@ from drgn.helpers.linux.mm import cmdline
 from drgn.helpers.linux.net import sk_nulls_for_each
 
 from appliance.guest.kernel import Kernel
-from tests.against.btf import Btf
+from plugins.parasight.btf import Btf
 from tests.against.drgn_types import BtfFinder, add_symbols
 from tests.against.symbols import read_vmcoreinfo
 

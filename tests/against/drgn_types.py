@@ -17,8 +17,8 @@ from drgn import (
     TypeMember,
 )
 
-from tests.against import btf
-from tests.against.btf import Btf, Member, Record
+from plugins.parasight import btf
+from plugins.parasight.btf import Btf, Member, Record
 
 _KINDS = {
     TypeKind.INT: (btf.INT,),

@@ -1,27 +1,6 @@
-"""All symbols of a kernel, decoded in one pass: from the raw tables in memory, or as the guest's /proc/kallsyms says.
-
-The other engines want the whole table at once; the appliance looks up single names.
-"""
+"""What other engines want of a kernel: all symbols as the guest's /proc/kallsyms says, the note for crash tools."""
 
 from appliance.guest.kernel import Kernel
-
-
-def read_symbols(kernel: Kernel) -> dict[str, int]:
-    """Every symbol of the image by name; of equal names the first."""
-    tables = kernel.symbols.tables
-    names, tokens = tables.names, tables.tokens
-    found: dict[str, int] = {}
-    position = 0
-    for index in range(tables.count):
-        length = names[position]
-        position += 1
-        if length >= 0x80:
-            length = length & 0x7F | names[position] << 7
-            position += 1
-        name = b"".join([tokens[code] for code in names[position : position + length]])[1:].decode()
-        position += length
-        found.setdefault(name, kernel.symbols.address(index))
-    return found
 
 
 def parse_kallsyms(text: str) -> dict[str, int]:

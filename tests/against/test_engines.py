@@ -15,10 +15,11 @@ from appliance.memory.qemu import open_qemu
 from appliance.model import Missing, Snapshot, Transport
 from lab.guest import boot
 from lab.image import build
+from plugins.parasight.btf import Btf
+from plugins.parasight.isf import make_isf
+from plugins.parasight.symbols import read_symbols
 from tests.against import drgn_reader
-from tests.against.btf import Btf
-from tests.against.isf import make_isf
-from tests.against.symbols import parse_kallsyms, read_symbols
+from tests.against.symbols import parse_kallsyms
 from tests.against.volatility import Volatility, write_isf
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from appliance.guest.attach import attach
 from appliance.guest.linux.eye import LinuxEye
-from tests.against.btf import Btf
-from tests.against.isf import make_isf
-from tests.against.symbols import read_symbols
+from plugins.parasight.btf import Btf
+from plugins.parasight.isf import make_isf
+from plugins.parasight.symbols import read_symbols
 from tests.against.volatility import Volatility, write_isf
 from tests.bench.lab import Lab, say
 from tests.bench.measure import Sample, settled

@@ -15,8 +15,8 @@ from lab.guest import Guest, boot
 from lab.image import build
 from lab.network import WORLD_IP4, WORLD_IP6, Network
 from lab.world import World
-from tests.against.btf import Btf
-from tests.against.symbols import read_symbols
+from plugins.parasight.btf import Btf
+from plugins.parasight.symbols import read_symbols
 
 IMAGE = "debian-12-cloud"
 WORKLOAD = "exec python3 -S -E /opt/workloads/sockets.py --count {count} --server {v4} --server6 {v6} --own"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from appliance.guest.attach import attach
 from appliance.guest.linux.eye import LinuxEye
+from plugins.parasight.isf import make_isf
 from tests.against import drgn_reader
-from tests.against.isf import make_isf
 from tests.against.volatility import Volatility, write_isf
 from tests.bench.lab import Lab, say
 from tests.bench.measure import Sample, interleave, settled

@@ -1,14 +1,16 @@
-"""Volatility 3's symbol file (ISF 6.2.0) for a kernel, from its BTF and its symbols.
+"""Volatility 3's symbol file (ISF 6.2.0) for a Linux kernel, from its BTF and its symbols.
 
 Addresses are link-time addresses, as dwarf2json writes them: the file serves every boot of that kernel. BTF names the
 types of per-CPU variables only, so those that the plugins ask for are listed here.
 Source: volatility3/schemas/schema-6.2.0.json.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
-from tests.against import btf
-from tests.against.btf import Btf, Member, Record
+from . import btf
+from .btf import Btf, Member, Record
 
 LINK_BASE = 0xFFFF_FFFF_8100_0000  # __START_KERNEL, arch/x86/include/asm/page_64_types.h
 KERNEL_HALF = 1 << 63
@@ -32,7 +34,7 @@ Json = dict[str, Any]
 def make_isf(types: Btf, symbols: dict[str, int], text_va: int) -> Json:
     """The document; ``text_va`` is where ``_text`` is in this boot."""
     return {
-        "metadata": {"format": "6.2.0", "producer": {"name": "parasight-tests", "version": "1"}},
+        "metadata": {"format": "6.2.0", "producer": {"name": "parasight", "version": "1"}},
         "base_types": _base_types(types),
         "user_types": {_name(record): _structure(types, record) for record in _used(types, btf.STRUCT, btf.UNION)},
         "enums": {_name(record): _enumeration(types, record) for record in _used(types, btf.ENUM, btf.ENUM64)},

@@ -1,7 +1,10 @@
-"""A second, independent reader of BTF: plain records in a list, for the engines we are compared with.
+"""A second, independent reader of BTF: all types of a kernel as plain records, for engines that want them all.
 
-Shares no code with ``appliance.guest.layout``. Source: Linux Documentation/bpf/btf.rst.
+Shares no code with ``appliance.guest.layout``, which decodes only what it is asked for: each is tested by the other.
+Source: Linux Documentation/bpf/btf.rst.
 """
+
+from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
@@ -31,6 +34,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Member:
+    """One member of a structure or union."""
+
     name: str
     type_id: int
     bit_offset: int
@@ -44,9 +49,10 @@ class Btf:
     blob: bytes
     records: list[Record] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         magic, _, _, header, type_at, type_size, text_at, text_size = struct.unpack_from("<HBBIIIII", self.blob)
-        assert magic == 0xEB9F
+        if magic != 0xEB9F:
+            raise ValueError("this is no type information")
         self._text = self.blob[header + text_at : header + text_at + text_size]
         self._data = self.blob[header + type_at : header + type_at + type_size]
         self.records = [Record(0, "void", 0, 0, False, 0, 0)]
@@ -59,6 +65,7 @@ class Btf:
             at += 12 + _FIXED.get(kind, 0) + vlen * _EACH.get(kind, 0)
 
     def text(self, offset: int) -> str:
+        """Read a name from the string section."""
         return self._text[offset : self._text.index(b"\0", offset)].decode() if offset else ""
 
     @cached_property
@@ -72,6 +79,7 @@ class Btf:
         return found
 
     def members(self, record: Record) -> list[Member]:
+        """List the members of a structure or union."""
         found = []
         for name, type_id, where in struct.iter_unpack("<III", self._data[record.at : record.at + 12 * record.vlen]):
             bits, offset = (where >> 24, where & 0xFFFFFF) if record.flag else (0, where)
@@ -79,6 +87,7 @@ class Btf:
         return found
 
     def enumerators(self, record: Record) -> list[tuple[str, int]]:
+        """List names and values."""
         form = ("<Ii" if record.flag else "<II") if record.kind == ENUM else "<III"
         size = struct.calcsize(form) * record.vlen
         found = []

@@ -1,0 +1,216 @@
+"""Guest-physical memory of a running guest, or of an image, as a Volatility 3 layer.
+
+``vol -p plugins -f parasight:qemu:PID windows.pslist`` reads the guest that the QEMU process PID runs, while it runs;
+``parasight:file:PATH`` reads an image. Only ever read: there is no way to write.
+
+Stock Volatility opens its location through urllib, so a handler of the scheme ``parasight`` answers that, and a stacker
+then puts the layer on it that knows the holes in a guest's memory. All layers of one location share one memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import io
+import urllib.request
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from volatility3.framework import constants, exceptions, interfaces
+from volatility3.framework.configuration import requirements
+from volatility3.framework.layers import intel, physical, resources
+
+if TYPE_CHECKING:
+    from appliance.ports import GuestMemory
+
+SCHEME = "parasight"
+_OPENED: dict[str, GuestMemory] = {}
+
+
+def open_memory(location: str) -> GuestMemory:
+    """Open what ``qemu:PID`` or ``file:PATH`` names; the same object for the same location. Raises ParasightError."""
+    if location not in _OPENED:
+        from appliance.memory.file import open_file  # noqa: PLC0415  the other plugins run without the appliance
+        from appliance.memory.qemu import open_qemu  # noqa: PLC0415
+
+        kind, _, name = location.partition(":")
+        if kind == "qemu" and name.isdecimal():
+            _OPENED[location] = open_qemu(int(name))
+        elif kind == "file" and name:
+            _OPENED[location] = open_file(name)
+        else:
+            raise ValueError(f"{SCHEME}:{location}: say {SCHEME}:qemu:PID or {SCHEME}:file:PATH")
+    return _OPENED[location]
+
+
+def share_memory(memory: GuestMemory) -> str:
+    """Let layers read a memory that is open already; the location by which they name it."""
+    location = f"here:{id(memory)}"
+    _OPENED[location] = memory
+    return location
+
+
+class GuestLayer(interfaces.layers.DataLayerInterface):
+    """RAM of a guest, by guest-physical address. What is not RAM is not valid."""
+
+    def __init__(
+        self,
+        context: interfaces.context.ContextInterface,
+        config_path: str,
+        name: str,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, config_path, name, metadata)
+        self._regions = [(one.gpa, one.size) for one in self._memory.regions]
+        self._starts = [start for start, _ in self._regions]
+
+    @property
+    def _memory(self) -> GuestMemory:
+        """Not kept: layers are copied together with their context."""
+        return open_memory(self.config["location"])
+
+    @property
+    def minimum_address(self) -> int:
+        """The first byte of RAM."""
+        return self._starts[0]
+
+    @property
+    def maximum_address(self) -> int:
+        """The last byte of RAM."""
+        start, size = self._regions[-1]
+        return start + size - 1
+
+    def is_valid(self, offset: int, length: int = 1) -> bool:
+        """Whether all of it is RAM."""
+        index = bisect.bisect_right(self._starts, offset) - 1
+        return index >= 0 and offset + length <= sum(self._regions[index])
+
+    def read(self, offset: int, length: int, pad: bool = False) -> bytes:
+        """Return exactly ``length`` bytes."""
+        from appliance.errors import GuestError, UnreadableMemory  # noqa: PLC0415  see open_memory
+
+        try:
+            if not pad or self.is_valid(offset, length):
+                return self._memory.read(offset, length)
+            return self._read_padded(offset, length)
+        except UnreadableMemory as error:
+            if pad:
+                return bytes(length)
+            raise exceptions.InvalidAddressException(self.name, offset, str(error)) from None
+        except GuestError as error:
+            raise exceptions.LayerException(self.name, str(error)) from error
+
+    def _read_padded(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        for start, size in self._regions:
+            first, last = max(start, offset), min(start + size, offset + length)
+            if first < last:
+                data[first - offset : last - offset] = self._memory.read(first, last - first)
+        return bytes(data)
+
+    def scan(
+        self,
+        context: interfaces.context.ContextInterface,
+        scanner: interfaces.layers.ScannerInterface,
+        progress_callback: constants.ProgressCallback = None,
+        sections: Iterable[tuple[int, int]] | None = None,
+    ) -> Iterable[Any]:
+        """Scan RAM only: a scan of the framework skips each chunk that has a hole."""
+        return super().scan(context, scanner, progress_callback, self._regions if sections is None else sections)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Abstract in the framework, so every layer must have it; ours has nothing to do there."""
+        raise NotImplementedError("a guest is only ever read")
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        """``location``: ``qemu:PID`` or ``file:PATH``."""
+        return [requirements.StringRequirement(name="location", description="qemu:PID or file:PATH", optional=False)]
+
+
+class GuestStacker(interfaces.automagic.StackerLayerInterface):
+    """Puts a GuestLayer on what was opened by our scheme, before anybody guesses at its content."""
+
+    stack_order = 1
+
+    @classmethod
+    def stack(
+        cls,
+        context: interfaces.context.ContextInterface,
+        layer_name: str,
+        progress_callback: constants.ProgressCallback = None,
+    ) -> interfaces.layers.DataLayerInterface | None:
+        """Return the layer, None where the location is somebody else's."""
+        layer = context.layers[layer_name]
+        if not isinstance(layer, physical.FileLayer) or not layer.location.startswith(f"{SCHEME}:"):
+            return None
+        name = context.layers.free_layer_name("GuestLayer")
+        location = interfaces.configuration.path_join(name, "location")
+        context.config[location] = urllib.request.unquote(layer.location.removeprefix(f"{SCHEME}:"))
+        return GuestLayer(context, name, name)
+
+
+class GuestHandler(resources.VolatilityHandler):
+    """Opens ``parasight:`` locations for urllib. Nothing of them is copied into Volatility's cache."""
+
+    @classmethod
+    def non_cached_schemes(cls) -> list[str]:
+        """Ours."""
+        return [SCHEME]
+
+    def parasight_open(self, request: urllib.request.Request) -> io.RawIOBase:
+        """Answer urllib, which looks for this method by its name."""
+        location = urllib.request.unquote(request.full_url.removeprefix(f"{SCHEME}:"))
+        try:
+            return _GuestFile(open_memory(location))
+        except ImportError as error:
+            raise urllib.error.URLError(f"parasight is not installed beside this volatility3: {error}") from error
+        except Exception as error:  # of any kind: urllib's callers know only its own
+            raise urllib.error.URLError(f"{SCHEME}:{location}: {error}") from error
+
+
+class _GuestFile(io.RawIOBase):
+    """Guest-physical memory as a file; what is not RAM reads as zeros."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory, self._at = memory, 0
+        last = memory.regions[-1]
+        self._size = last.gpa + last.size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        size = max(0, min(self._size - self._at, size if size >= 0 else self._size))
+        data = bytearray(size)
+        for region in self._memory.regions:
+            first, last = max(region.gpa, self._at), min(region.gpa + region.size, self._at + size)
+            if first < last:
+                with contextlib.suppress(Exception):  # a page that cannot be read is a hole like others
+                    data[first - self._at : last - self._at] = self._memory.read(first, last - first)
+        self._at += size
+        return bytes(data)
+
+
+class Linux57(intel.LinuxIntel32e):
+    """Five levels of page tables (LA57), which Volatility's own layers do not know."""
+
+    _maxvirtaddr = 57
+    _structure = [("page map layer 5", 9, False), *intel.LinuxIntel32e._structure]  # noqa: RUF012
+
+
+class Windows57(intel.WindowsIntel32e):
+    """Five levels of page tables (LA57), which Volatility's own layers do not know."""
+
+    _maxvirtaddr = 57
+    _structure = [("page map layer 5", 9, False), *intel.WindowsIntel32e._structure]  # noqa: RUF012
