@@ -13,48 +13,12 @@ from appliance.guest.linux.eye import LinuxEye
 from appliance.memory.qemu import open_qemu
 from appliance.model import Direction, Endpoint, FiveTuple, Flow, FlowId, GuestId, Match, Transport
 from tests.system.test_sockets_equal_ss import WORKLOAD, flow_of
+from tests.worlds.overlay import Overlay
 
 pytestmark = pytest.mark.system
 
 PAGE = 4096
 WALK_S = 20.0  # far above what any walk takes on a busy machine
-
-
-class Overlay:
-    """Guest memory in which some pages are not what they are; notes the pages read."""
-
-    name, live = "overlay", True
-
-    def __init__(self, memory):
-        self._memory, self.regions = memory, memory.regions
-        self.pages, self.touched = {}, set()
-
-    def read(self, gpa, size):
-        data = self._memory.read(gpa, size)
-        first, last = gpa // PAGE, (gpa + max(size, 1) - 1) // PAGE
-        self.touched.update(range(first, last + 1))
-        if self.pages.keys().isdisjoint(range(first, last + 1)):
-            return data
-        parts = [self.pages.get(page) or self._memory.read(page * PAGE, PAGE) for page in range(first, last + 1)]
-        return b"".join(parts)[gpa - first * PAGE :][:size]
-
-    def readv(self, spans):
-        found = []
-        for gpa, size in spans:
-            try:
-                found.append(self.read(gpa, size))
-            except GuestError:
-                found.append(None)
-        return found
-
-    def vcpus(self):
-        return ()
-
-    def check_alive(self):
-        self._memory.check_alive()
-
-    def close(self):
-        self._memory.close()
 
 
 @pytest.fixture(scope="module")
