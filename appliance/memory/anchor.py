@@ -1,10 +1,15 @@
-"""Finds where guest RAM begins in a host address space, by the page tables of the Linux kernel inside.
+"""Finds where guest RAM begins in a host address space, by the page tables of the kernel inside.
 
-The kernel's static tables lie side by side in its image: the page of ``level3_kernel_pgt`` (all zero but its last two
-entries) and behind it ``level2_kernel_pgt``, which entry 510 of the former names by *guest-physical* address. So the
-host address of the one and the content of the other give the distance between the two address spaces.
+Linux: the kernel's static tables lie side by side in its image: the page of ``level3_kernel_pgt`` (all zero but its
+last two entries) and behind it ``level2_kernel_pgt``, which entry 510 of the former names by *guest-physical* address.
+So the host address of the one and the content of the other give the distance between the two address spaces.
+
+Windows x64: the code that starts further processors lies in the first MiB and names the guest-physical address of the
+kernel's PML4, one entry of which names that same page. Both together hold for one beginning of RAM only.
 Sources: arch/x86/kernel/head_64.S (level3_kernel_pgt, level2_kernel_pgt, startup_64),
-arch/x86/include/asm/pgtable_types.h (_KERNPG_TABLE), arch/x86/boot/compressed/kaslr.c (2 MiB alignment).
+arch/x86/include/asm/pgtable_types.h (_KERNPG_TABLE), arch/x86/boot/compressed/kaslr.c (2 MiB alignment);
+PROCESSOR_START_BLOCK of the Windows boot loader (Jmp, CompletionFlag, LmTarget +70h, ProcessorState Cr3 +A0h), as
+Ulf Frisk (MemProcFS) and Alex Ionescu (Getting Physical with the low stub, REcon 2017) describe it.
 """
 
 from __future__ import annotations
@@ -25,6 +30,9 @@ _STARTUP = re.compile(rb"(?:\x49\x89\xf7)?\x48\x8d\x25|\x90{16}[^\x90]|\xcc{16}[
 _STARTUP_SIZE = 24
 _KERNPG_BYTE = re.compile(rb"[\x63\x67]")
 _BATCH = 4096
+LOW_MEMORY = 0xA0000
+MAX_STARTS = 512  # borders of 2 MiB at which a block of RAM may begin within one run of mappings
+_STUB, _STUB_MASK = 0x00000001_000600E9, 0xFFFFFFFF_FFFF00FF  # a near jump, and CompletionFlag
 
 
 def find_tables(memory: ProcessMemory, start: int, end: int, *, quick: bool = False) -> Iterator[tuple[int, int]]:
@@ -39,6 +47,26 @@ def find_tables(memory: ProcessMemory, start: int, end: int, *, quick: bool = Fa
             yield from _scan(memory, slot, min(slot + IMAGE_SPAN, end))
     if not quick:
         yield from _scan(memory, start, end)
+
+
+def find_windows(memory: ProcessMemory, start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield pairs of a host address in [start, end) and its guest-physical address, of PML4 tables named by low stubs.
+
+    RAM of ``size`` bytes is taken to begin on one of the first `MAX_STARTS` borders of 2 MiB, counted from ``start``.
+    """
+    for base in range(start, min(end - size + 1, start + MAX_STARTS * SLOT), SLOT):
+        stubs = range(base + PAGE, base + LOW_MEMORY, PAGE)
+        for head in memory.read_scattered(stubs, 0xA8):
+            if head is None or int.from_bytes(head[:8], "little") & _STUB_MASK != _STUB:
+                continue
+            target, cr3 = struct.unpack_from("<Q", head, 0x70)[0], struct.unpack_from("<Q", head, 0xA0)[0]
+            if target >> 47 != 0x1FFFF or cr3 & ~TABLE_PAGE & ~0xFFF or not cr3 or cr3 >= size:
+                continue
+            table = memory.read_scattered((base + (cr3 & TABLE_PAGE),), PAGE)[0]
+            entries = struct.unpack("<512Q", table)[256:] if table else ()
+            if any(entry & 1 and entry & TABLE_PAGE == cr3 & TABLE_PAGE for entry in entries):
+                yield base + (cr3 & TABLE_PAGE), cr3 & TABLE_PAGE
+                break
 
 
 def _scan(memory: ProcessMemory, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from appliance.errors import GuestGone, HostError, PermissionRefused
-from appliance.memory.anchor import SLOT, find_tables
+from appliance.memory.anchor import SLOT, find_tables, find_windows
 from appliance.memory.commandline import Backend, CommandLine
 from appliance.memory.layout import Extent, above_start, extents
 from appliance.memory.process import ProcessMemory
@@ -90,7 +90,7 @@ def locate(process: ProcessMemory, line: CommandLine) -> HostMap:
         if block not in places:
             raise HostError(
                 f"the {block.size >> 20} MiB of RAM behind {block.backend.id!r} cannot be told apart among the "
-                f"mappings of QEMU process {process.pid}, and no Linux kernel in it settles the matter; "
+                f"mappings of QEMU process {process.pid}, and no kernel in it settles the matter; "
                 "a QMP socket of the guest would"
             )
     blocks = []
@@ -151,6 +151,10 @@ def _prove(
             base = _base(hva, gpa, block.offset, block.size, layout)
             if base is not None and run.start <= base and base + block.size <= run.end:
                 return _Place(base, run.inode, "proven by the guest's kernel page tables")
+        for hva, gpa in () if run.inode else find_windows(process, start, run.end, block.size):
+            base = _base(hva, gpa, block.offset, block.size, layout)
+            if base is not None and run.start <= base and base + block.size <= run.end:
+                return _Place(base, run.inode, "proven by the page tables of its Windows kernel")
     return None
 
 
