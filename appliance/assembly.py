@@ -45,6 +45,7 @@ class Options:
     decoys: tuple[Decoy, ...] = ()
     never_ban: Path | None = None
     bans: Path | None = None  # where bans outlive a restart
+    symbols: tuple[Path, ...] = ()  # folders with symbol tables of Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def open_guests(
     eyes: list[GuestEye | None] = []
     for info in infos:
         _say_notes(info, tell)
-        eyes.append(open_eye_or_say(info, tell) if info.pid is not None else None)
+        eyes.append(open_eye_or_say(info, tell, options.symbols) if info.pid is not None else None)
         if (eye := eyes[-1]) is not None:
             opened.callback(eye.close)
     return [_open_guest(info, eye, rules, offer, tell, options, opened) for info, eye in zip(infos, eyes, strict=True)]
@@ -112,7 +113,9 @@ def _open_guest(
         abandon=hand.abandon if enforces and hand is not None and options.fail_closed else None,
     )
     if info.pid is not None:
-        watcher = partial(watcher, runs=partial(is_running, info), reopen=partial(open_eye_or_none, info))
+        watcher = partial(
+            watcher, runs=partial(is_running, info), reopen=partial(open_eye_or_none, info, options.symbols)
+        )
         if hand is not None:
             plugging = Plugging(info, hand, tell)
             opened.callback(plugging.close)

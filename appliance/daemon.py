@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -175,11 +175,12 @@ def replay(
     *,
     tell: Tell,
     local: frozenset[str],
+    symbols: Sequence[Path] = (),
 ) -> Summary:
     """Judge a capture against a memory image. Time is the capture's own, so the same input gives the same verdicts."""
     info = resolve(f"file:{memory or pcap}")
     source = PcapSource(pcap, local=local or None)
-    eye = open_eye_or_say(info, tell) if memory else None
+    eye = open_eye_or_say(info, tell, symbols) if memory else None
     table = FlowTable(info.id)
     tap = TrackedTap(info.id, source, table)
     looked = partial(teach, table.learn_listener)

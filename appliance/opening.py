@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,29 +28,33 @@ Tell = Callable[[str], None]
 Learn = Callable[[int, IpAddress | None, int], None]
 
 
-def open_eye(info: GuestInfo) -> GuestEye:
-    """Attach to a guest's memory. Raises GuestError, HostError, ConfigError or UsageError with what to do."""
+def open_eye(info: GuestInfo, symbols: Sequence[Path] = (), *, thorough: bool = False) -> GuestEye:
+    """Attach to a guest's memory; ``symbols`` are folders with symbol tables of Windows.
+
+    ``thorough``: a full look may take as long as it takes to look everywhere, since nobody waits with packets in hand.
+    Raises GuestError, HostError, ConfigError or UsageError with what to do.
+    """
     target = info.id.target
     if target.startswith("file:"):
-        return _open_image(Path(target.removeprefix("file:")))
+        return _open_image(Path(target.removeprefix("file:")), symbols)
     if info.pid is None:
         raise UsageError(f"{target} has no memory to read: only its packets can be watched")
-    return _attach_to(open_qemu(info.pid))
+    return _attach_to(open_qemu(info.pid), symbols, thorough=thorough)
 
 
-def _open_image(path: Path) -> GuestEye:
+def _open_image(path: Path, symbols: Sequence[Path]) -> GuestEye:
     """Attach to a memory image; where that fails and the image has holes, they are the reason to tell."""
     memory = open_file(path)
     gaps = memory.gaps
     try:
-        return _attach_to(memory)
+        return _attach_to(memory, symbols, thorough=True)
     except GuestError as error:
         if gaps:
             raise ConfigError(f"{path}: {gaps[0].why}; {error}") from error
         raise
 
 
-def _attach_to(memory: GuestMemory) -> GuestEye:
+def _attach_to(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool) -> GuestEye:
     try:
         vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
         return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None))
@@ -59,11 +63,11 @@ def _attach_to(memory: GuestMemory) -> GuestEye:
         raise
 
 
-def open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:
+def open_eye_or_say(info: GuestInfo, tell: Tell, symbols: Sequence[Path] = ()) -> GuestEye | None:
     """Attach, and tell a person how that went; None: this guest is watched by its packets only."""
     start_s = time.monotonic()
     try:
-        eye = open_eye(info)
+        eye = open_eye(info, symbols)
     except GuestError as error:
         tell(f"{info.id.target}: {error}; watching its packets only")
         return None
@@ -71,10 +75,10 @@ def open_eye_or_say(info: GuestInfo, tell: Tell) -> GuestEye | None:
     return eye
 
 
-def open_eye_or_none(info: GuestInfo) -> GuestEye | None:
+def open_eye_or_none(info: GuestInfo, symbols: Sequence[Path] = ()) -> GuestEye | None:
     """Attach once more, without a word where that fails: it was said before."""
     try:
-        return open_eye(info)
+        return open_eye(info, symbols)
     except (GuestError, HostError, UsageError):
         return None
 

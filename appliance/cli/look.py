@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +18,11 @@ from appliance.opening import open_eye
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A libvirt name or UUID, qemu:PID or file:PATH.")]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
+SymbolsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--symbols", metavar="DIR", help="Windows: a folder that holds windows/PDB/GUID-AGE.json.xz."),
+]
+Column = Callable[[dict[str, Any]], str]
 
 
 def guests(output: OutputOption = Output.TABLE) -> None:
@@ -37,48 +44,56 @@ def guests(output: OutputOption = Output.TABLE) -> None:
         tell("no running guest was found here; qemu:PID, file:PATH and port:IFNAME can be named all the same")
 
 
-def processes(target: TargetArgument, output: OutputOption = Output.TABLE) -> None:
+def processes(target: TargetArgument, symbols: SymbolsOption = None, output: OutputOption = Output.TABLE) -> None:
     """List the processes of one guest, as its kernel's own memory tells them."""
-    _, snapshot = _look(target)
+    _, os, snapshot = _look(target, symbols)
     bodies = [contract.process(one) or {} for one in snapshot.processes]
-    rows = [
-        (
-            str(body["pid"]),
-            str(body["parent_pid"]),
-            _user(body),
-            safe(body["name"], 16),
-            safe(body["command"] or body["path"] or "[kernel]"),
-            safe(body["container"] or "", 14),
-        )
-        for body in bodies
-    ]
-    print_objects(output, bodies, ("PID", "PPID", "USER", "NAME", "COMMAND", "CONTAINER"), rows)
+    windows = os == "windows"
+    columns: dict[str, Column] = {
+        "PID": lambda body: str(body["pid"]),
+        "PPID": lambda body: str(body["parent_pid"]),
+        **({"SESSION": lambda body: "" if body["session"] is None else str(body["session"])} if windows else {}),
+        "USER": _user,
+        "NAME": lambda body: safe(body["name"], 16 if not windows else 32),
+        "COMMAND": lambda body: safe(body["command"] or body["path"] or "[kernel]"),
+        **({} if windows else {"CONTAINER": lambda body: safe(body["container"] or "", 14)}),
+    }
+    _print(output, bodies, columns)
 
 
-def connections(target: TargetArgument, output: OutputOption = Output.TABLE) -> None:
+def connections(target: TargetArgument, symbols: SymbolsOption = None, output: OutputOption = Output.TABLE) -> None:
     """List every socket of one guest with the processes that hold it, like ss -tuanp run from outside."""
-    info, snapshot = _look(target)
+    info, os, snapshot = _look(target, symbols)
     bodies = [contract.connection(info.id.target, one) for one in snapshot.sockets]
-    rows = [
-        (
-            body["protocol"],
-            body["state"],
-            safe(endpoint_text(body["local"])),
-            safe(endpoint_text(body["remote"])),
-            ", ".join(f"{safe(owner['name'], 16)}[{owner['pid']}]" for owner in body["owners"]) or "-",
-            safe(body["owners"][0]["path"] or "") if body["owners"] else "",
-            _user(body["owners"][0]) if body["owners"] else "",
-            str(body["netns"]),
-        )
-        for body in bodies
-    ]
-    print_objects(output, bodies, ("PROTO", "STATE", "LOCAL", "REMOTE", "OWNERS", "PATH", "USER", "NETNS"), rows)
+    several = os != "windows" or len({body["netns"] for body in bodies}) > 1
+    width = 16 if os != "windows" else 32
+    columns: dict[str, Column] = {
+        "PROTO": lambda body: str(body["protocol"]),
+        "STATE": lambda body: str(body["state"]),
+        "LOCAL": lambda body: safe(endpoint_text(body["local"])),
+        "REMOTE": lambda body: safe(endpoint_text(body["remote"])),
+        "OWNERS": lambda body: (
+            ", ".join(f"{safe(owner['name'], width)}[{owner['pid']}]" for owner in body["owners"]) or "-"
+        ),
+        "PATH": lambda body: safe(body["owners"][0]["path"] or "") if body["owners"] else "",
+        "USER": lambda body: _user(body["owners"][0]) if body["owners"] else "",
+        **({"NETNS": lambda body: str(body["netns"])} if several else {}),
+    }
+    _print(output, bodies, columns)
 
 
-def _look(target: str) -> tuple[GuestInfo, Snapshot]:
+def _print(output: Output, bodies: list[dict[str, Any]], columns: dict[str, Column]) -> None:
+    """Print objects; flags have a column where there are any."""
+    if any(body["flags"] for body in bodies):
+        columns["FLAGS"] = lambda body: " ".join(body["flags"])
+    rows = [[cell(body) for cell in columns.values()] for body in bodies]
+    print_objects(output, bodies, tuple(columns), rows)
+
+
+def _look(target: str, symbols: list[Path] | None) -> tuple[GuestInfo, str, Snapshot]:
     info = resolve(target)
     with working(f"attaching to {info.id.target}"):
-        eye = open_eye(info)
+        eye = open_eye(info, symbols or (), thorough=True)
         try:
             snapshot = eye.read_snapshot()
         finally:
@@ -87,8 +102,12 @@ def _look(target: str) -> tuple[GuestInfo, Snapshot]:
         tell(f"not seen: {safe(gap.what)} at {gap.address:#x}: {safe(gap.why)}")
     if len(snapshot.gaps) > 20:
         tell(f"not seen: {len(snapshot.gaps) - 20} more gaps")
-    return info, snapshot
+    return info, eye.os, snapshot
 
 
 def _user(owner: dict[str, Any]) -> str:
-    return safe(owner["user"] or owner["uid"], 16)
+    """The user's name; without one the uid of Linux or the SID of Windows."""
+    for key in ("user", "uid", "sid"):
+        if owner[key] is not None:
+            return safe(owner[key], 32)
+    return ""

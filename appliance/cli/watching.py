@@ -43,6 +43,10 @@ RulesOption = Annotated[
     typer.Option("--rules", metavar="PATH", help="Rule files or folders; the shipped sets if left out."),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the verdicts.")]
+SymbolsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--symbols", metavar="DIR", help="Windows: a folder that holds windows/PDB/GUID-AGE.json.xz."),
+]
 AllOption = Annotated[bool, typer.Option("--all/--alerts", help="Show every verdict, or only those worth an alert.")]
 
 
@@ -63,6 +67,7 @@ def watch(
         list[str] | None, typer.Option(metavar="NAME=IFNAME,MAC", help="Where on_deny: redirect:NAME leads to.")
     ] = None,
     never_ban: Annotated[Path | None, typer.Option(metavar="FILE", help="Networks that no ban may cover.")] = None,
+    symbols: SymbolsOption = None,
     output: OutputOption = Output.TABLE,
     everything: AllOption = True,
 ) -> None:
@@ -74,6 +79,7 @@ def watch(
         decoys=tuple(_parse_decoy(text) for text in decoy or ()),
         never_ban=never_ban,
         bans=default_path().with_name("bans.json"),
+        symbols=tuple(symbols or ()),
     )
     seconds = parse_duration(duration)
     book = _rules(rules)
@@ -115,6 +121,7 @@ def replay(
     local: Annotated[
         list[str] | None, typer.Option("--local", metavar="IP", help="An address of the guest; guessed if left out.")
     ] = None,
+    symbols: SymbolsOption = None,
     output: OutputOption = Output.TABLE,
     everything: AllOption = True,
 ) -> None:
@@ -122,7 +129,9 @@ def replay(
     book = _rules(rules)
     with _Showing(output, everything=everything) as showing, working(f"replaying {pcap}"):
         cpu_start_s = time.process_time()
-        summary = daemon.replay(pcap, memory, book, showing.verdict, tell=tell, local=frozenset(local or ()))
+        summary = daemon.replay(
+            pcap, memory, book, showing.verdict, tell=tell, local=frozenset(local or ()), symbols=symbols or ()
+        )
         showing.summary([summary], time.process_time() - cpu_start_s)
     if summary.ended:
         raise ConfigError(summary.ended)
