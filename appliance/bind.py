@@ -10,7 +10,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from appliance.model import Binding, Direction, Evidence, Finding, Flow, Handling, Match, Owner, Reason, Transport
+from appliance.model import (
+    Binding,
+    Direction,
+    Evidence,
+    Finding,
+    Flag,
+    Flow,
+    Handling,
+    Match,
+    Owner,
+    Reason,
+    Transport,
+)
 
 MS = 1_000_000
 
@@ -134,8 +146,23 @@ def tie(case: Case, remembered: tuple[Owner, ...] = ()) -> Binding:
         reason = _miss(case, finding)
     elif len({owner.process.path for owner in owners}) > 1:
         reason = Reason.AMBIGUOUS
+    elif reason is None and any(Flag.HIDDEN_PROCESS in owner.process.flags for owner in owners):
+        reason = Reason.HIDDEN
     owners = tuple(sorted(owners, key=lambda owner: (owner.process.key.started_ns, owner.process.pid)))
     return Binding(match, reason, owners, latency_ns, case.attempts, finding.socket)
+
+
+def concealed(binding: Binding) -> str | None:
+    """What the guest hides of a flow that was bound all the same, in words; None: nothing."""
+    for owner in binding.owners:
+        if Flag.HIDDEN_PROCESS in owner.process.flags:
+            return f"process {owner.process.pid} is not on the guest's own list of processes"
+    flags = binding.socket.flags if binding.socket is not None else ()
+    if Flag.UNLINKED_ENDPOINT in flags:
+        return "the guest's own tables do not have this connection"
+    if Flag.ONE_TABLE_ONLY in flags:
+        return "only one of two tables of the guest has this connection"
+    return None
 
 
 def forged(flow: Flow) -> tuple[Evidence, ...]:

@@ -23,7 +23,7 @@ from ipaddress import IPv6Address
 from typing import Protocol
 
 from appliance.acting import LEAD_NS, Acts, Doing
-from appliance.bind import Case, Forgeries, forged, next_look_ns, tie
+from appliance.bind import Case, Forgeries, concealed, forged, next_look_ns, tie
 from appliance.messages import (
     Command,
     Decided,
@@ -47,6 +47,7 @@ from appliance.model import (
     Evidence,
     Finding,
     FiveTuple,
+    Flag,
     Flow,
     FlowEnded,
     FlowId,
@@ -265,7 +266,7 @@ class Engine:
         for process in snapshot.processes:
             self._add(process)
         for socket in snapshot.sockets[:MAX_REMEMBERED]:
-            if socket.remote is not None and socket.owners:
+            if socket.remote is not None and socket.owners and Flag.STALE not in socket.flags:
                 ends = _on_the_wire(socket.local), _on_the_wire(socket.remote)
                 self._remembered[FiveTuple(socket.protocol, *ends)] = socket.owners
 
@@ -293,6 +294,8 @@ class Engine:
         judgement = self._judgement(flow, binding, at_ns)
         if (forgery := self._forgeries.loudest(evidence, at_ns)) is not None:
             judgement = louder(judgement, Severity.MEDIUM, forgery.claim)
+        if (hidden := concealed(binding)) is not None:
+            judgement = louder(judgement, Severity.HIGH, hidden)
         verdict = Verdict(
             flow,
             binding,

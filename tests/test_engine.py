@@ -1,5 +1,9 @@
 """The engine as a script: events in, commands out."""
 
+from dataclasses import replace
+
+import pytest
+
 from appliance.engine import Engine
 from appliance.messages import EvidenceFound, GatherEvidence, LookedUp, LookUp, Report, SnapshotTaken, Tick
 from appliance.model import (
@@ -7,6 +11,7 @@ from appliance.model import (
     Direction,
     Evidence,
     Finding,
+    Flag,
     FlowCounts,
     FlowEnd,
     FlowEnded,
@@ -14,7 +19,9 @@ from appliance.model import (
     FlowStarted,
     GuestSocket,
     Match,
+    Owner,
     Reason,
+    Severity,
     Snapshot,
     Transport,
 )
@@ -140,6 +147,41 @@ def run_to_the_end(one, first, finding):
 def test_a_connection_that_lives_on_without_any_socket_is_hidden():
     (verdict,) = run_to_the_end(engine(), flow(), Finding(Match.NONE))
     assert verdict.binding.reason is Reason.HIDDEN
+
+
+def test_a_process_that_is_not_on_the_guests_own_list_is_an_alert_whatever_the_rules_say_of_it():
+    one, first = engine(Decision.ALLOW), flow()
+    unlisted = Owner(replace(owner().process, flags=(Flag.HIDDEN_PROCESS,)))
+    say(one, started(first))
+    (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (unlisted,)), first.started_ns))
+    binding, judged = report.verdict.binding, report.verdict.judgement
+    assert (binding.match, binding.reason, binding.process.pid) == (Match.EXACT, Reason.HIDDEN, 100)
+    assert (judged.decision, judged.alert, judged.severity) == (Decision.ALLOW, True, Severity.HIGH)
+    assert "process 100 is not on the guest's own list" in judged.because
+
+
+@pytest.mark.parametrize(
+    ("flag", "alert"), [(Flag.UNLINKED_ENDPOINT, True), (Flag.ONE_TABLE_ONLY, True), (Flag.OWNER_EXITED, False)]
+)
+def test_a_connection_that_the_guests_own_tables_conceal_is_an_alert(flag, alert):
+    one, first = engine(Decision.ALLOW), flow()
+    socket = GuestSocket(
+        Transport.TCP, "ESTABLISHED", first.tuple.local, first.tuple.remote, (owner(),), 1, 0, flags=(flag,)
+    )
+    say(one, started(first))
+    (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),), socket), first.started_ns))
+    assert report.verdict.judgement.alert is alert
+
+
+def test_what_is_left_of_a_closed_connection_says_nothing_of_the_next_one():
+    one, first = engine(), flow(midstream=True)
+    ends = first.tuple.local, first.tuple.remote
+    socket = GuestSocket(Transport.TCP, "CLOSE", *ends, (owner(),), 1, 0, flags=(Flag.STALE,))
+    say(one, SnapshotTaken(Snapshot(0, (), (socket,)), "windows"))
+    say(one, started(first))
+    say(one, LookedUp(first.id, Finding(Match.NONE), first.started_ns))
+    (report,) = say(one, ended(first, first.started_ns + 20 * MS))
+    assert report.verdict.binding.match is Match.NONE
 
 
 def test_a_packet_socket_that_is_always_there_is_no_reason_to_suspect_a_short_connection():
