@@ -20,10 +20,10 @@ from appliance.ports import GuestMemory
 
 ENDPOINT_TAGS = (b"TcpE", b"TTcb")  # the second since Windows 11 and Server 2022
 TIME_WAIT_TAG, LISTENER_TAG, UDP_TAG = b"TcTW", b"TcpL", b"UdpA"
-PROCESS_TAGS = (b"Proc", b"Pro\xe3")  # the second with the "protected" bit that Windows before 8 set
+PROCESS_TAG = b"Proc"
 XP_CONNECTION_TAG, XP_ADDRESS_TAG = b"TCPT", b"TCPA"
 
-PIECE = 4 << 20  # bytes read at once
+PIECE = 1 << 20  # bytes read at once
 MAX_BLOCKS = 1 << 16  # of one sweep: a guest can write a tag as often as it likes
 MAX_HITS = 1 << 14  # of one piece
 _NEEDLES = (b"Tc", b"Udp", b"Pro", b"TCP")  # few and short: each is one pass over the piece
@@ -33,7 +33,10 @@ Expired = Callable[[], bool]
 
 
 class Block(NamedTuple):
-    """A pool block by its header. ``size`` counts the header; ``in_use`` is what the header says."""
+    """A pool block by its header. ``size`` counts the header; ``in_use`` is what the header says.
+
+    ``tag`` is without the highest bit, by which Windows 7 and older mark a block that its owner alone may free.
+    """
 
     gpa: int  # of the header
     tag: bytes
@@ -115,7 +118,7 @@ class Sweep:
             while at >= 0 and hits < MAX_HITS:
                 hits += 1
                 index = at // 4
-                tag = words[4 * index : 4 * index + 4]
+                tag = words[4 * index : 4 * index + 3] + bytes((words[4 * index + 3] & 0x7F,))
                 if tag in self._tags:
                     block = self._header.parse(raw, index * step, gpa + index * step, tag)
                     if block is not None:
