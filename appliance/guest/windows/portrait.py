@@ -1,0 +1,228 @@
+r"""From an ``_EPROCESS`` to a GuestProcess: everything a person wants to know about it.
+
+The kernel's own view comes first: the name and the path are those that it noted when it made the process
+(SeAuditProcessCreationInfo), the user is that of its token. From the process's own memory, which is the process's to
+change, come its command line, the names of accounts (USERDOMAIN\USERNAME of a process of that very SID) and, where the
+kernel's path is lacking, its path. What cannot be read in it now (paged out, or a process that has just begun) is tried
+again with the next look; all else is read once.
+Sources: _SE_AUDIT_PROCESS_CREATION_INFO, _PS_PROTECTION, enum _PS_PROTECTED_SIGNER of ntkrnlmp.pdb; SE_SIGNING_LEVEL_*
+(winnt.h); svchost.exe -k GROUP -s SERVICE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+from appliance.errors import UnreadableMemory, UnsupportedGuest
+from appliance.guest.windows.drives import Drives
+from appliance.guest.windows.eprocess import RawProcess
+from appliance.guest.windows.files import Files
+from appliance.guest.windows.kernel import WindowsKernel
+from appliance.guest.windows.objects import Objects
+from appliance.guest.windows.params import ParameterReader, Parameters
+from appliance.guest.windows.text import MAX_PATH, file_name, wide_texts
+from appliance.guest.windows.tokens import Token, Tokens, is_account, well_known_name
+from appliance.model import Flag, GuestProcess, Missing
+
+MAX_CACHE: Final = 8192
+SYSTEM_PID: Final = 4
+SHORT_NAME: Final = 14  # characters of ImageFileName
+WITNESSES: Final = 4  # processes that are asked for the name of one account, in one look
+# SE_SIGNING_LEVEL_*: 0 unchecked, 1 unsigned; 5, 9, 10 and 15 have no fixed meaning
+LEVELS: Final = {
+    2: "Enterprise",
+    3: "Developer",
+    4: "Authenticode",
+    6: "Store",
+    7: "Antimalware",
+    8: "Microsoft",
+    11: "CodeGen",
+    12: "Windows",
+    13: "Windows",
+    14: "WinTcb",
+}
+SIGNERS: Final = ("", "Authenticode", "CodeGen", "Antimalware", "Lsa", "Windows", "WinTcb", "WinSystem", "App")
+SERVICE: Final = re.compile(r'\s[-/]s\s+"?([^\s"]{1,256})', re.IGNORECASE)
+POOL: Final = re.compile(r'\s-ap\s+(?:"([^"]{1,256})"|(\S{1,256}))', re.IGNORECASE)
+
+
+class _Portrait(NamedTuple):
+    vitals: tuple[int, ...]  # what must be unchanged for it to hold
+    process: GuestProcess
+    complete: bool
+
+
+class Portraits:
+    """Describes processes of one guest. ``read`` reads one ``_EPROCESS`` again, to see whether it is still the same."""
+
+    def __init__(self, kernel: WindowsKernel, read: Callable[[int], RawProcess]) -> None:
+        self._kernel, self._read = kernel, read
+        self.objects = Objects(kernel)
+        self.drives = Drives(kernel, self.objects)
+        self._files = Files(kernel, self.objects)
+        self._tokens = Tokens(kernel)
+        self._parameters = ParameterReader(kernel)
+        self._signers = self._read_signers()
+        self._audit_name = (
+            kernel.types.offset("_OBJECT_NAME_INFORMATION.Name")
+            if kernel.types.has("_OBJECT_NAME_INFORMATION.Name")
+            else 0
+        )
+        self._cache: dict[tuple[int, int, int], _Portrait] = {}
+        self._accounts: dict[str, str] = {}
+        self._asked_drives = False
+
+    def describe(self, raws: Sequence[RawProcess], flags: tuple[Flag, ...] = ()) -> list[GuestProcess]:
+        """Describe processes, the ones not seen before together in few batches."""
+        fresh = [raw for raw in raws if not self._holds(raw)]
+        if fresh:
+            self._describe_fresh(fresh)
+        found = [self._cache[raw.va, raw.pid, raw.created].process for raw in raws]
+        if not flags:
+            return found
+        return [replace(process, flags=tuple(dict.fromkeys((*flags, *process.flags)))) for process in found]
+
+    def forget(self) -> None:
+        """Describe everything afresh next time."""
+        self._cache.clear()
+        self._accounts.clear()
+        self._files.forget()
+
+    def _holds(self, raw: RawProcess) -> bool:
+        cached = self._cache.get((raw.va, raw.pid, raw.created))
+        return cached is not None and cached.complete and cached.vitals == self._vitals(raw)
+
+    def _vitals(self, raw: RawProcess) -> tuple[int, ...]:
+        token = self._tokens.pointer(raw.token)
+        return token, raw.peb, raw.ppid, raw.exited, raw.audit, raw.file, raw.signature_level, raw.protection
+
+    def _describe_fresh(self, raws: list[RawProcess]) -> None:
+        if not self._asked_drives:
+            self._asked_drives = True
+            self.drives.read(raws[0].va)
+        if len(self._cache) + len(raws) > MAX_CACHE:
+            self._cache.clear()
+        paths = self._kernel_paths(raws)
+        files = self._files.read([raw.file for raw in raws if raw.file])
+        tokens = self._tokens.read([raw.token for raw in raws])
+        own = [self._own_view(raw) for raw in raws]
+        for raw, path, parameters in zip(raws, paths, own, strict=True):
+            if path and isinstance(parameters.image, str):
+                self.drives.learn(path, parameters.image, raw.created)
+        self._learn_accounts(raws, tokens, own)
+        for raw, path, token, parameters in zip(raws, paths, tokens, own, strict=True):
+            file = files.get(raw.file)
+            process = self._portray(raw, path or (file.path if file else ""), token, parameters)
+            if file is not None and file.delete_pending:
+                process = replace(process, deleted=True)
+            complete = token is not None and (raw.exited != 0 or process.command is not Missing.UNREADABLE)
+            self._cache[raw.va, raw.pid, raw.created] = _Portrait(self._vitals(raw), process, complete)
+
+    def _portray(self, raw: RawProcess, path: str, token: Token | None, own: Parameters) -> GuestProcess:
+        minimal = not self._parameters.is_user(raw.peb)  # System, Registry, MemCompression: no user mode, no PEB
+        name, where = self._name(raw, path), self._path(path, own.image, minimal=minimal)
+        command = Missing.NOT_APPLICABLE if minimal and raw.exited == 0 else own.command
+        services = self._services(name, command)
+        session = own.session
+        if session is None and token is not None:
+            session = token.session
+        sid = token.sid if token is not None else None
+        return GuestProcess(
+            key=raw.key,
+            name=name,
+            path=where,
+            command=command,
+            parent_pid=raw.ppid & 0xFFFF_FFFF,
+            uid=None,
+            user=self._user(sid, name, command, services),
+            started_wall_ns=raw.created or None,
+            netns=Missing.NOT_APPLICABLE,
+            cgroup=Missing.NOT_APPLICABLE,
+            task_va=raw.va,
+            sid=sid,
+            session=session,
+            services=services,
+            signer=self._signer(raw),
+            flags=(Flag.STALE,) if raw.exited else (),
+        )
+
+    # -- the kernel's view --
+
+    def _kernel_paths(self, raws: Sequence[RawProcess]) -> list[str]:
+        """The path that the kernel noted when it made each process; empty where it did not."""
+        vas = [raw.audit + self._audit_name if self._kernel.is_kernel(raw.audit) else 0 for raw in raws]
+        return [text or "" for text in wide_texts(self._kernel.space, vas, MAX_PATH)]
+
+    def _name(self, raw: RawProcess, path: str) -> str:
+        """The image's whole file name, where the kernel's short one agrees; else the short one."""
+        whole = file_name(path)
+        return whole if whole.casefold()[:SHORT_NAME] == raw.name.casefold()[:SHORT_NAME] else raw.name
+
+    def _path(self, path: str, own: str | Missing, *, minimal: bool) -> str | Missing:
+        if path.startswith("\\"):
+            return self.drives.to_dos(path)
+        if minimal:
+            return Missing.NOT_APPLICABLE
+        return own.removeprefix("\\??\\") if isinstance(own, str) and own else Missing.UNREADABLE
+
+    def _signer(self, raw: RawProcess) -> str | None:
+        """Who signed it: of a protected process the signer that protects it, else the level its image reached."""
+        by = raw.protection >> 4
+        return self._signers.get(by) or LEVELS.get(raw.signature_level & 15)
+
+    def _read_signers(self) -> dict[int, str]:
+        prefix = "PsProtectedSigner"
+        if not self._kernel.types.has("_PS_PROTECTION.Signer"):
+            return dict(enumerate(SIGNERS))
+        try:
+            found = self._kernel.types.enum("_PS_PROTECTED_SIGNER")
+        except UnsupportedGuest:
+            return dict(enumerate(SIGNERS))
+        return {value: name.removeprefix(prefix) for name, value in found.items() if value and name != f"{prefix}Max"}
+
+    # -- its own view --
+
+    def _own_view(self, raw: RawProcess) -> Parameters:
+        """What a process says of itself, if it still is this process afterwards."""
+        if raw.exited:
+            return Parameters()
+        own = self._parameters.read(raw)
+        try:
+            now = self._read(raw.va)
+        except UnreadableMemory:
+            return Parameters()
+        same = (now.pid, now.created, now.dtb, now.peb, now.exited) == (raw.pid, raw.created, raw.dtb, raw.peb, 0)
+        return own if same else Parameters()
+
+    def _services(self, name: str, command: str | Missing) -> tuple[str, ...]:
+        if name.casefold() != "svchost.exe" or not isinstance(command, str):
+            return ()
+        return tuple(SERVICE.findall(command)[:1])
+
+    def _user(self, sid: str | None, name: str, command: str | Missing, services: tuple[str, ...]) -> str | None:
+        if sid is None:
+            return None
+        pools = POOL.findall(command) if isinstance(command, str) else []
+        candidates = (*services, name.removesuffix(".exe"), *(part for pair in pools for part in pair if part))
+        return well_known_name(sid, candidates) or self._accounts.get(sid)
+
+    def _learn_accounts(
+        self, raws: Sequence[RawProcess], tokens: Sequence[Token | None], own: Sequence[Parameters]
+    ) -> None:
+        """Ask for each unknown account a few of its processes, the earliest first: USERDOMAIN and USERNAME."""
+        asked: dict[str, int] = {}
+        known = zip(raws, tokens, own, strict=True)
+        for raw, token, parameters in sorted(known, key=lambda each: each[0].created):
+            if token is None or not is_account(token.sid) or token.sid in self._accounts or not parameters.environment:
+                continue
+            asked[token.sid] = asked.get(token.sid, 0) + 1
+            if asked[token.sid] > WITNESSES:
+                continue
+            names = ("USERDOMAIN", "USERNAME")
+            found = self._parameters.read_environment(raw, parameters.environment, names)
+            if found.get("USERNAME"):
+                domain = found.get("USERDOMAIN")
+                self._accounts[token.sid] = f"{domain}\\{found['USERNAME']}" if domain else found["USERNAME"]
