@@ -382,6 +382,15 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Opinion:
+    """What an engine that is not ours says of a process. ``trouble``: what kept it from saying all, or anything."""
+
+    process: ProcessKey
+    evidence: tuple[Evidence, ...] = ()
+    trouble: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Binding:
     """A flow tied to its process, or an honest "unknown" with the reason."""
 

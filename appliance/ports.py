@@ -17,6 +17,7 @@ from appliance.model import (
     GuestProcess,
     HoldPolicy,
     IpNetwork,
+    Opinion,
     ProcessKey,
     Region,
     Snapshot,
@@ -90,6 +91,22 @@ class GuestEye(Protocol):
 
     def close(self) -> None:
         """Release the memory behind it."""
+        ...
+
+
+class OtherEngine(Protocol):
+    """An engine that is not ours, asked for a second opinion on processes of one guest. Nothing here waits for it."""
+
+    def ask(self, system: str, process: GuestProcess) -> bool:
+        """Put a question; ``system`` is what the guest runs. False: it will not be answered."""
+        ...
+
+    def heard(self) -> list[Opinion]:
+        """Take the answers that have come since."""
+        ...
+
+    def close(self) -> None:
+        """End it, whatever it is doing; may be called twice."""
         ...
 
 

@@ -37,9 +37,8 @@ from .layer import GuestLayer, Linux57, Windows57, open_memory
 from .symbols import read_symbols
 
 if TYPE_CHECKING:
-    from appliance.guest.windows.kernel import WindowsKernel
-
     from appliance.guest.kernel import Kernel
+    from appliance.guest.windows.kernel import WindowsKernel
 
 Row = dict[str, Any]
 MAX_TEXT = 512  # characters of one value
@@ -128,7 +127,7 @@ class Session:
 
 def plain(value: Any) -> Any:
     """A value of a row as JSON has it, bounded. The text in it is the guest's."""
-    if value is None or isinstance(value, interfaces.renderers.BaseAbsentValue | interfaces.renderers.Disassembly):
+    if value is None or isinstance(value, interfaces.renderers.BaseAbsentValue | renderers.Disassembly):
         return None
     if isinstance(value, renderers.LayerData):
         size = min(value.length, MAX_BYTES)

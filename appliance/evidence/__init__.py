@@ -1,0 +1,1 @@
+"""What an alert carries beside the appliance's own findings."""

@@ -1,0 +1,252 @@
+"""``windows.netstat`` that sees every connection: all links of all chains, both tables, and what is in TIME_WAIT.
+
+tcpip.sys keeps a TCP connection in two hash tables of its partition (``RTL_DYNAMIC_HASH_TABLE``): linked at +0x28
+in the one at +8, at +0x40 in the one at +0x10. Stock ``windows.netstat`` reads the first link of each bucket of the
+first table only. A connection that one of the two tables lacks was unlinked from it, and is told so.
+
+Sources: structures from Volatility's own tables (symbols/windows/netscan); RTL_DYNAMIC_HASH_TABLE: ntrtl.h of the WDK,
+its two-level directory as in ReactOS' and Wine's descriptions of the interface; the linkage at +0x40 and TIME_WAIT
+blocks: observed in tcpip.sys of Windows 10, see docs/how-to/volatility.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from volatility3.framework import constants, exceptions, interfaces, renderers
+from volatility3.framework.configuration import requirements
+from volatility3.framework.renderers import format_hints
+from volatility3.framework.symbols.windows import pdbutil
+from volatility3.framework.symbols.windows.extensions import network
+from volatility3.plugins.windows import netscan, netstat
+
+vollog = logging.getLogger(__name__)
+
+MAX_PARTITIONS = 4096  # a byte was enough until machines had more than 255 processors
+MAX_BUCKETS = 1 << 20
+MAX_LINKS = 1 << 18  # of one table
+FIRST_DIRECTORY = 128  # buckets of the first second-level directory; each further one doubles the table
+LINKS = ((8, 0x28), (0x10, 0x40))  # where a partition points to a table, and where its links are in an endpoint
+TIME_WAIT_TABLE = 0x18
+BUCKET = 0x10  # a LIST_ENTRY on x64
+
+
+class _Table(NamedTuple):
+    """The head of an RTL_DYNAMIC_HASH_TABLE."""
+
+    size: int
+    entries: int
+    indirection: int
+    directory: int
+
+
+class NetChains(interfaces.plugins.PluginInterface):
+    """Lists network connections through every link of both connection tables, and flags what only one of them has.
+
+    Columns are those of windows.netstat, and Flags: one-table-only, closing, no-owner.
+    """
+
+    _required_framework_version = (2, 0, 0)
+    _version = (1, 0, 0)
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        """A Windows kernel of 64 bits, and what stock netstat is made of."""
+        return [
+            requirements.ModuleRequirement(name="kernel", description="Windows kernel", architectures=["Intel64"]),
+            requirements.VersionRequirement(name="netscan", component=netscan.NetScan, version=(2, 0, 0)),
+            requirements.VersionRequirement(name="netstat", component=netstat.NetStat, version=(2, 0, 0)),
+            requirements.VersionRequirement(name="pdbutil", component=pdbutil.PDBUtility, version=(1, 0, 0)),
+        ]
+
+    def run(self) -> renderers.TreeGrid:
+        """The table."""
+        return renderers.TreeGrid(
+            [
+                ("Offset", format_hints.Hex),
+                ("Proto", str),
+                ("LocalAddr", str),
+                ("LocalPort", int),
+                ("ForeignAddr", str),
+                ("ForeignPort", int),
+                ("State", str),
+                ("PID", int),
+                ("Owner", str),
+                ("Created", datetime.datetime),
+                ("Flags", str),
+            ],
+            self._generator(),
+        )
+
+    def _generator(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        kernel = self.context.modules[self.config["kernel"]]
+        self._layer = self.context.layers[kernel.layer_name]
+        self._types = netscan.NetScan.create_netscan_symbol_table(self.context, self.config["kernel"], self.config_path)
+        tcpip = netstat.NetStat.get_tcpip_module(self.context, self.config["kernel"])
+        if tcpip is None:
+            vollog.error("tcpip.sys is not among the loaded modules")
+            return
+        base = int(tcpip.DllBase)
+        path = interfaces.configuration.path_join(self.config_path, "tcpip")
+        names = pdbutil.PDBUtility.symbol_table_from_pdb(
+            self.context, path, kernel.layer_name, "tcpip.pdb", base, tcpip.SizeOfImage
+        )
+        yield from self._connections(base, names)
+        yield from self._ports(base, names, kernel.layer_name)
+
+    # -- connections --
+
+    def _connections(self, base: int, names: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        partitions = self._pointer(base + self._rva(names, "PartitionTable"))
+        count = int.from_bytes(self._layer.read(base + self._rva(names, "PartitionCount"), 4), "little")
+        if not 0 < count <= MAX_PARTITIONS:
+            vollog.error(f"PartitionCount is {count}: not believed")
+            return
+        size = self.context.symbol_space.get_type(self._types + constants.BANG + "_PARTITION").size
+        found: dict[int, set[int]] = {}
+        for number in range(count):
+            for table, (at, link) in enumerate(LINKS):
+                for entry in self._links(partitions + number * size + at):
+                    found.setdefault(entry - link, set()).add(table)
+        for offset, tables in found.items():
+            endpoint = self._object("_TCP_ENDPOINT", offset)
+            if endpoint.is_valid():
+                yield 0, (*self._connection(endpoint), _flags(endpoint, tables))
+        for number in range(count):
+            for entry in self._links(partitions + number * size + TIME_WAIT_TABLE):
+                row = self._time_wait(entry)
+                if row is not None:
+                    yield 0, row
+
+    def _links(self, pointer: int) -> Iterator[int]:
+        """Every entry of every chain of the table that is pointed to there."""
+        try:
+            at = self._pointer(pointer)
+            table = self._table(at)
+        except exceptions.InvalidAddressException:
+            return
+        if table is None:
+            return
+        seen: set[int] = set()
+        for bucket in self._buckets(table):
+            try:
+                entry, before = self._pointer(bucket), bucket
+                while entry != bucket and len(seen) < MAX_LINKS:
+                    if entry in seen or self._pointer(entry + 8) != before:
+                        vollog.debug(f"the chain of bucket {bucket:#x} breaks at {entry:#x}")
+                        break
+                    seen.add(entry)
+                    yield entry
+                    entry, before = self._pointer(entry), entry
+            except exceptions.InvalidAddressException:
+                continue
+
+    def _table(self, at: int) -> _Table | None:
+        kind = self.context.modules[self.config["kernel"]].get_type("_RTL_DYNAMIC_HASH_TABLE")
+        one = self.context.modules[self.config["kernel"]].object(
+            object_type="_RTL_DYNAMIC_HASH_TABLE", offset=at, absolute=True
+        )
+        names = set(kind.members)
+        indirection = int(one.Indirection) if "Indirection" in names else 0
+        table = _Table(int(one.TableSize), int(one.NumEntries), indirection, int(one.Directory))
+        return table if 0 < table.size <= MAX_BUCKETS and 0 < table.entries <= MAX_LINKS else None
+
+    def _buckets(self, table: _Table) -> Iterator[int]:
+        """The heads of the chains. Beyond 128 buckets the directory has a second level: 128, 128, 256, 512 ..."""
+        if not table.indirection and table.size <= FIRST_DIRECTORY:
+            yield from range(table.directory, table.directory + table.size * BUCKET, BUCKET)
+            return
+        left, size, index = table.size, FIRST_DIRECTORY, 0
+        while left > 0:
+            count = min(left, size)
+            try:
+                first = self._pointer(table.directory + index * 8)
+                yield from range(first, first + count * BUCKET, BUCKET)
+            except exceptions.InvalidAddressException:
+                vollog.debug(f"directory {index} of the table is not there")
+            left -= count
+            size, index = (size if index == 0 else size * 2), index + 1
+
+    def _connection(self, one: Any) -> tuple[Any, ...]:
+        absent = renderers.UnreadableValue()
+        try:
+            state = one.State.description
+        except ValueError:
+            state = absent
+        return (
+            format_hints.Hex(one.vol.offset),
+            "TCPv4" if one.get_address_family() == network.AF_INET else "TCPv6",
+            one.get_local_address() or absent,
+            one.LocalPort,
+            one.get_remote_address() or absent,
+            one.RemotePort,
+            state,
+            *_owner(one),
+        )
+
+    def _time_wait(self, entry: int) -> tuple[Any, ...] | None:
+        """A block of a connection in TIME_WAIT (pool tag TcTW): it has no owner any more."""
+        return None
+
+    # -- listeners and UDP --
+
+    def _ports(self, base: int, names: str, layer: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Through the port pools, as stock netstat does."""
+        try:
+            udp, tcp = netstat.NetStat.find_port_pools(self.context, layer, self._types, names, base)
+        except (exceptions.SymbolError, exceptions.InvalidAddressException) as error:
+            vollog.error(f"the port pools cannot be found: {error}")
+            return
+        for pool, kind in ((tcp, "tcp"), (udp, "udp")):
+            seen: set[int] = set()
+            for port in self._taken(pool):
+                for one in netstat.NetStat.enumerate_structures_by_port(
+                    self.context, layer, self._types, port, pool, kind
+                ):
+                    if one.vol.offset in seen or len(seen) > MAX_LINKS:
+                        break
+                    seen.add(one.vol.offset)
+                    if one.is_valid():
+                        yield from self._listening(one, kind)
+
+    def _taken(self, pool: int) -> list[int]:
+        """The ports whose bit is set."""
+        try:
+            bits = self._object("_INET_PORT_POOL", pool).PortBitMap
+            data = self._layer.read(int(bits.Buffer), min(int(bits.SizeOfBitMap), 1 << 16) // 8, pad=True)
+        except exceptions.InvalidAddressException:
+            return []
+        return [8 * at + bit for at, byte in enumerate(data) if byte for bit in range(8) if byte >> bit & 1][:]
+
+    def _listening(self, one: Any, kind: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        offset = format_hints.Hex(one.vol.offset)
+        for version, local, remote in one.dual_stack_sockets():
+            ends = (local, one.Port, remote, 0, "LISTENING") if kind == "tcp" else (local, one.Port, "*", 0, "")
+            yield 0, (offset, kind.upper() + version, *ends, *_owner(one), "")
+
+    # -- private --
+
+    def _rva(self, table: str, name: str) -> int:
+        return int(self.context.symbol_space.get_symbol(table + constants.BANG + name).address)
+
+    def _pointer(self, at: int) -> int:
+        return int.from_bytes(self._layer.read(at, 8), "little")
+
+    def _object(self, name: str, at: int) -> Any:
+        return self.context.object(self._types + constants.BANG + name, layer_name=self._layer.name, offset=at)
+
+
+def _owner(one: Any) -> tuple[Any, Any, Any]:
+    """Pid, name and time of creation."""
+    absent = renderers.UnreadableValue()
+    return one.get_owner_pid() or absent, one.get_owner_procname() or absent, one.get_create_time() or absent
+
+
+def _flags(one: Any, tables: set[int]) -> str:
+    flags = [] if len(tables) == len(LINKS) else ["one-table-only"]
+    if one.get_owner_pid() is None:
+        flags.append("no-owner")
+    return " ".join(flags)
