@@ -19,7 +19,7 @@ PLAUSIBLE_NS: Final = range(315_532_800 * 10**9, 7_258_118_400 * 10**9)  # years
 MEMBERS: Final = (
     "UniqueProcessId",
     "InheritedFromUniqueProcessId",
-    "Pcb.DirectoryTableBase",
+    "Pcb.DirectoryTableBase[0]",  # an array until Server 2003
     "CreateTime",
     "ExitTime",
     "ImageFileName",

@@ -29,7 +29,8 @@ class Files:
 
     def __init__(self, kernel: WindowsKernel, objects: Objects) -> None:
         self._kernel, self._objects = kernel, objects
-        names = ("Type", "DeviceObject", "DeletePending?", "FileName.Length", "FileName.Buffer")
+        self._typed = kernel.types.has("_FILE_OBJECT.Type")
+        names = ("Type?", "DeviceObject", "DeletePending?", "FileName.Length", "FileName.Buffer")
         self._record = (
             Record(kernel.types, "_FILE_OBJECT", names) if kernel.types.has("_FILE_OBJECT.FileName") else None
         )
@@ -45,7 +46,7 @@ class Files:
         found: dict[int, tuple[int, bool, Wide]] = {}
         for va, raw in zip(wanted, kernel.space.readv([record.span(va) for va in wanted]), strict=True):
             kind, device, deleted, size, buffer = record.parse(raw) if raw is not None else (0, 0, 0, 0, 0)
-            if kind == IO_TYPE_FILE and kernel.is_kernel(device):
+            if (kind == IO_TYPE_FILE or not self._typed) and kernel.is_kernel(device):
                 found[va] = device, deleted == 1, Wide(buffer, min(size, MAX_PATH))
         fresh = [(va, name) for va, (_, _, name) in found.items() if name.size and (va, name) not in self._texts]
         if len(self._texts) + len(fresh) > MAX_CACHE:

@@ -25,10 +25,10 @@ from appliance.guest.windows.objects import Objects
 from appliance.guest.windows.params import ParameterReader, Parameters
 from appliance.guest.windows.text import MAX_PATH, file_name, wide_texts
 from appliance.guest.windows.tokens import Token, Tokens, is_account, well_known_name
+from appliance.guest.windows.vads import Vads
 from appliance.model import Flag, GuestProcess, Missing
 
 MAX_CACHE: Final = 8192
-SYSTEM_PID: Final = 4
 SHORT_NAME: Final = 14  # characters of ImageFileName
 WITNESSES: Final = 4  # processes that are asked for the name of one account, in one look
 # SE_SIGNING_LEVEL_*: 0 unchecked, 1 unsigned; 5, 9, 10 and 15 have no fixed meaning
@@ -65,6 +65,7 @@ class Portraits:
         self._files = Files(kernel, self.objects)
         self._tokens = Tokens(kernel)
         self._parameters = ParameterReader(kernel)
+        self._vads = Vads(kernel, self._files)
         self._signers = self._read_signers()
         self._audit_name = (
             kernel.types.offset("_OBJECT_NAME_INFORMATION.Name")
@@ -115,7 +116,8 @@ class Portraits:
         self._learn_accounts(raws, tokens, own)
         for raw, path, token, parameters in zip(raws, paths, tokens, own, strict=True):
             file = files.get(raw.file)
-            process = self._portray(raw, path or (file.path if file else ""), token, parameters)
+            where = path or (file.path if file else "") or self._image_path(raw)
+            process = self._portray(raw, where, token, parameters)
             if file is not None and file.delete_pending:
                 process = replace(process, deleted=True)
             complete = token is not None and (raw.exited != 0 or process.command is not Missing.UNREADABLE)
@@ -155,6 +157,16 @@ class Portraits:
         """The path that the kernel noted when it made each process; empty where it did not."""
         vas = [raw.audit + self._audit_name if self._kernel.is_kernel(raw.audit) else 0 for raw in raws]
         return [text or "" for text in wide_texts(self._kernel.space, vas, MAX_PATH)]
+
+    def _image_path(self, raw: RawProcess) -> str:
+        """The path of the file that is mapped where the kernel mapped the program: for kernels that note no path."""
+        if raw.exited or not self._parameters.is_user(raw.section_base):
+            return ""
+        try:
+            program = self._vads.walk(raw.va).at(raw.section_base)
+        except UnreadableMemory:
+            return ""
+        return program.path or "" if program is not None else ""
 
     def _name(self, raw: RawProcess, path: str) -> str:
         """The image's whole file name, where the kernel's short one agrees; else the short one."""

@@ -24,6 +24,7 @@ __all__ = ["ProcessList", "Processes", "RawProcess"]
 MAX_PROCESSES: Final = 65_536  # pids are handles of PspCidTable; no guest of ours has that many
 MAX_PID: Final = 1 << 26  # ExMaxHandle bounds a handle table at 2^24 entries, each counts for 4
 TRIES: Final = 3
+SYSTEM_PID: Final = 4
 
 
 class ProcessList(NamedTuple):
@@ -88,13 +89,17 @@ class Processes:
     # -- is this one? --
 
     def is_sound(self, raw: RawProcess) -> bool:
-        """Whether bytes can be those of a process: kind of object, pid, page tables, start time, pointers."""
+        """Whether bytes can be those of a process: kind of object, pid, page tables, start time, list of threads.
+
+        Its links on the list of processes are not asked: a hidden one may have any.
+        """
         if raw.kind != PROCESS_OBJECT or not self._is_object(raw.va):
             return False
         if not 0 < raw.pid < MAX_PID or raw.pid & 3 or not raw.dtb:
             return False
-        links = raw.flink, raw.blink, raw.thread_flink, raw.thread_blink
-        return is_plausible_time(raw.created) and all(map(self._kernel.is_kernel, links))
+        if not is_plausible_time(raw.created) and (raw.created or raw.pid != SYSTEM_PID):  # XP's System has none
+            return False
+        return self._kernel.is_kernel(raw.thread_flink) and self._kernel.is_kernel(raw.thread_blink)
 
     def find(self, va: int) -> RawProcess | None:
         """The process at an address, None when there is none.

@@ -20,7 +20,8 @@ CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 class Record:
     """Members of one structure, in the order asked for.
 
-    A path that ends in ``?`` may be missing from the types; it then reads as 0. The same bytes may be asked for twice.
+    A path that ends in ``?`` may be missing from the types; it then reads as 0. One that ends in ``[0]`` is the first
+    element of an array. The same bytes may be asked for twice.
     ``low`` and ``size`` are the span to read, relative to the object; ``parse`` takes exactly that span.
     """
 
@@ -30,10 +31,12 @@ class Record:
         """Compile; raises UnsupportedGuest naming a member that the types lack or that overlaps another one."""
         wanted: list[tuple[int, int] | None] = []
         for member in members:
-            path = f"{name}.{member.rstrip('?')}"
+            first = member.endswith("[0]")
+            path = f"{name}.{member.removesuffix('[0]').rstrip('?')}"
             known = not member.endswith("?") or types.has(path)
             field = types.field(path) if known else None
-            wanted.append((field.offset, field.size) if field is not None and field.size else None)
+            size = 0 if field is None else field.size // (field.length or 1) if first else field.size
+            wanted.append((field.offset, size) if field is not None and size else None)
         slots = sorted({slot for slot in wanted if slot is not None})
         if not slots:
             raise UnsupportedGuest((f"type information of {name}",))

@@ -31,7 +31,7 @@ MEMBERS: Final = (
     "ThreadListEntry.Flink",
     "ThreadListEntry.Blink",
     "Tcb.Header.Type",
-    "Tcb.Teb",
+    "Tcb.Teb?",
     "Tcb.State",
     "Tcb.WaitReason?",
     "Tcb.SuspendCount?",
@@ -88,8 +88,9 @@ class Threads:
         self._record = Record(kernel.types, "_ETHREAD", _members(kernel))
         self._head = kernel.types.offset("_EPROCESS.ThreadListHead.Flink")
         self._links = kernel.types.offset("_ETHREAD.ThreadListEntry.Flink")
-        # Until Windows Server 2003 (x86) the time's lowest bits are flags: NestedFaultCount, ApcNeeded.
-        self._shift = 3 if kernel.types.has("_ETHREAD.NestedFaultCount") else 0
+        # On XP the time's lowest bits are flags: NestedFaultCount, ApcNeeded.
+        shifted = kernel.types.has("_ETHREAD.NestedFaultCount")
+        self._shift = 3 if shifted else kernel.types.field("_ETHREAD.CreateTime").bit_position
         self._known: dict[int, list[int]] = {}
 
     def walk(self, process_va: int) -> ThreadList:

@@ -38,6 +38,7 @@ RIGHTS: Final = (
     "PAGE_EXECUTE_WRITECOPY",
 )
 EXTRAS: Final = ("", "PAGE_NOCACHE", "PAGE_GUARD", "PAGE_WRITECOMBINE")
+EXECUTE_WRITECOPY: Final = 7
 IMAGE_MAP: Final = 2  # _MI_VAD_TYPE.VadImageMap
 TYPES: Final = ("none", "physical", "image", "awe", "write-watch", "large-pages", "rotate", "large-page-section")
 
@@ -264,6 +265,8 @@ class Vads:
     def _kind(self, node: _Node, *, image: bool) -> VadKind:
         if self._flag(node, "PrivateMemory"):
             return VadKind.PRIVATE
+        if self._image_bit is None and self._image_flag is None and self._bits["VadType"] is None:
+            image = self._value(node, "Protection") == EXECUTE_WRITECOPY  # as every image is mapped
         old = self._image_bit is not None and _take(node.flags, self._image_bit)
         return VadKind.IMAGE if old or image or self._value(node, "VadType") == IMAGE_MAP else VadKind.MAPPED
 
