@@ -1,0 +1,176 @@
+"""Executable memory of a process that no image file stands behind.
+
+Regions that were made executable, and pages that were made so later: VirtualProtect changes the page tables, and the
+region keeps the protection it was made with. Programs that make code at run time (JITs) have such memory by nature:
+where such a runtime is mapped it counts less, unless it holds an image or shellcode, or a thread began in it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from appliance.guest.budget import Budget
+from appliance.guest.windows.injection_bytes import find_image, find_shellcode, looks_wiped
+from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge, small_of
+from appliance.guest.windows.injection_views import Scene, View
+from appliance.model import Evidence
+
+MAX_DETAILED: Final = 64  # regions of one process that are looked at one by one
+MAX_HASHED: Final = 16 << 20  # bytes of one region that are hashed and searched
+MAX_VIEWS: Final = 4096  # whose page tables are looked at for pages that became executable
+
+
+class Suspect(NamedTuple):
+    """A range of code that no thread should run in."""
+
+    start: int
+    end: int
+    what: str
+    weight: int
+
+
+class Suspects:
+    """Suspect ranges, of which a hostile process may have very many."""
+
+    def __init__(self, ranges: Sequence[Suspect]) -> None:
+        self._ranges = sorted(ranges)
+        self._starts = [suspect.start for suspect in self._ranges]
+
+    def __bool__(self) -> bool:
+        return bool(self._ranges)
+
+    def at(self, address: int) -> Suspect | None:
+        """The one that holds an address."""
+        number = bisect_right(self._starts, address) - 1
+        return self._ranges[number] if number >= 0 and address < self._ranges[number].end else None
+
+
+class Patch(NamedTuple):
+    """Executable memory of no image: a whole region, or a run of pages in one."""
+
+    start: int
+    end: int
+    view: View
+    writable: bool
+    leaves: list[Leaf]
+    whole: bool  # the region was made executable, as a whole
+
+    @property
+    def protection(self) -> str:
+        """What is told of its rights."""
+        if self.whole:
+            return self.view.protection
+        rights = "PAGE_EXECUTE_READWRITE" if self.writable else "PAGE_EXECUTE_READ"
+        return f"{rights} now, in a region made {self.view.protection}"
+
+
+def judge_code(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) -> tuple[list[Evidence], Suspects]:
+    """Everything odd, and the ranges in which no thread should run; the heaviest is looked at first.
+
+    ``trust_nx``: pages of this process are executable only where that was asked for.
+    """
+    evidence: list[Evidence] = []
+    suspects: list[Suspect] = []
+    patches = sorted(_patches(scene, pages, budget, trust_nx=trust_nx), key=lambda patch: -_first_weight(patch, scene))
+    for number, patch in enumerate(patches):
+        if number >= MAX_DETAILED or budget.over:
+            evidence.append(_counted(patches[number:], scene))
+            suspects += [_suspect(rest, _first_weight(rest, scene)) for rest in patches[number:]]
+            break
+        found = _judge(patch, scene, pages, budget)
+        evidence.append(found)
+        suspects.append(_suspect(patch, found.weight))
+    return evidence, Suspects(suspects)
+
+
+def _patches(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) -> Iterator[Patch]:
+    others: list[View] = []
+    for view in scene.views:
+        if view.image:
+            continue
+        if view.executable:
+            leaves = pages.leaves([(view.start, min(view.end, view.start + MAX_HASHED))], budget)
+            writable = view.writable or any(leaf.writable and leaf.executable for leaf in leaves)
+            yield Patch(view.start, view.end, view, writable, leaves, whole=True)
+        elif len(others) < MAX_VIEWS:
+            others.append(view)
+    if not (trust_nx and pages.has_nx):
+        return
+    found = pages.leaves([(view.start, view.end) for view in others], budget, executable=True)
+    starts = [view.start for view in others]
+    for run in merge(found):
+        low, end = run[0].va, run[-1].va + run[-1].size
+        while low < end:
+            view = others[bisect_right(starts, low) - 1]
+            high = min(end, view.end)
+            inside = [leaf for leaf in run if low <= leaf.va < high]
+            if inside:
+                yield Patch(low, high, view, any(leaf.writable for leaf in inside), inside, whole=False)
+            low = max(high, low + PAGE)
+
+
+def _first_weight(patch: Patch, scene: Scene) -> int:
+    """How much a patch weighs before its bytes are seen."""
+    if scene.began_in(patch.start, patch.end):
+        return 2
+    return 2 if patch.writable and scene.runtime is None else 1
+
+
+def _judge(patch: Patch, scene: Scene, pages: Pages, budget: Budget) -> Evidence:
+    digest, contents = pages.digest(patch.leaves, patch.start, patch.end, budget)
+    kind, weight, claim = _weigh(patch, scene, digest, contents)
+    file = patch.view.file
+    where = f"path {file.path}" if file else "no file" if patch.view.private else "shared memory of no file"
+    detail = f"{patch.protection}; {digest}; {where}"
+    return Evidence(claim, kind, patch.start, patch.end - patch.start, digest.sha256, detail, weight)
+
+
+def _weigh(patch: Patch, scene: Scene, digest: Digest, contents: Sequence[bytes]) -> tuple[str, int, str]:
+    file = patch.view.file
+    claim = ("writable and " if patch.writable else "") + "executable memory that belongs to no image"
+    if file is not None:
+        claim += f", but maps {file.path} as data"
+    elif not patch.view.private:
+        claim += " and can be shared with other processes"
+    if not patch.whole:
+        claim += ", made executable after it was allocated"
+    image = _find_image(patch, contents)
+    if image is not None:
+        return "injected-pe", 2, f"{claim} and holds {image[1]} at {image[0]:#x}"
+    if scene.began_in(patch.start, patch.end):
+        return "anon-exec", 2, f"{claim} and in which a thread began"
+    for leaf, raw in zip(small_of(patch.leaves), contents, strict=False):
+        shell = find_shellcode(raw)
+        if shell is not None:
+            return "anon-exec", 2, f"{claim} and holds shellcode at {leaf.va + shell[0]:#x}: {shell[1]}"
+    if scene.runtime is not None:
+        return "anon-exec", 1, f"{claim}, as {scene.runtime} makes it"
+    return "anon-exec", 2 if patch.writable and not digest.blank else 1, claim
+
+
+def _find_image(patch: Patch, contents: Sequence[bytes]) -> tuple[int, str] | None:
+    """Where an image begins in it: at the start of any page, by its header or by what is left of that."""
+    small = small_of(patch.leaves)
+    for leaf, raw in zip(small, contents, strict=False):
+        what = find_image(raw) if leaf.va % PAGE == 0 else None
+        if what is not None:
+            return leaf.va, what
+    by_va = {leaf.va: raw for leaf, raw in zip(small, contents, strict=False)}
+    first, second = by_va.get(patch.start), by_va.get(patch.start + PAGE)
+    if patch.whole and patch.end - patch.start >= 3 * PAGE and looks_wiped(first, second):
+        return patch.start, "compiled code behind a blank page, as an image whose header was wiped,"
+    return None
+
+
+def _counted(rest: Sequence[Patch], scene: Scene) -> Evidence:
+    first, size = rest[0].start, sum(patch.end - patch.start for patch in rest)
+    claim = f"{len(rest)} more executable regions of no image, {size} bytes together, were not looked at one by one"
+    return Evidence(claim, "anon-exec", first, size, weight=max(_first_weight(patch, scene) for patch in rest))
+
+
+def _suspect(patch: Patch, weight: int) -> Suspect:
+    file = patch.view.file
+    what = f"data file {file.path}" if file else "memory of no file"
+    return Suspect(patch.start, patch.end, f"executable {what} at {patch.start:#x}", weight)
