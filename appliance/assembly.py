@@ -17,7 +17,7 @@ from appliance.front import Front
 from appliance.hosts.qemu import is_running
 from appliance.hosts.targets import resolve
 from appliance.model import Decoy, GuestInfo, HoldPolicy, Verdict
-from appliance.opening import open_eye_or_none, open_eye_or_say, open_tap, teach
+from appliance.opening import open_eye_or_none, open_eye_or_say, open_other, open_tap, teach
 from appliance.plugging import Plugging
 from appliance.ports import GuestEye, PacketTap
 from appliance.respond.mailbox import Mailbox
@@ -46,6 +46,7 @@ class Options:
     never_ban: Path | None = None
     bans: Path | None = None  # where bans outlive a restart
     symbols: tuple[Path, ...] = ()  # folders with symbol tables of Windows
+    second_opinion: bool = False  # ask Volatility about denied processes, where it is installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +98,20 @@ def _open_guest(
     _say_mode(info, tell, options, policy, tap)
     if enforces:
         _say_decoys(info, tell, options, rules.decoys(eye.os if eye else ""))
+    other = open_other(info, options.symbols) if options.second_opinion else None
+    if other is not None:
+        opened.callback(other.close)
     watcher = partial(
         GuestWatch,
         info,
         tap,
         eye,
-        Engine(rules, Names(), hold=policy if enforces else None),
+        Engine(rules, Names(), hold=policy if enforces else None, other=other is not None),
         offer,
         time.time_ns,
         tell=tell,
         looked=partial(teach, learn),
+        other=other,
         hand=hand if enforces else None,
         hold=policy,
         decoys={decoy.name: decoy for decoy in options.decoys},

@@ -3,6 +3,7 @@
     FlowStarted ──▶ LookUp ──▶ LookedUp ──▶ (ask again) ──▶ add the process, then judge ──▶ (Handle ──▶ Handled)
                                                                                                     │
                             Report ◀── (GatherEvidence ──▶ EvidenceFound, where it is denied) ◀─────┘
+                               └─▶ (AskOther ──▶ OpinionFound ──▶ Report, again)
 
 One engine serves one guest. Time comes with each event, so that replay equals live (P10: add, then judge).
 
@@ -34,6 +35,7 @@ from appliance.messages import (
     Handled,
     LookedUp,
     LookUp,
+    OpinionFound,
     Report,
     SnapshotTaken,
     Tick,
@@ -64,6 +66,7 @@ from appliance.model import (
     Snapshot,
     Verdict,
 )
+from appliance.opinions import Opinions
 from appliance.rules.match import Subject, louder
 
 MAX_PROCESSES = 65_536  # of the process queue: twice a default pid_max
@@ -109,15 +112,22 @@ class Engine:
     """Judges every flow of one guest."""
 
     def __init__(
-        self, judge: Judge, names: Names, *, tags: tuple[str, ...] = (), hold: HoldPolicy | None = None
+        self,
+        judge: Judge,
+        names: Names,
+        *,
+        tags: tuple[str, ...] = (),
+        hold: HoldPolicy | None = None,
+        other: bool = False,
     ) -> None:
-        """``hold`` is the policy by which the tap holds new flows, if it does."""
+        """``hold`` is the policy by which the tap holds new flows, if it does; ``other``: AskOther will be answered."""
         self._judge = judge
         self._names = names
         self._os, self._tags = "", tags
         self._cases: dict[FlowId, Case] = {}
         self._pending: dict[FlowId, Verdict] = {}  # whose evidence is sought
         self._sought: dict[ProcessKey, list[FlowId]] = {}  # one search for all flows of a process
+        self._opinions = Opinions(wanted=other)
         self._acts = Acts(hold or HoldPolicy())
         self._due: list[tuple[int, int, Alarm, FlowId]] = []
         self._forgeries = Forgeries()
@@ -148,6 +158,9 @@ class Engine:
                 yield from self._ended(flow_id, at_ns)
             case EvidenceFound(flow_id, evidence, at_ns):
                 yield from self._evidenced(flow_id, evidence, at_ns)
+            case OpinionFound():
+                for verdict in self._opinions.hear(event):
+                    yield from self._report(verdict, again=True)
             case Decided(flow_id, allow, who, at_ns):
                 yield from self._decided(flow_id, allow, who)
             case SnapshotTaken(snapshot, os):
@@ -262,6 +275,7 @@ class Engine:
         self.processes.clear()
         self._by_pid.clear()
         self._evidence.clear()
+        self._opinions.clear()
         self._remembered.clear()
         for process in snapshot.processes:
             self._add(process)
@@ -362,7 +376,7 @@ class Engine:
             return
         looked_at_ns, evidence = self._evidence.get(process.key, (None, ()))
         if looked_at_ns is not None and at_ns - looked_at_ns < EVIDENCE_FRESH_NS:
-            yield from self._report(_with(verdict, evidence))
+            yield from self._tell(verdict, evidence, at_ns)
             return
         self._pending[verdict.flow.id] = verdict
         if process.key in self._sought:
@@ -380,11 +394,20 @@ class Engine:
         if len(self._evidence) > MAX_PROCESSES:
             self._evidence.popitem(last=False)
         for sought_for in self._sought.pop(process.key, ()):
-            yield from self._report(_with(self._pending.pop(sought_for), evidence))
+            yield from self._tell(self._pending.pop(sought_for), evidence, at_ns)
+
+    def _tell(self, verdict: Verdict, evidence: tuple[Evidence, ...], at_ns: int) -> Iterator[Command]:
+        """Report a denied process with what is foreign in it, and ask the other engine."""
+        process = verdict.binding.process
+        known = self._opinions.known(process.key, at_ns) if process else ()
+        verdict = _with(verdict, evidence + known)
+        yield from self._report(verdict)
+        yield from self._opinions.ask(verdict, at_ns)
 
     def _report(self, verdict: Verdict, *, again: bool = False) -> Iterator[Command]:
         if (waiting := self.waiting.get(verdict.flow.id)) is not None:
             waiting.verdict = verdict
+        self._opinions.update(verdict)
         case = self._cases.get(verdict.flow.id)
         if case is not None and not case.ended:
             self.records[verdict.flow.id] = verdict

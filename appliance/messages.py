@@ -16,6 +16,7 @@ from appliance.model import (
     FlowEvent,
     FlowId,
     GuestProcess,
+    ProcessKey,
     Snapshot,
     Verdict,
 )
@@ -50,14 +51,24 @@ class GatherEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class AskOther:
+    """Ask another engine what it sees in this process; answer with OpinionFound, in some seconds."""
+
+    process: GuestProcess
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """A flow is judged: write it down, show it. ``again``: the same verdict, after a person or a deadline decided."""
+    """A flow is judged: write it down, show it.
+
+    ``again``: the same verdict, after a person or a deadline decided, or with another engine's opinion.
+    """
 
     verdict: Verdict
     again: bool = False
 
 
-Command = LookUp | Handle | GatherEvidence | Report
+Command = LookUp | Handle | GatherEvidence | AskOther | Report
 
 
 # -- events beside the tap's --
@@ -102,6 +113,15 @@ class EvidenceFound:
 
 
 @dataclass(frozen=True, slots=True)
+class OpinionFound:
+    """The other engine's answer to AskOther; without evidence, it has none or could not answer."""
+
+    process: ProcessKey
+    evidence: tuple[Evidence, ...]
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotTaken:
     """A full look: seeds the process queue and the owners of connections that are already open."""
 
@@ -116,4 +136,4 @@ class Tick:
     at_ns: int
 
 
-Event = FlowEvent | LookedUp | Handled | Decided | EvidenceFound | SnapshotTaken | Tick
+Event = FlowEvent | LookedUp | Handled | Decided | EvidenceFound | OpinionFound | SnapshotTaken | Tick

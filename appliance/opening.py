@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from appliance.errors import ConfigError, GuestError, HostError, UsageError
+from appliance.evidence.volatility import SecondOpinion
+from appliance.evidence.volatility import probe as probe_other
 from appliance.flow.community import community_id
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
@@ -16,7 +18,7 @@ from appliance.guest.linux.eye import LinuxEye
 from appliance.memory.file import open_file
 from appliance.memory.qemu import open_qemu
 from appliance.model import GuestInfo, IpAddress, Snapshot, Transport
-from appliance.ports import GuestEye, GuestMemory, PacketTap
+from appliance.ports import GuestEye, GuestMemory, OtherEngine, PacketTap
 from appliance.tap import ladder
 from appliance.tap.af_packet import PortSource
 from appliance.tap.bpf.tap import KernelTap
@@ -81,6 +83,13 @@ def open_eye_or_none(info: GuestInfo, symbols: Sequence[Path] = ()) -> GuestEye 
         return open_eye(info, symbols)
     except (GuestError, HostError, UsageError):
         return None
+
+
+def open_other(info: GuestInfo, symbols: Sequence[Path] = ()) -> OtherEngine | None:
+    """Whom to ask for a second opinion; None: nobody is here, or the guest's memory cannot be reached."""
+    if info.pid is None or not probe_other().ok:
+        return None
+    return SecondOpinion(f"qemu:{info.pid}", symbols=symbols)
 
 
 def open_tap(info: GuestInfo, tell: Tell, *, rung: str | None, fail_closed: bool) -> tuple[PacketTap, Rung, Learn]:

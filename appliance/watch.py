@@ -19,6 +19,7 @@ from types import MappingProxyType
 from appliance.engine import Engine
 from appliance.errors import GuestError, GuestGone, HostError, ParasightError
 from appliance.messages import (
+    AskOther,
     Command,
     Event,
     EvidenceFound,
@@ -27,6 +28,7 @@ from appliance.messages import (
     Handled,
     LookedUp,
     LookUp,
+    OpinionFound,
     Report,
     SnapshotTaken,
     Tick,
@@ -46,7 +48,7 @@ from appliance.model import (
     TapStats,
     Verdict,
 )
-from appliance.ports import GuestEye, PacketHand, PacketTap
+from appliance.ports import GuestEye, OtherEngine, PacketHand, PacketTap
 
 POLL_S = 0.1  # how long a quiet guest is waited for before the engine's timers and the stop flag are looked at
 CHECK_NS = 1_000_000_000  # how often a guest is asked for signs of life
@@ -106,6 +108,7 @@ class GuestWatch:
         runs: Callable[[], bool] = lambda: True,
         reopen: Callable[[], GuestEye | None] = lambda: None,
         looked: Callable[[Snapshot], None] = lambda snapshot: None,
+        other: OtherEngine | None = None,
         hand: PacketHand | None = None,
         hold: HoldPolicy | None = None,
         decoys: Mapping[str, Decoy] = MappingProxyType({}),
@@ -118,11 +121,13 @@ class GuestWatch:
         ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
         same policy), ``decoys`` are the far ends of redirects by name. ``serve`` does what others ask of this thread,
         ``ports`` looks whether the guest's ports have changed. ``abandon`` leaves the tap as a dead appliance would:
-        for an operator who wants the guest's network to fail closed, also by an error of ours.
+        for an operator who wants the guest's network to fail closed, also by an error of ours. ``other`` is asked for
+        a second opinion.
         """
         self.info, self._tap, self._eye, self.engine = info, tap, eye, engine
         self._report, self.clock, self._tell = report, clock, tell
         self._runs, self._reopen, self._looked = runs, reopen, looked
+        self._other = other
         self._hand, self._hold, self._decoys, self._serve, self._ports = hand, hold, decoys, serve, ports
         self._abandon = abandon
         self._turns = 0
@@ -150,6 +155,7 @@ class GuestWatch:
                         self._spoke_ns = event.at_ns
                 self._tick(self.clock())
                 self._catch_up(quiet=quiet)
+                self._hear()
                 self._check()
                 self._serve()
                 self._turns += 1
@@ -165,6 +171,8 @@ class GuestWatch:
             self._end(f"a defect of Parasight, please report it: {error!r}\n{traceback.format_exc()}", failed=True)
         finally:
             self._drop_eye()
+            if self._other is not None:
+                self._other.close()
             self.summary.cpu_s = time.thread_time() - cpu_start_s
 
     def count_turns(self) -> int:
@@ -191,6 +199,14 @@ class GuestWatch:
         """Do one of the things that were put off, when nobody waits, or when it has waited long enough itself."""
         if self._later and (quiet or self.clock() - self._later[0][1] >= PUT_OFF_NS):
             self.take(self._find_foreign(self._later.popleft()[0]))
+
+    def _hear(self) -> None:
+        """Take what the other engine has found out meanwhile."""
+        for opinion in self._other.heard() if self._other is not None else ():
+            if opinion.trouble is not None:
+                self.summary.guest_errors["second opinion"] += 1
+                self._complain("second opinion", f"no second opinion, or not all of it: {opinion.trouble}")
+            self.take(OpinionFound(opinion.process, opinion.evidence, self.clock()))
 
     def _check(self) -> None:
         """Once a second: a guest that has ended sends no more packets, and its tap may stay; a kernel may restart."""
@@ -285,6 +301,11 @@ class GuestWatch:
                 return EvidenceFound(flow_id, (), self.clock())
             case GatherEvidence():
                 return self._find_foreign(command)
+            case AskOther(process):
+                if self._other is not None and self._eye is not None and self._other.ask(self._eye.os, process):
+                    return None
+                self.summary.guest_errors["second opinion"] += 1
+                return OpinionFound(process.key, (), self.clock())
             case Report(verdict, again):
                 if not again:
                     self.summary.count(verdict)

@@ -11,6 +11,7 @@ import typer
 
 from appliance.cli.progress import tell
 from appliance.cli.render import Output, console, print_objects, safe
+from appliance.evidence.volatility import probe as probe_volatility
 from appliance.flow.community import community_id
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
@@ -36,7 +37,8 @@ _WORDS = {
 
 def doctor(output: OutputOption = Output.TABLE) -> None:
     """Check this host: what works, what is missing, and the command that mends it."""
-    found = (*probe_host(), *probe_rungs(time.time_ns, community_id, _open_packets), *probe_ports(find_guests()))
+    rungs = probe_rungs(time.time_ns, community_id, _open_packets)
+    found = (*probe_host(), probe_volatility(), *rungs, *probe_ports(find_guests()))
     bodies = [
         {"name": one.name, "ok": one.ok, "required": one.required, "reason": one.reason, "remedy": one.remedy}
         for one in found

@@ -68,6 +68,9 @@ def watch(
     ] = None,
     never_ban: Annotated[Path | None, typer.Option(metavar="FILE", help="Networks that no ban may cover.")] = None,
     symbols: SymbolsOption = None,
+    second_opinion: Annotated[
+        bool, typer.Option(help="Let Volatility, where it is installed, look at denied processes too.")
+    ] = True,
     output: OutputOption = Output.TABLE,
     everything: AllOption = True,
 ) -> None:
@@ -80,6 +83,7 @@ def watch(
         never_ban=never_ban,
         bans=default_path().with_name("bans.json"),
         symbols=tuple(symbols or ()),
+        second_opinion=second_opinion,
     )
     seconds = parse_duration(duration)
     book = _rules(rules)
