@@ -146,6 +146,15 @@ def read_exports(
     return found
 
 
+def find_export_name(space: AddressSpace, base: int, headers: Headers) -> str:
+    """The name by which an image exports, e.g. "ntoskrnl.exe" of every kernel; empty where there is none."""
+    rva, size = headers.directories[_EXPORT] if headers.directories else (0, 0)
+    raw = _read_or_none(space, base + rva, 16) if rva and size >= 40 and rva < headers.size else None
+    name = int.from_bytes(raw[12:16], "little") if raw else 0
+    text = _read_or_none(space, base + name, min(64, PAGE - (base + name) % PAGE)) if 0 < name < headers.size else None
+    return (text or b"").split(b"\0", 1)[0].decode("ascii", "replace")
+
+
 def find_version(space: AddressSpace, base: int, headers: Headers) -> tuple[int, int, int, int] | None:
     """The file version in the image's resources, None where there is none or it is paged out."""
     rva, size = headers.directories[_RESOURCE] if len(headers.directories) > _RESOURCE else (0, 0)
