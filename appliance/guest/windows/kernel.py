@@ -246,7 +246,8 @@ class WindowsKernel:
     def _build(self) -> int:
         """The build number before Windows 10: the kernel's own variable, or the text beside it."""
         try:
-            number = self.space.u32(self.symbol("NtBuildNumber")) & 0xFFFF
+            where = self.find("NtBuildNumber")
+            number = self.space.u32(where) & 0xFFFF if where else 0  # XP's own debugger data does not name it
             if number in BUILDS:
                 return number
             text = self.space.read_text(self.symbol("NtBuildLab"), 16).split(b".", 1)[0]

@@ -107,6 +107,7 @@ KDBG_SYMBOLS = {
     "PspCidTable": 0x58,
     "ObpRootDirectoryObject": 0x98,
     "MmPfnDatabase": 0xC0,
+    "MmSystemRangeStart": 0x1D0,
     "NtBuildLab": 0x208,
     "KiProcessorBlock": 0x218,
     "CmNtCSDVersion": 0x268,

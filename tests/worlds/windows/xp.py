@@ -66,6 +66,7 @@ SYMBOLS = {  # of the kernel's image; invented
     "PsInitialSystemProcess": 0x83090,
     "ObpRootDirectoryObject": 0x830A0,
     "ObpObjectTypes": 0x83100,
+    "MmSystemRangeStart": 0x83200,
 }
 PROTECTIONS = [1, 2, 0x10, 0x20, 4, 8, 0x40, 0x80, 1, 0x202, 0x210, 0x220, 0x204, 0x208, 0x240, 0x280]
 PROTECTIONS += [1, 0x102, 0x110, 0x120, 0x104, 0x108, 0x140, 0x180, 1, 0x402, 0x410, 0x420, 0x404, 0x408, 0x440, 0x480]
@@ -593,8 +594,8 @@ class XpMachine:
         gpa = 0x0040_0000 if self.wide else 0x004D_7000  # XP: the first 512 MiB lie at 80000000
         self.space.map(self.base, gpa, count)
         self._cid = self.pool.take(b"Obtb", self.types.size("_HANDLE_TABLE"))
-        self._cid_entries = self.pool.take(b"Obtb", PAGE)
-        self._put(self._cid, "_HANDLE_TABLE.TableCode", self._cid_entries)
+        self._cid_pages = self.pool.take(b"Obtb", PAGE)
+        self._put(self._cid, "_HANDLE_TABLE.TableCode", self._cid_pages | 1)
         write, base = self.space.write, self.base
         write(base, image(self.image_size, self._pdb(), self._guid, wide=self.wide, base=base))
         for name in ("PsActiveProcessHead", "PsLoadedModuleList", "KdpDebuggerDataListHead"):
@@ -607,6 +608,7 @@ class XpMachine:
         write(base + SYMBOLS["CmNtCSDVersion"], struct.pack("<I", pack << 8))
         write(base + SYMBOLS["NtBuildNumber"], struct.pack("<I", 0xF000_0000 | build))
         self._pointer(base + SYMBOLS["PspCidTable"], self._cid)
+        self._pointer(base + SYMBOLS["MmSystemRangeStart"], 0xFFFF080000000000 if self.wide else 0x80000000)
         kdbg, signed = base + SYMBOLS["KdDebuggerDataBlock"], self._signed
         data = bytearray(0x318 if build == 3790 else 0x290)
         struct.pack_into(
@@ -792,9 +794,13 @@ class XpMachine:
         return va
 
     def _enter_cid(self, pid: int, va: int) -> None:
-        entry = self._cid_entries + pid // 4 * 2 * self.pointer
-        if entry + 2 * self.pointer <= self._cid_entries + PAGE:
-            self._pointer(entry, va)
+        """The pid's entry in PspCidTable, a table of one level above its pages of entries."""
+        per_page = PAGE // (2 * self.pointer)
+        page, index = divmod(pid // 4, per_page)
+        at = self._cid_pages + page * self.pointer
+        if not self._read_pointer(at):
+            self._pointer(at, self.pool.take(b"Obtb", PAGE))
+        self._pointer(self._read_pointer(at) + index * 2 * self.pointer, va)
 
     # -- private: user space --
 
@@ -1098,21 +1104,28 @@ SPECIAL: Json = {
 def image(size: int, pdb: str, guid: str, *, wide: bool, base: int, stamp: int = 0x4802517F) -> bytes:
     """The first pages of an image: headers, and the debug record at 2000."""
     debug = pe.Debug(pdb, guid, 1)
-    if wide:
-        pieces = pe.build(size, [pe.Section(".text", 0x1000, size - 0x1000, pe.CODE)], debug=debug, base=base)
-    else:
-        pieces = _image32(size, debug, base, stamp)
+    wide_pieces = pe.build(size, _sections(size), debug=debug, base=base) if wide else None
+    pieces = wide_pieces or _image32(size, debug, base, stamp)
     whole = bytearray(0x3000)
     for rva, data in pieces.items():
         whole[rva : rva + len(data)] = data
     return bytes(whole)
 
 
+def _sections(size: int) -> list[pe.Section]:
+    """Code, and data from 3f000 on where the image is that long: what tcpip.sys and the kernel write to lies there."""
+    data = 0x3F000 if size > 0x40000 else size - PAGE
+    return [
+        pe.Section(".text", 0x1000, data - 0x1000, pe.CODE),
+        pe.Section(".data", data, size - data, pe.DATA),
+    ]
+
+
 def _image32(size: int, debug: pe.Debug, base: int, stamp: int) -> dict[int, bytes]:
     record = pe._rsds(debug)
     directory = struct.pack("<IIHHIIII", 0, stamp, 0, 0, 2, len(record), 0x2040, 0x2040)
     dos = b"MZ".ljust(0x3C, b"\0") + struct.pack("<I", 0x80)
-    coff = struct.pack("<4sHHIIIHH", b"PE\0\0", 0x14C, 1, stamp, 0, 0, 0xE0, 0x10E)
+    coff = struct.pack("<4sHHIIIHH", b"PE\0\0", 0x14C, len(_sections(size)), stamp, 0, 0, 0xE0, 0x10E)
     optional = struct.pack(
         "<HBBIIIIIIIII", 0x10B, 7, 10, 0x1000, 0x1000, 0, 0x1000, 0x1000, 0x2000, base, 0x1000, 0x200
     )
@@ -1122,8 +1135,11 @@ def _image32(size: int, debug: pe.Debug, base: int, stamp: int) -> dict[int, byt
     directories = [(0, 0)] * 16
     directories[6] = (0x2000, len(directory))
     optional += b"".join(struct.pack("<II", *each) for each in directories)
-    section = struct.pack("<8sIIIIIIHHI", b".text", size - 0x1000, 0x1000, size - 0x1000, 0x1000, 0, 0, 0, 0, pe.CODE)
-    return {0: dos.ljust(0x80, b"\0") + coff + optional + section, 0x2000: directory.ljust(0x40, b"\0") + record}
+    table = b"".join(
+        struct.pack("<8sIIIIIIHHI", name.encode(), length, rva, length, rva, 0, 0, 0, 0, flags)
+        for name, rva, length, flags in _sections(size)
+    )
+    return {0: dos.ljust(0x80, b"\0") + coff + optional + table, 0x2000: directory.ljust(0x40, b"\0") + record}
 
 
 def _text(text: str, buffer: int, pointer: int) -> bytes:
