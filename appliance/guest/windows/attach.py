@@ -10,6 +10,7 @@ Sources: exports and symbols of ntoskrnl.exe (PsInitialSystemProcess, PsLoadedMo
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from appliance.guest.windows.isf import PdbId, SymbolTable
 from appliance.guest.windows.kernel import BUILDS, KUSER32, KUSER64, SymbolSource, UserShared, WindowsKernel
 from appliance.guest.windows.roots import (
     Root,
+    by_kpcr,
     check_root,
     find_by_stub,
     find_by_tables,
@@ -28,7 +30,6 @@ from appliance.guest.windows.roots import (
     looks_like_windows,
 )
 from appliance.guest.windows.space import PAGE, AddressSpace, Mode
-from appliance.guest.windows.xp_kpcr import find_by_kpcr
 from appliance.ports import GuestMemory
 
 __all__ = ["attach", "looks_like_windows"]
@@ -36,6 +37,7 @@ __all__ = ["attach", "looks_like_windows"]
 KERNELS = frozenset(("ntoskrnl.pdb", "ntkrnlmp.pdb", "ntkrnlpa.pdb", "ntkrpamp.pdb", "ntkrla57.pdb"))
 SPAN = 64 << 20  # how far below an address in it the kernel's image begins at most
 SYSTEM_PID = 4
+_DEBUGGER_LIST_AT, _TAG_AT = 0x20, 0x10  # in _DBGKD_GET_VERSION64, in _KDDEBUGGER_DATA64
 MAX_PAGES = 1 << 20  # mapped pages that are looked at for the beginning of an image
 MAX_KERNELS = 8  # in one RAM
 _EXPORTED = "ntoskrnl.exe"
@@ -71,11 +73,15 @@ def attach(
     trouble: GuestError = UnsupportedGuest(("no running Windows kernel was found in its memory",))
     for roots in _rounds(memory, lambda: clock() > end):
         best: WindowsKernel | None = None
+        lack: UnsupportedGuest | None = None
         for located in _locate_all(roots, lambda: clock() > end):
             try:
                 kernel = _assemble(located, symbols)
             except GuestGone:
                 raise
+            except UnsupportedGuest as error:
+                lack = error
+                continue
             except GuestError as error:
                 trouble = error
                 continue
@@ -83,6 +89,8 @@ def attach(
                 best = kernel
         if best:
             return best
+        if lack:  # its kernel is there: looking further would find no other
+            raise lack
         if clock() > end:
             raise OutOfTime("the guest's memory is too large to be searched in time")
     raise trouble
@@ -237,22 +245,29 @@ def _types(located: Located, symbols: SymbolSource | None) -> SymbolTable:
 
 
 def _find_kdbg(located: Located) -> int | None:
-    """The kernel's debugger data: where the processor's control block leads, else in a section that it may write to."""
-    view = find_by_kpcr(located.space, next((each.fs_base for each in located.space.memory.vcpus()), 0))
-    if view is not None and view.base == located.base and view.kdbg:
-        return view.kdbg
+    """The kernel's debugger data: what _KPCR of CPU 0 leads to (x86), else in a section it may write to."""
+    space = located.space
+    for version in by_kpcr(space) if space.pointer_size == 4 else ():
+        try:
+            kdbg = space.u32(space.u32(version + _DEBUGGER_LIST_AT))
+            if _is_kdbg(located, space.read(kdbg + _TAG_AT, 16)):
+                return kdbg
+        except UnreadableMemory:
+            continue
     for section in located.headers.sections:
         if section.flags & pe.WRITE:
-            start = located.base + section.rva
-            for at in range(0, min(section.size, 4 << 20), PAGE):
-                raw = located.space.readv([(start + at, PAGE), (start + at, 2 * PAGE)])
-                data = raw[1] or raw[0] or b""
-                found = data.find(b"KDBG")
-                if found >= 0x10:
-                    base = int.from_bytes(data[found + 8 : found + 8 + located.space.pointer_size], "little")
-                    if base == located.base:
-                        return start + at + found - 0x10
+            pages = range(located.base + section.rva, located.base + section.rva + min(section.size, 4 << 20), PAGE)
+            for page, data in zip(pages, space.readv([(page, PAGE) for page in pages]), strict=True):
+                for found in re.finditer(b"KDBG", data or b""):
+                    if found.start() >= _TAG_AT and _is_kdbg(located, (data or b"")[found.start() :]):
+                        return page + found.start() - _TAG_AT
     return None
+
+
+def _is_kdbg(located: Located, raw: bytes) -> bool:
+    """Whether these bytes, from OwnerTag on, name this kernel."""
+    size = located.space.pointer_size
+    return raw[:4] == b"KDBG" and raw[8 : 8 + size] == located.base.to_bytes(size, "little")
 
 
 def _build(located: Located, kdbg: int) -> int:

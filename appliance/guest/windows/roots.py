@@ -121,7 +121,7 @@ def _kernel_roots(space: AddressSpace, cpu: VcpuState) -> Iterator[int]:
 def _entries(space: AddressSpace, cpu: VcpuState) -> Iterator[int]:
     """Addresses where the CPU enters the kernel, of the kernel's half only."""
     lowest = 1 << 63 if space.pointer_size == 8 else 0x8000_0000
-    for va in (cpu.lstar, *_handlers(space, cpu.idt_base), *_by_kpcr(space, cpu.fs_base), cpu.rip):
+    for va in (cpu.lstar, *_handlers(space, cpu.idt_base), *_kernel_bases(space, cpu.fs_base), cpu.rip):
         if lowest <= va < 1 << 8 * space.pointer_size:
             yield va
 
@@ -136,14 +136,23 @@ def _handlers(space: AddressSpace, idt: int) -> Iterator[int]:
             yield int.from_bytes(raw[6:8], "little") << 16 | int.from_bytes(raw[:2], "little")
 
 
-def _by_kpcr(space: AddressSpace, fs_base: int) -> Iterator[int]:
-    """x86: FS -> _KPCR -> KdVersionBlock -> KernBase."""
-    if space.pointer_size == 4:
-        for pcr in dict.fromkeys((fs_base, _KPCR32)):
-            try:
-                yield space.u32(space.u32(pcr + _VERSION_BLOCK_AT) + _KERNEL_BASE_AT)
-            except UnreadableMemory:
-                continue
+def by_kpcr(space: AddressSpace, fs_base: int = _KPCR32) -> Iterator[int]:
+    """x86: FS -> _KPCR -> KdVersionBlock, a _DBGKD_GET_VERSION64; only CPU 0 has one."""
+    for pcr in dict.fromkeys((fs_base, _KPCR32)):
+        try:
+            version = space.u32(pcr + _VERSION_BLOCK_AT)
+        except UnreadableMemory:
+            continue
+        if version:
+            yield version
+
+
+def _kernel_bases(space: AddressSpace, fs_base: int = _KPCR32) -> Iterator[int]:
+    for version in by_kpcr(space, fs_base) if space.pointer_size == 4 else ():
+        try:
+            yield space.u32(version + _KERNEL_BASE_AT)
+        except UnreadableMemory:
+            continue
 
 
 # -- the low stub --
@@ -184,7 +193,7 @@ def find_by_tables(
             shared = None if root is None else check_root(memory, root, mode)
             if root is not None and shared:
                 space = AddressSpace(memory, root, mode)
-                yield Root(space, shared, tuple(_by_kpcr(space, _KPCR32)), "by page tables that name themselves")
+                yield Root(space, shared, tuple(_kernel_bases(space)), "by page tables that name themselves")
                 left -= 1
                 if not left:
                     return
