@@ -46,7 +46,7 @@ class Files:
         found: dict[int, tuple[int, bool, Wide]] = {}
         for va, raw in zip(wanted, kernel.space.readv([record.span(va) for va in wanted]), strict=True):
             kind, device, deleted, size, buffer = record.parse(raw) if raw is not None else (0, 0, 0, 0, 0)
-            if (kind == IO_TYPE_FILE or not self._typed) and kernel.is_kernel(device):
+            if raw is not None and (kind == IO_TYPE_FILE or not self._typed):
                 found[va] = device, deleted == 1, Wide(buffer, min(size, MAX_PATH))
         fresh = [(va, name) for va, (_, _, name) in found.items() if name.size and (va, name) not in self._texts]
         if len(self._texts) + len(fresh) > MAX_CACHE:
@@ -67,6 +67,7 @@ class Files:
         self._devices.clear()
 
     def _device(self, va: int) -> str:
+        """The path of a device, empty where it has no name."""
         if va not in self._devices:
             if len(self._devices) >= MAX_CACHE:
                 self._devices.clear()

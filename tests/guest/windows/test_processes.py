@@ -1,0 +1,290 @@
+"""The list of processes, what each one is called, and what is not on the list."""
+
+import random
+
+import pytest
+
+from appliance.errors import GuestError
+from appliance.guest.windows.cid import OtherViews
+from appliance.guest.windows.processes import TRIES, Processes
+from appliance.model import Flag, Missing
+from tests.guest.windows.machines import kernel_of, peek, poke
+from tests.worlds.windows.xp import XpMachine
+
+OLD = {"xp-sp3": ("xp-sp3", True), "xp-sp2 without PAE": ("xp-sp2", False), "2003-sp2": ("2003-sp2", True)}
+OLD |= {"2003-sp2-x64": ("2003-sp2-x64", True)}
+ALICE = "S-1-5-21-1-2-3-500"
+
+
+@pytest.fixture(params=OLD)
+def machine(request):
+    era, pae = OLD[request.param]
+    made = XpMachine(era, pae=pae)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def xp():
+    made = XpMachine("xp-sp3")
+    yield made
+    made.close()
+
+
+def links(machine):
+    return machine.types.offset("_EPROCESS.ActiveProcessLinks")
+
+
+def test_every_listed_process_is_found_with_its_pid_parent_times_and_page_tables(machine):
+    machine.process("notepad.exe")
+    listing = Processes(kernel_of(machine)).walk()
+    expected = [(each.va, each.pid, each.ppid, each.dtb) for each in machine.processes]
+    assert [(raw.va, raw.pid, raw.ppid, raw.dtb) for raw in listing.processes] == expected
+    assert [raw.created for raw in listing.processes[1:]] == [
+        (each.created - 116_444_736_000_000_000) * 100 for each in machine.processes[1:]
+    ]
+    assert (listing.gaps, listing.torn) == ([], 0)
+
+
+def test_a_process_that_starts_between_two_looks_is_in_the_second_one_and_one_that_ends_is_not(machine):
+    processes = Processes(kernel_of(machine))
+    before = {raw.pid for raw in processes.walk().processes}
+    made = machine.process("late.exe")
+    assert {raw.pid for raw in processes.walk().processes} == before | {made.pid}
+    node, space = made.va + links(machine), machine.space
+    size = machine.types.pointer_size
+    flink, blink = space.read(node, size), space.read(node + size, size)
+    space.write(int.from_bytes(blink, "little"), flink)
+    space.write(int.from_bytes(flink, "little") + size, blink)
+    space.write(made.va, b"\xdd" * machine.types.size("_EPROCESS"))
+    listing = processes.walk()
+    assert ({raw.pid for raw in listing.processes}, listing.gaps) == (before, [])
+
+
+def test_names_are_whole_though_the_kernel_keeps_fourteen_characters(machine):
+    made = machine.process("a-very-long-name-indeed.exe")
+    processes = Processes(kernel_of(machine))
+    raw = next(raw for raw in processes.walk().processes if raw.pid == made.pid)
+    assert (raw.name[:14], processes.describe(raw).name) == ("a-very-long-na", "a-very-long-name-indeed.exe")
+
+
+def test_a_name_that_the_short_one_contradicts_is_not_believed(xp):
+    made = xp.process("honest.exe")
+    poke(xp, made.va, "_EPROCESS.ImageFileName", int.from_bytes(b"other.exe", "little"))
+    processes = Processes(kernel_of(xp))
+    assert processes.describe(processes.read(made.va)).name == "other.exe"
+
+
+def test_paths_have_drive_letters_and_the_kernels_word_counts_where_the_process_lies(xp):
+    processes = Processes(kernel_of(xp))
+    liar = xp.process("liar.exe", path="C:\\Temp\\liar.exe")
+    text = "C:\\WINDOWS\\x.exe".encode("utf-16-le")
+    parameters = peek_user(xp, liar, "_PEB.ProcessParameters")
+    where = parameters + xp.types.offset("_RTL_USER_PROCESS_PARAMETERS.ImagePathName")
+    buffer = int.from_bytes(liar.space.read(where + 4, 4), "little")
+    liar.space.write(buffer, text)
+    described = {process.pid: process for process in processes.describe_all(processes.walk().processes)}
+    assert described[liar.pid].path == "C:\\Temp\\liar.exe"
+    assert described[xp.svchost.pid].path == "C:\\WINDOWS\\system32\\svchost.exe"
+
+
+def peek_user(machine, process, path):
+    peb = peek(machine, process.va, "_EPROCESS.Peb")
+    field = machine.types.field(path)
+    return int.from_bytes(process.space.read(peb + field.offset, field.size), "little")
+
+
+def test_a_process_cannot_rename_the_drive_that_earlier_ones_name(xp):
+    liar = xp.process("liar.exe", path="C:\\WINDOWS\\system32\\liar.exe")
+    parameters = peek_user(xp, liar, "_PEB.ProcessParameters")
+    where = parameters + xp.types.offset("_RTL_USER_PROCESS_PARAMETERS.ImagePathName")
+    buffer = int.from_bytes(liar.space.read(where + 4, 4), "little")
+    liar.space.write(buffer, "Z".encode("utf-16-le"))
+    processes = Processes(kernel_of(xp))
+    assert (
+        processes.describe(processes.read(liar.va)).path == "Z:\\WINDOWS\\system32\\liar.exe"
+    )  # it is all we know yet
+    processes.forget()
+    paths = {process.path for process in processes.describe_all(processes.walk().processes)}
+    assert "C:\\WINDOWS\\system32\\liar.exe" in paths and not any(str(path).startswith("Z") for path in paths)
+
+
+def test_system_has_no_path_and_no_command_line(machine):
+    processes = Processes(kernel_of(machine))
+    system = processes.describe(processes.walk().processes[0])
+    assert (system.name, system.pid) == ("System", 4)
+    assert (system.path, system.command) == (Missing.NOT_APPLICABLE, Missing.NOT_APPLICABLE)
+    assert (system.sid, system.user, system.session) == ("S-1-5-18", "NT AUTHORITY\\SYSTEM", 0)
+
+
+def test_commands_users_sessions_and_services_are_told(machine):
+    host = machine.process(
+        "svchost.exe", command="C:\\WINDOWS\\system32\\svchost.exe -k netsvcs -p -s Schedule", sid="S-1-5-19", session=0
+    )
+    person = machine.process("notepad.exe", sid=ALICE, session=2)
+    processes = Processes(kernel_of(machine))
+    found = {process.pid: process for process in processes.describe_all(processes.walk().processes)}
+    assert (found[host.pid].services, found[host.pid].user) == (("Schedule",), "NT AUTHORITY\\LOCAL SERVICE")
+    assert found[host.pid].command.endswith("-s Schedule")
+    assert (found[person.pid].sid, found[person.pid].session) == (ALICE, 2)
+    assert found[person.pid].user == "LAB\\alice"  # its environment says so
+    assert found[machine.svchost.pid].services == ()
+
+
+def test_another_process_called_svchost_like_does_not_host_services(machine):
+    fake = machine.process("svch0st.exe", command="svch0st.exe -k netsvcs -s Schedule")
+    processes = Processes(kernel_of(machine))
+    assert processes.describe(processes.read(fake.va)).services == ()
+
+
+def test_an_unreadable_command_line_is_said_to_be_and_is_read_once_it_can_be(xp):
+    made = xp.process("paged.exe")
+    processes = Processes(kernel_of(xp))
+    peb = peek(xp, made.va, "_EPROCESS.Peb")
+    where = peb + xp.types.offset("_PEB.ProcessParameters")
+    good = made.space.read(where, 4)
+    made.space.write(where, (0x6660000).to_bytes(4, "little"))
+    first = processes.describe(processes.read(made.va))
+    assert (first.command, first.path) == (
+        Missing.UNREADABLE,
+        "\\Device\\HarddiskVolume1\\WINDOWS\\system32\\paged.exe",
+    )
+    made.space.write(where, good)
+    assert processes.describe(processes.read(made.va)).command == "C:\\WINDOWS\\system32\\paged.exe"
+
+
+def test_a_description_is_made_once_and_again_when_the_token_changed(machine):
+    made = machine.process("notepad.exe", sid=ALICE)
+    processes = Processes(kernel_of(machine))
+    raw = processes.read(made.va)
+    first = processes.describe(raw)
+    assert processes.describe(processes.read(made.va)) is first
+    poke(machine, made.va, "_EPROCESS.Token", peek(machine, machine.system.va, "_EPROCESS.Token"))
+    assert processes.describe(processes.read(made.va)).sid == "S-1-5-18"
+
+
+def test_one_that_has_exited_is_stale_and_nothing_is_read_through_its_page_tables(machine):
+    gone = machine.process("gone.exe", exited=True)
+    processes = Processes(kernel_of(machine))
+    found = processes.describe(processes.read(gone.va))
+    assert (found.flags, found.command) == ((Flag.STALE,), Missing.UNREADABLE)
+
+
+def test_a_hidden_process_is_no_listed_one_and_yet_a_process(machine):
+    hidden = machine.process("hidden.exe", pid=600, hidden=True)
+    processes = Processes(kernel_of(machine))
+    listing = processes.walk()
+    assert hidden.pid not in {raw.pid for raw in listing.processes}
+    raw = processes.find(hidden.va)
+    assert raw is not None and not processes.is_listed(raw)
+    assert processes.describe(raw, hidden=True).flags == (Flag.HIDDEN_PROCESS,)
+    assert processes.describe(raw).flags == ()
+
+
+def test_what_the_id_table_knows_and_the_list_does_not_is_hidden_and_nothing_else_is(machine):
+    hidden = machine.process("hidden.exe", pid=600, hidden=True)
+    machine.process("gone.exe", pid=604, hidden=True, exited=True)
+    kernel = kernel_of(machine)
+    processes = Processes(kernel)
+    sightings, gaps = OtherViews(kernel, processes).find_hidden(processes.walk())
+    assert [(each.process.va, each.views) for each in sightings] == [(hidden.va, ("cid",))]
+    assert gaps == []
+
+
+def test_a_process_that_started_after_the_walk_is_listed_and_not_called_hidden(machine):
+    kernel = kernel_of(machine)
+    processes = Processes(kernel)
+    listing = processes.walk()
+    late = machine.process("late.exe", pid=600)
+    assert OtherViews(kernel, processes).find_hidden(listing)[0] == []
+    assert processes.is_listed(processes.find(late.va))
+
+
+def test_only_what_is_a_process_is_one(machine):
+    processes = Processes(kernel_of(machine))
+    made = machine.process("notepad.exe")
+    assert processes.is_process(made.va)
+    assert not any(map(processes.is_process, (0, made.va + 8, made.va - 0x40, made.threads[0], 0x400000, 1 << 63)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("_EPROCESS.Pcb.Header.Type", 6),
+        ("_EPROCESS.UniqueProcessId", 601),
+        ("_EPROCESS.UniqueProcessId", 0),
+        ("_EPROCESS.Pcb.DirectoryTableBase", 0),
+        ("_EPROCESS.CreateTime", 0x1234),
+        ("_EPROCESS.ThreadListHead.Flink", 0x80500000),
+    ],
+)
+def test_a_structure_that_contradicts_itself_is_no_process(xp, path, value):
+    made = xp.process("notepad.exe")
+    processes = Processes(kernel_of(xp))
+    before = {name: peek(xp, made.va, f"_EPROCESS.ThreadListHead.{name}") for name in ("Flink", "Blink")}
+    poke(xp, made.va, path, value)
+    if "ThreadListHead" in path:
+        poke(xp, made.va, "_EPROCESS.ThreadListHead.Blink", value)
+    assert before and not processes.is_process(made.va)
+
+
+def test_an_object_of_another_type_with_the_bytes_of_a_process_is_no_process(xp):
+    made = xp.process("notepad.exe")
+    processes = Processes(kernel_of(xp))
+    body = xp.types.offset("_OBJECT_HEADER.Body")
+    where = xp.types.offset("_OBJECT_HEADER.Type") - body
+    xp.space.write(made.va + where, xp.space.read(made.threads[0] + where, 4))
+    assert not processes.is_process(made.va)
+
+
+def test_a_broken_list_is_told_from_both_ends_and_the_break_is_named(machine):
+    made = [machine.process(f"p{number}.exe") for number in range(6)]
+    broken = made[2]
+    poke(machine, broken.va, "_EPROCESS.ActiveProcessLinks.Flink", 0x0BAD)
+    listing = Processes(kernel_of(machine)).walk()
+    assert {raw.pid for raw in listing.processes} == {each.pid for each in machine.processes}
+    assert (len(listing.gaps), listing.torn) == (1, TRIES)
+    assert listing.gaps[0].address == 0x0BAD
+
+
+def test_one_that_is_unlinked_in_one_direction_only_is_found_by_the_other(machine):
+    made = [machine.process(f"p{number}.exe") for number in range(3)]
+    node = made[1].va + links(machine)
+    poke(machine, made[0].va, "_EPROCESS.ActiveProcessLinks.Flink", made[2].va + links(machine))
+    listing = Processes(kernel_of(machine)).walk()
+    assert made[1].pid in {raw.pid for raw in listing.processes}
+    assert listing.gaps and listing.gaps[0].address == made[2].va + links(machine) != node
+
+
+def test_a_circle_in_the_list_ends_the_walk(machine):
+    made = [machine.process(f"p{number}.exe") for number in range(3)]
+    poke(machine, made[2].va, "_EPROCESS.ActiveProcessLinks.Flink", made[0].va + links(machine))
+    poke(machine, made[0].va, "_EPROCESS.ActiveProcessLinks.Blink", made[2].va + links(machine))
+    listing = Processes(kernel_of(machine)).walk()
+    assert len(listing.processes) <= len(machine.processes) and listing.gaps
+
+
+def test_whatever_the_bytes_say_a_look_ends_and_raises_nothing_but_guest_errors():
+    machine, dice = XpMachine("xp-sp3", ram=32 << 20), random.Random(7)
+    machine.process("hidden.exe", pid=600, hidden=True)
+    kernel = kernel_of(machine)
+    targets = [(each.va, machine.types.size("_EPROCESS")) for each in machine.processes]
+    targets += [(peek(machine, each.va, "_EPROCESS.Token") & ~7, 0x100) for each in machine.processes]
+    for _ in range(400):
+        va, size = dice.choice(targets)
+        at = va + dice.randrange(size) & ~3
+        old = machine.space.read(at, 8)
+        junk = dice.choice([dice.randbytes(8), dice.choice(targets)[0].to_bytes(8, "little"), bytes(8), b"\xdd" * 8])
+        machine.space.write(at, junk)
+        processes = Processes(kernel)
+        kernel.forget()
+        try:
+            listing = processes.walk()
+            processes.describe_all(listing.processes)
+            OtherViews(kernel, processes).find_hidden(listing)
+        except GuestError:
+            pass
+        machine.space.write(at, old)
+    whole = Processes(kernel).walk()
+    assert len(whole.processes) == len(machine.processes) - 1 and not whole.gaps
+    machine.close()
