@@ -1,0 +1,5 @@
+"""Guests made of bytes: Windows."""
+
+from tests.worlds.windows.machine import FAMILIES, Machine
+
+__all__ = ["FAMILIES", "Machine"]
