@@ -1,7 +1,7 @@
 """A kernel that has booted: page tables, its image, shared user data, the debugger's blocks, drivers, pools, types.
 
-Sources: the low stub (PROCESSOR_START_BLOCK) and where engines look for it: volatility3 automagic/pdbscan.py; KPCR, KDBG
-and the version block: wdbgexts.h; everything else by the symbol table in use.
+Sources: the low stub (PROCESSOR_START_BLOCK) and where engines look for it: volatility3 automagic/pdbscan.py; KPCR,
+KDBG and the version block: wdbgexts.h; everything else by the symbol table in use.
 """
 
 from __future__ import annotations

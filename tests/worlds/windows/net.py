@@ -17,7 +17,6 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from tests.worlds.windows.boot import Kernel, filetime
-from tests.worlds.windows.paging import PAGE
 from tests.worlds.windows.processes import Process
 
 STATES = {
@@ -274,12 +273,7 @@ class Net:
         return self.kernel.types.pack("_RTL_DYNAMIC_HASH_TABLE", values)
 
     def _directory(self, used: int, size: int) -> int:
-        take = (
-            self.kernel.nonpaged.take
-            if 16 * size < PAGE - 64
-            else lambda _, body: self.kernel.nonpaged.take_pages(body)
-        )
-        va = take(b"HTab", 16 * size)
+        va = self.kernel.nonpaged.take(b"HTab", 16 * size)
         heads = (va + 16 * number for number in range(used))
         self.kernel.space.write(va, b"".join(struct.pack("<QQ", head, head) for head in heads))
         return va
@@ -388,7 +382,7 @@ class Net:
 
 
 class Layout:
-    """Offsets of tcpip.sys by Volatility's table of a build; those of 26100 moved as MemProcFS says, its owner beyond."""
+    """Offsets of tcpip.sys by Volatility's table; those of 26100 moved as MemProcFS says, its owner beyond."""
 
     def __init__(self, family: str) -> None:
         self._types = _netscan("20348" if family == "26100" else family)["user_types"]
