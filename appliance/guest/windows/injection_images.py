@@ -110,7 +110,7 @@ def _unlisted(view: View, module: Module | None, scene: Scene) -> tuple[int, str
         return 0, claim
     if not scene.lists_whole:
         return 1, f"{claim}, which could not be read to their ends"
-    if place is not None and _is_windows(place) and not scene.began_in(view.start, view.end):
+    if place is not None and _is_systems(place, scene) and not scene.began_in(view.start, view.end):
         return 1, f"{claim}, as of images that are opened for their resources only"
     return 2, claim
 
@@ -233,8 +233,9 @@ def _digest(view: View, pages: Pages, budget: Budget) -> Digest:
     return pages.digest(pages.leaves([(view.start, end)], budget), view.start, end, budget)[0]
 
 
-def _is_windows(place: Place) -> bool:
-    return place.rest.startswith("\\windows\\")
+def _is_systems(place: Place, scene: Scene) -> bool:
+    """Whether a file lies among the system's own."""
+    return place.rest.startswith("\\windows\\") and odd_place(place, scene.program, system=scene.system) is None
 
 
 def _first_word(command: str) -> str:

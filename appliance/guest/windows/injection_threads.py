@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from appliance.guest.budget import Budget
 from appliance.guest.windows.injection_bytes import is_call
-from appliance.guest.windows.injection_code import Suspect, Suspects
+from appliance.guest.windows.injection_code import Suspects
 from appliance.guest.windows.injection_pages import PAGE
 from appliance.guest.windows.injection_views import Scene, View
 from appliance.guest.windows.kernel import WindowsKernel
@@ -145,25 +145,24 @@ def _judge_all(
 
 
 def _begun(place: Place, scene: Scene, suspects: Suspects) -> Evidence | None:
-    """Where it began. The heaviest of its two beginnings counts."""
+    """Where it began. The heaviest of its two beginnings counts; only where neither is mapped, that counts."""
     found: list[Evidence] = []
-    for word, address in place.starts:
+    for _, address in place.starts:
         hit, view = suspects.at(address), scene.at(address)
         if hit is not None:
-            found.append(_evidence(f"{_who(place)} began in {hit.what}", place, address, 2, word))
+            found.append(_evidence(f"{_who(place)} began in {hit.what}", place, address, 2))
         elif view is None:
-            if word == "StartAddress" or address > 0xFFFF:
-                claim = f"{_who(place)} began at {address:#x}, where nothing is mapped any more"
-                found.append(_evidence(claim, place, address, 1, word))
+            continue
         elif not view.image:
             weight = 2 if view.executable else 1
-            claim = f"{_who(place)} began in {_region(view)}"
-            found.append(_evidence(claim, place, address, weight, word))
+            found.append(_evidence(f"{_who(place)} began in {_region(view)}", place, address, weight))
         elif scene.modules and scene.lists_whole and not scene.is_listed(view):
-            claim = (
-                f"{_who(place)} began in {view.file.path if view.file else view.name}, which the loader does not know"
-            )
-            found.append(_evidence(claim, place, address, 2, word))
+            name = view.file.path if view.file else view.name
+            found.append(_evidence(f"{_who(place)} began in {name}, which the loader does not know", place, address, 2))
+    if place.starts and all(scene.at(address) is None for _, address in place.starts):
+        address = place.starts[0][1]
+        claim = f"{_who(place)} began at {address:#x}, where nothing is mapped any more"
+        found.append(_evidence(claim, place, address, 1))
     return max(found, key=lambda one: one.weight, default=None)
 
 
@@ -172,11 +171,11 @@ def _running(place: Place, scene: Scene, suspects: Suspects) -> Evidence | None:
         return None
     hit, view = suspects.at(place.rip), scene.at(place.rip)
     if hit is not None:
-        return _evidence(f"{_who(place)} runs in {hit.what}", place, place.rip, max(hit.weight, 1), "rip")
+        return _evidence(f"{_who(place)} runs in {hit.what}", place, place.rip, max(hit.weight, 1))
     if view is None:
-        return _evidence(f"{_who(place)} runs where nothing is mapped", place, place.rip, 2, "rip")
+        return _evidence(f"{_who(place)} runs where nothing is mapped", place, place.rip, 2)
     if not view.image:
-        return _evidence(f"{_who(place)} runs in {_region(view)}", place, place.rip, 2, "rip")
+        return _evidence(f"{_who(place)} runs in {_region(view)}", place, place.rip, 2)
     return None
 
 
@@ -185,7 +184,7 @@ def _queued(place: Place, scene: Scene, suspects: Suspects) -> Evidence | None:
         hit, view = suspects.at(routine), scene.at(routine)
         if hit is not None or (view is not None and not view.image and view.executable):
             what = hit.what if hit is not None else _region(view) if view is not None else ""
-            return _evidence(f"an APC waits to run {what} in {_who(place)}", place, routine, 2, "APC")
+            return _evidence(f"an APC waits to run {what} in {_who(place)}", place, routine, 2)
     return None
 
 
@@ -210,7 +209,7 @@ def _returning(place: Place, scene: Scene, suspects: Suspects, space: AddressSpa
             before = space.readv([(word - 7, 7)])[0]
             if before is not None and is_call(before):
                 claim = f"the stack of {_who(place)} holds a return address into {hit.what}"
-                return _evidence(claim, place, low + size * number, 1, "return address")
+                return _evidence(claim, place, low + size * number, 1)
     return None
 
 
@@ -228,18 +227,11 @@ def _region(view: View) -> str:
     return f"{view.protection} {what} at {view.start:#x}"
 
 
-def _evidence(claim: str, place: Place, address: int, weight: int, word: str) -> Evidence:
+def _evidence(claim: str, place: Place, address: int, weight: int) -> Evidence:
     thread = place.thread
-    parts = [
-        f"thread {thread.tid}",
-        f"{word} {address:#x}",
-        f"StartAddress {thread.start:#x}",
-        f"Win32StartAddress {thread.win32_start:#x}",
-        f"rip {place.rip:#x}" if place.rip else "rip ?",
-    ]
-    if thread.suspended:
-        parts.append(f"suspended {thread.suspended} times")
-    return Evidence(claim, "foreign-thread", address, 0, None, "; ".join(parts), weight)
-
-
-__all__ = ["Place", "Suspect", "ThreadReader", "judge_threads"]
+    rip = f"{place.rip:#x}" if place.rip else "?"
+    detail = (
+        f"thread {thread.tid}; rip {rip}; StartAddress {thread.start:#x}; Win32StartAddress {thread.win32_start:#x}"
+        + f"; suspended {thread.suspended} times" * (thread.suspended > 0)
+    )
+    return Evidence(claim, "foreign-thread", address, 0, None, detail, weight)

@@ -128,10 +128,10 @@ class Media:
     """Tells where files lie that are not on a fixed disk of the guest."""
 
     def __init__(self, kernel: WindowsKernel) -> None:
-        """Raises UnsupportedGuest."""
-        self._kernel = kernel
-        self._file = Record(kernel.types, "_FILE_OBJECT", ("DeviceObject",))
-        self._device = Record(kernel.types, "_DEVICE_OBJECT", ("Type", "DeviceType?", "Characteristics?"))
+        self._kernel, types = kernel, kernel.types
+        known = types.has("_FILE_OBJECT.DeviceObject") and types.has("_DEVICE_OBJECT.DeviceType")
+        self._file = Record(types, "_FILE_OBJECT", ("DeviceObject",)) if known else None
+        self._device = Record(types, "_DEVICE_OBJECT", ("DeviceType", "Characteristics?")) if known else None
 
     def files(self, vads: Sequence[Vad]) -> dict[int, MappedFile]:
         """The files behind regions, by address of the `_FILE_OBJECT`."""
@@ -140,10 +140,10 @@ class Media:
     def look(self, known: Mapping[int, OpenFile]) -> dict[int, MappedFile]:
         """The same of file objects whose path is known, and whether it is being deleted."""
         vas = list(known)
-        devices = [int(self._file.parse(raw)[0]) if raw else 0 for raw in self._read(self._file, vas)]
+        devices = [int.from_bytes(raw or b"", "little") for raw in self._read(self._file, vas)]
         found: dict[int, MappedFile] = {}
         for va, raw in zip(vas, self._read(self._device, devices), strict=True):
-            _, kind, traits = self._device.parse(raw) if raw else (0, 0, 0)
+            kind, traits = self._device.parse(raw) if raw and self._device else (0, 0)
             path, deleted = known[va].path or "?", known[va].delete_pending
             place = parse_place(path)
             remote = kind in NETWORK or bool(traits & REMOTE_DEVICE) or place.volume == "unc"
@@ -151,7 +151,9 @@ class Media:
             found[va] = MappedFile(path, place, deleted, remote, removable)
         return found
 
-    def _read(self, record: Record, vas: Sequence[int]) -> list[bytes | None]:
+    def _read(self, record: Record | None, vas: Sequence[int]) -> list[bytes | None]:
+        if record is None:
+            return [None] * len(vas)
         fits = [self._kernel.is_kernel(va) for va in vas]
         raws = self._kernel.space.readv([record.span(va) for va, fit in zip(vas, fits, strict=True) if fit])
         given = iter(raws)
