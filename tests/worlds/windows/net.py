@@ -53,6 +53,7 @@ class Net:
     def __init__(self, kernel: Kernel, partitions: int, table_size: int) -> None:
         self.kernel, self.partitions, self.table_size = kernel, partitions, table_size
         self.layout = Layout(kernel.family)
+        self._base = 1 << (table_size.bit_length() - 1)
         self.living: list[Endpoint] = []
         self.tag = b"TTcb" if kernel.build >= 20348 else b"TcpE"
         self._families: dict[int, int] = {}
@@ -94,6 +95,9 @@ class Net:
         struct.pack_into(">H", body, at["_TCP_ENDPOINT.LocalPort"], local[1])
         struct.pack_into(">H", body, at["_TCP_ENDPOINT.RemotePort"], remote[1])
         signature = self._hash(local, remote)
+        if bucket is not None:
+            mask = 2 * self._base - 1
+            signature = signature & ~mask | bucket
         for offset in LINKS.values():
             struct.pack_into("<Q", body, offset + 0x10, signature)
         va = kernel.nonpaged.take(self.tag, bytes(body))
@@ -101,7 +105,7 @@ class Net:
             kernel.empty_list(va + offset)
         where = partition if partition is not None else signature >> 16 & 0xFFFF
         found = Endpoint(va, "tcp", "TcpE", process, local, remote, state, (), where % self.partitions)
-        found.bucket = bucket if bucket is not None else signature % self.table_size
+        found.bucket = self._bucket(signature)
         found.created_ns = kernel.now_ns
         for table in tables:
             self._link(found, table)
@@ -263,11 +267,10 @@ class Net:
         if self.table_size > PER_TABLE:
             first = b"".join(struct.pack("<Q", part) for part in parts).ljust(16 * 8, b"\0")
             directory = self.kernel.nonpaged.take(b"HTab", first)
-        base = 1 << (self.table_size.bit_length() - 1)
         values = {
             "TableSize": self.table_size,
-            "Pivot": self.table_size - base,
-            "DivisorMask": base - 1,
+            "Pivot": self.table_size - self._base,
+            "DivisorMask": self._base - 1,
             "Directory": directory,
         }
         return self.kernel.types.pack("_RTL_DYNAMIC_HASH_TABLE", values)
@@ -304,6 +307,11 @@ class Net:
         for name, change in (("NumEntries", entries), ("NonEmptyBuckets", buckets)):
             path = f"_RTL_DYNAMIC_HASH_TABLE.{name}"
             self.kernel.set(header, path, self.kernel.get(header, path) + change)
+
+    def _bucket(self, signature: int) -> int:
+        """Which bucket a signature belongs to, while a table grows from one power of two to the next."""
+        bucket = signature & self._base - 1
+        return signature & 2 * self._base - 1 if bucket < self.table_size - self._base else bucket
 
     def _hash(self, local: tuple[str, int], remote: tuple[str, int]) -> int:
         value = 0x9E3779B9
