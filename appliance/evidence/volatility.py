@@ -223,9 +223,10 @@ class SecondOpinion:
 
     def _start(self) -> tuple[subprocess.Popen[bytes], bool]:
         """The worker, and whether it was started just now. In its own session: a Ctrl-C is not for it."""
+        if self._worker is not None and self._worker.poll() is None:
+            return self._worker, False
+        self._end()
         with self._lock:
-            if self._worker is not None and self._worker.poll() is None:
-                return self._worker, False
             if self._closed:
                 raise OSError("it is closed")
             self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)

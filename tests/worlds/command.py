@@ -42,10 +42,12 @@ def parasight(*words: object, home: Path, prefix: tuple[str, ...] = (), timeout_
 
 
 class Watching:
-    """`parasight watch ... --output jsonl` under way."""
+    """`parasight watch ... --output jsonl` under way; Volatility looks too only where a test asks for it."""
 
     def __init__(self, *words: object, home: Path) -> None:
         command = [sys.executable, "-m", "appliance.cli", "watch", *map(str, words), "--output", "jsonl"]
+        if "--second-opinion" not in words:
+            command.append("--no-second-opinion")
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
