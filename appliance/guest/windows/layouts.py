@@ -88,6 +88,10 @@ class TimeWait(NamedTuple):
     local: int
     remote: int
 
+    def size(self, pointer: int) -> int:
+        """Bytes to read of one."""
+        return max(self.local, self.remote, self.inet_af) + pointer
+
 
 class PortPool(NamedTuple):
     """_INET_PORT_POOL and below: 256 assignments, each with a list of 256 entries."""
@@ -145,9 +149,9 @@ _UDP_OLD = Bound(inet_af=0x20, owner=0x28, local=0x60, port=0x80, next=0x88)
 _UDP_81 = Bound(inet_af=0x20, owner=0x28, local=0x60, port=0x78, next=0x70)
 _UDP_10 = Bound(inet_af=0x20, owner=0x28, local=0x80, port=0x78, next=0x70, direct=True)
 _UDP_18363 = Bound(inet_af=0x20, owner=0x28, local=0x88, port=0x80, next=0x70, direct=True)
-_UDP_19041 = Bound(0x20, 0x28, 0xA8, 0xA0, 0x70, direct=True, remote_port=0x110, path=0x120)
-_UDP_22000 = _UDP_19041._replace(path_address=0xC0)
-_UDP_26100 = Bound(0x28, 0x30, 0xB0, 0xA8, 0x78, True, 0x118, 0x128, 0xD8)
+# vmmnet names the address in the path for 22000 and 26100; before it is the same place until a guest shows another.
+_UDP_19041 = Bound(0x20, 0x28, 0xA8, 0xA0, 0x70, True, remote_port=0x110, path=0x120, path_address=0xC0)
+_UDP_26100 = Bound(0x28, 0x30, 0xB0, 0xA8, 0x78, True, remote_port=0x110, path=0x120, path_address=0xD8)
 _TW_7 = TimeWait((0, 0x18), 0x30, 0x48, 0x4A, 0x50, 0x58)
 _TW_OLD = TimeWait((0,), 0x18, 0x30, 0x32, 0x38, 0x40)
 _TW_10 = TimeWait((0, 0x18), 0x30, 0x4A, 0x4C, 0x50, 0x58)
@@ -217,9 +221,9 @@ X64: Final = (
     _win10("win10-19041-x64", (19041, 19045), 0x2D8, _UDP_19041, _POOL_19041, stride=0xC0),
     _win10("win10-20348-x64", (20348, 20349), 0x2F0, _UDP_19041, _POOL_19041, stride=0xC0),
     _x64("win11-22000-x64", "vmmnet; owner as netscan-win10-20348-x64", (22000, 25398), _tcp(0x6C, 0x2F0),
-         _LISTENER_10, _UDP_22000, _POOL_19041, _TW_10, stride=0xC0, known=False),
+         _LISTENER_10, _UDP_19041, _POOL_19041, _TW_10, stride=0xC0, known=False),
     _x64("win11-22000-late-x64", "vmmnet: State at 70", (22000, 25398), _tcp(0x70, 0x2F0),
-         _LISTENER_10, _UDP_22000, _POOL_19041, _TW_10, stride=0xC0, known=False),
+         _LISTENER_10, _UDP_19041, _POOL_19041, _TW_10, stride=0xC0, known=False),
     _x64("win11-26100-x64", "vmmnet; owner unknown: to be measured", (26100, 1 << 31), _tcp(0x70, 0x2F0),
          _LISTENER_26100, _UDP_26100, _POOL_19041, _TW_10, stride=0xC0, known=False),
 )  # fmt: skip
