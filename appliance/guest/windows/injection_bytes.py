@@ -110,9 +110,9 @@ def _sections(raw: bytes, at: int, count: int) -> Iterator[Section]:
 
 def find_image(raw: bytes) -> str | None:
     """How the beginning of a page tells that an image lies there: ``MZ``, or what is left of a wiped header."""
-    if parse_header(raw) is not None:
-        return "an image"
     head = raw[:MAX_HEADER]
+    if head[:2] == b"MZ" and head[int.from_bytes(head[0x3C:0x40], "little") :][:4] == b"PE\0\0":
+        return "an image"
     at = head.find(b"PE\0\0")
     if at >= 0 and _parse_nt(raw, at) is not None:
         return "an image without its MZ"

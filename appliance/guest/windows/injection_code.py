@@ -7,7 +7,7 @@ where such a runtime is mapped it counts less, unless it holds an image or shell
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -19,7 +19,6 @@ from appliance.model import Evidence
 
 MAX_DETAILED: Final = 64  # regions of one process that are looked at one by one
 MAX_HASHED: Final = 16 << 20  # bytes of one region that are hashed and searched
-MAX_VIEWS: Final = 4096  # whose page tables are looked at for pages that became executable
 
 
 class Suspect(NamedTuple):
@@ -86,29 +85,29 @@ def judge_code(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) ->
 
 
 def _patches(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) -> Iterator[Patch]:
-    others: list[View] = []
-    for view in scene.views:
-        if view.image:
-            continue
-        if view.executable:
-            leaves = pages.leaves([(view.start, min(view.end, view.start + MAX_HASHED))], budget)
-            writable = view.writable or any(leaf.writable and leaf.executable for leaf in leaves)
-            yield Patch(view.start, view.end, view, writable, leaves, whole=True)
-        elif len(others) < MAX_VIEWS:
-            others.append(view)
+    made = [view for view in scene.views if view.executable and not view.image]
+    ends = [min(view.end, view.start + MAX_HASHED) for view in made]
+    ranges = [(view.start, end) for view, end in zip(made, ends, strict=True)]
+    for view, leaves in _share(made, pages.leaves(ranges, budget)):
+        writable = view.writable or any(leaf.writable and leaf.executable for leaf in leaves)
+        yield Patch(view.start, view.end, view, writable, leaves, whole=True)
     if not (trust_nx and pages.has_nx):
         return
+    others = [view for view in scene.views if not view.executable and not view.image]
     found = pages.leaves([(view.start, view.end) for view in others], budget, executable=True)
-    starts = [view.start for view in others]
-    for run in merge(found):
-        low, end = run[0].va, run[-1].va + run[-1].size
-        while low < end:
-            view = others[bisect_right(starts, low) - 1]
-            high = min(end, view.end)
-            inside = [leaf for leaf in run if low <= leaf.va < high]
-            if inside:
-                yield Patch(low, high, view, any(leaf.writable for leaf in inside), inside, whole=False)
-            low = max(high, low + PAGE)
+    for view, leaves in _share(others, found):
+        for run in merge(leaves):
+            writable = any(leaf.writable for leaf in run)
+            yield Patch(run[0].va, run[-1].va + run[-1].size, view, writable, run, whole=False)
+
+
+def _share(views: Sequence[View], leaves: Sequence[Leaf]) -> Iterator[tuple[View, list[Leaf]]]:
+    """Which pages lie in which view; both are sorted, and no page lies in two."""
+    starts = [leaf.va for leaf in leaves]
+    for view in views:
+        low, high = bisect_left(starts, view.start), bisect_left(starts, view.end)
+        if view.executable or low < high:
+            yield view, list(leaves[low:high])
 
 
 def _first_weight(patch: Patch, scene: Scene) -> int:
@@ -157,6 +156,8 @@ def _find_image(patch: Patch, contents: Sequence[bytes]) -> tuple[int, str] | No
         what = find_image(raw) if leaf.va % PAGE == 0 else None
         if what is not None:
             return leaf.va, what
+    if contents and small[0].va == patch.start and contents[0].startswith(b"MZ"):
+        return patch.start, "what begins as an image does"
     by_va = {leaf.va: raw for leaf, raw in zip(small, contents, strict=False)}
     first, second = by_va.get(patch.start), by_va.get(patch.start + PAGE)
     if patch.whole and patch.end - patch.start >= 3 * PAGE and looks_wiped(first, second):

@@ -140,9 +140,10 @@ class Pages:
         """The large pages of an upper table; the tables under it are added to ``below``."""
         shift = self._shifts[depth]
         rightless = depth == 0 and self._entry == 8  # KVA shadow: the kernel's copy carries NX; PAE: there are none
-        for index, entry in enumerate(entries):
+        low = max(0, (inside.start - table.base) >> shift)
+        for index, entry in enumerate(entries[low : ((inside.end - 1 - table.base) >> shift) + 1], low):
             present = bool(entry & PRESENT)
-            if not present and entry & (TRANSITION | PROTOTYPE) != TRANSITION:
+            if not entry or (not present and entry & (TRANSITION | PROTOTYPE) != TRANSITION):
                 continue
             va = table.base + (index << shift)
             if not inside.has(va, 1 << shift):
@@ -255,6 +256,7 @@ class _Ranges:
     def __init__(self, ranges: Sequence[Range]) -> None:
         self._ranges = sorted(ranges)
         self._starts = [start for start, _ in self._ranges]
+        self.start, self.end = (self._ranges[0][0], self._ranges[-1][1]) if self._ranges else (0, 0)
 
     def has(self, va: int, size: int) -> bool:
         """Whether ``[va, va + size)`` touches one."""
