@@ -355,6 +355,24 @@ _KAPC_STATE
   KernelApcPending u8
   UserApcPendingAll u8
 
+_KAPC
+  Type u8 @0
+  Size u8
+  Thread *_KTHREAD
+  ApcListEntry _LIST_ENTRY
+  KernelRoutine *void
+  NormalRoutine *void
+  NormalContext *void
+  SystemArgument1 *void
+  Inserted u8
+
+_KTRAP_FRAME
+  P1Home u64
+  Rip u64
+  SegCs u16
+  EFlags u32
+  Rsp u64
+
 _KPROCESS
   Header _DISPATCHER_HEADER @0
   ProfileListHead _LIST_ENTRY
@@ -614,6 +632,7 @@ _DEVICE_OBJECT
   DriverObject *_DRIVER_OBJECT
   NextDevice *_DEVICE_OBJECT
   AttachedDevice *_DEVICE_OBJECT
+  Characteristics u32
   DeviceType u32
 
 _DRIVER_OBJECT
