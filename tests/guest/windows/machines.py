@@ -1,24 +1,86 @@
 """Kernels of machines made of bytes, attached without the search that attaching does."""
 
+import json
+from functools import cache
+
+from appliance.guest.windows.isf import SymbolTable, parse_isf
 from appliance.guest.windows.kernel import UserShared, WindowsKernel
 from appliance.guest.windows.space import AddressSpace, Mode
+from tests.worlds.windows import FAMILIES, Machine
+from tests.worlds.windows.boot import ROOT_GPA
+from tests.worlds.windows.symbols import invented
 from tests.worlds.windows.xp import XpMachine
 
-
-def kernel_of(machine: XpMachine) -> WindowsKernel:
-    mode = Mode.LONG4 if machine.wide else Mode.PAE if machine.pae else Mode.LEGACY
-    space = AddressSpace(machine.memory(), machine.root, mode)
-    shared = UserShared(0, 0, machine.kind.build, 5, 1, 0)
-    return WindowsKernel(space, base=machine.base, size=machine.image_size, types=machine.types, shared=shared)
+OLD = {"xp-sp3": ("xp-sp3", True), "xp-sp2 without PAE": ("xp-sp2", False), "2003-sp2": ("2003-sp2", True)}
+OLD |= {"2003-sp2-x64": ("2003-sp2-x64", True)}
+ALL = (*OLD, *FAMILIES)
 
 
-def poke(machine: XpMachine, va: int, path: str, value: int) -> None:
-    """Write a member of a structure."""
-    field = machine.types.field(path)
-    machine.space.write(va + field.offset, (value & (1 << 8 * field.size) - 1).to_bytes(field.size, "little"))
+def make(name: str) -> Machine | XpMachine:
+    """A machine by its name of `ALL`."""
+    if name in OLD:
+        era, pae = OLD[name]
+        return XpMachine(era, pae=pae)
+    return Machine(name)
 
 
-def peek(machine: XpMachine, va: int, path: str) -> int:
-    """Read a member of a structure."""
-    field = machine.types.field(path)
-    return int.from_bytes(machine.space.read(va + field.offset, field.size), "little")
+@cache
+def _types(family: str) -> SymbolTable:
+    return parse_isf(json.dumps(invented(family)[0].document).encode())
+
+
+def kernel_of(machine: Machine | XpMachine) -> WindowsKernel:
+    """The kernel of a machine with invented symbols."""
+    if isinstance(machine, XpMachine):
+        mode = Mode.LONG4 if machine.wide else Mode.PAE if machine.pae else Mode.LEGACY
+        space = AddressSpace(machine.memory(), machine.root, mode)
+        shared = UserShared(0, 0, machine.kind.build, 5, 1, 0)
+        return WindowsKernel(space, base=machine.base, size=machine.image_size, types=machine.types, shared=shared)
+    kernel = machine.kernel
+    space = AddressSpace(machine.memory(), ROOT_GPA, Mode.LONG4)
+    shared = UserShared(0, 0, kernel.build, 10, 0, 0)
+    return WindowsKernel(space, base=kernel.base, size=kernel.size, types=_types(machine.family), shared=shared)
+
+
+def types_of(machine: Machine | XpMachine) -> SymbolTable:
+    return machine.types if isinstance(machine, XpMachine) else _types(machine.family)
+
+
+def read(machine: Machine | XpMachine, va: int, size: int) -> bytes:
+    """Kernel memory."""
+    return (machine.space if isinstance(machine, XpMachine) else machine.kernel.space).read(va, size)
+
+
+def write(machine: Machine | XpMachine, va: int, data: bytes) -> None:
+    """Write to kernel memory."""
+    (machine.space if isinstance(machine, XpMachine) else machine.kernel.space).write(va, data)
+
+
+def poke(machine: Machine | XpMachine, va: int, path: str, value: int) -> None:
+    """Write a member of a structure in kernel memory."""
+    field = types_of(machine).field(path)
+    write(machine, va + field.offset, (value & (1 << 8 * field.size) - 1).to_bytes(field.size, "little"))
+
+
+def peek(machine: Machine | XpMachine, va: int, path: str) -> int:
+    """Read a member of a structure in kernel memory."""
+    field = types_of(machine).field(path)
+    return int.from_bytes(read(machine, va + field.offset, field.size), "little")
+
+
+def user(process):
+    """The address space of a process."""
+    return process.memory.space if hasattr(process, "memory") else process.space
+
+
+def planted(machine: Machine | XpMachine, *, hidden: bool = False) -> list:
+    """The processes that are, or are not, on the list, in its order."""
+    every = machine.processes if isinstance(machine, XpMachine) else machine.all.all
+    return [process for process in every if process.hidden == hidden]
+
+
+def began_ns(process) -> int:
+    """When a process started, since the Unix epoch; 0: it does not say."""
+    if hasattr(process, "created_ns"):
+        return process.created_ns // 100 * 100
+    return (process.created - 116_444_736_000_000_000) * 100 if process.created else 0

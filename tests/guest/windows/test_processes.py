@@ -1,6 +1,7 @@
 """The list of processes, what each one is called, and what is not on the list."""
 
 import random
+from contextlib import suppress
 
 import pytest
 
@@ -8,20 +9,35 @@ from appliance.errors import GuestError
 from appliance.guest.windows.cid import OtherViews
 from appliance.guest.windows.processes import TRIES, Processes
 from appliance.model import Flag, Missing
-from tests.guest.windows.machines import kernel_of, peek, poke
+from tests.guest.windows.machines import (
+    ALL,
+    began_ns,
+    kernel_of,
+    make,
+    peek,
+    planted,
+    poke,
+    read,
+    types_of,
+    write,
+)
+from tests.worlds.windows import Machine
 from tests.worlds.windows.xp import XpMachine
 
-OLD = {"xp-sp3": ("xp-sp3", True), "xp-sp2 without PAE": ("xp-sp2", False), "2003-sp2": ("2003-sp2", True)}
-OLD |= {"2003-sp2-x64": ("2003-sp2-x64", True)}
-ALICE = "S-1-5-21-1-2-3-500"
+ALICE = "S-1-5-21-1-2-3-1001"
 
 
-@pytest.fixture(params=OLD)
+@pytest.fixture(params=ALL)
 def machine(request):
-    era, pae = OLD[request.param]
-    made = XpMachine(era, pae=pae)
+    made = make(request.param)
     yield made
     made.close()
+
+
+@pytest.fixture
+def server():
+    with Machine("20348") as made:
+        yield made
 
 
 @pytest.fixture
@@ -32,17 +48,15 @@ def xp():
 
 
 def links(machine):
-    return machine.types.offset("_EPROCESS.ActiveProcessLinks")
+    return types_of(machine).offset("_EPROCESS.ActiveProcessLinks")
 
 
 def test_every_listed_process_is_found_with_its_pid_parent_times_and_page_tables(machine):
     machine.process("notepad.exe")
     listing = Processes(kernel_of(machine)).walk()
-    expected = [(each.va, each.pid, each.ppid, each.dtb) for each in machine.processes]
+    expected = [(each.va, each.pid, each.ppid, each.dtb) for each in planted(machine)]
     assert [(raw.va, raw.pid, raw.ppid, raw.dtb) for raw in listing.processes] == expected
-    assert [raw.created for raw in listing.processes[1:]] == [
-        (each.created - 116_444_736_000_000_000) * 100 for each in machine.processes[1:]
-    ]
+    assert [raw.created for raw in listing.processes[1:]] == [began_ns(each) for each in planted(machine)[1:]]
     assert (listing.gaps, listing.torn) == ([], 0)
 
 
@@ -51,12 +65,11 @@ def test_a_process_that_starts_between_two_looks_is_in_the_second_one_and_one_th
     before = {raw.pid for raw in processes.walk().processes}
     made = machine.process("late.exe")
     assert {raw.pid for raw in processes.walk().processes} == before | {made.pid}
-    node, space = made.va + links(machine), machine.space
-    size = machine.types.pointer_size
-    flink, blink = space.read(node, size), space.read(node + size, size)
-    space.write(int.from_bytes(blink, "little"), flink)
-    space.write(int.from_bytes(flink, "little") + size, blink)
-    space.write(made.va, b"\xdd" * machine.types.size("_EPROCESS"))
+    node, size = made.va + links(machine), types_of(machine).pointer_size
+    flink, blink = read(machine, node, size), read(machine, node + size, size)
+    write(machine, int.from_bytes(blink, "little"), flink)
+    write(machine, int.from_bytes(flink, "little") + size, blink)
+    write(machine, made.va, b"\xdd" * types_of(machine).size("_EPROCESS"))
     listing = processes.walk()
     assert ({raw.pid for raw in listing.processes}, listing.gaps) == (before, [])
 
@@ -127,14 +140,30 @@ def test_commands_users_sessions_and_services_are_told(machine):
     assert (found[host.pid].services, found[host.pid].user) == (("Schedule",), "NT AUTHORITY\\LOCAL SERVICE")
     assert found[host.pid].command.endswith("-s Schedule")
     assert (found[person.pid].sid, found[person.pid].session) == (ALICE, 2)
-    assert found[person.pid].user == "LAB\\alice"  # its environment says so
-    assert found[machine.svchost.pid].services == ()
+    assert found[person.pid].user in ("LAB\\alice", "DESKTOP-7\\alice")  # as its environment says
+    rpc = next(each.pid for each in planted(machine) if each.name == "svchost.exe" and each.pid != host.pid)
+    assert found[rpc].services == ()
 
 
 def test_another_process_called_svchost_like_does_not_host_services(machine):
     fake = machine.process("svch0st.exe", command="svch0st.exe -k netsvcs -s Schedule")
     processes = Processes(kernel_of(machine))
     assert processes.describe(processes.read(fake.va)).services == ()
+
+
+def test_the_signer_is_told_where_the_kernel_noted_one(server):
+    server.process("plain.exe", session=1)
+    processes = Processes(kernel_of(server))
+    found = {process.name: process.signer for process in processes.describe_all(processes.walk().processes)}
+    assert found["csrss.exe"] == "WinTcb"  # protected by it
+    assert found["dwm.exe"] == "Windows"  # its image reached that level
+    assert found["plain.exe"] is None
+
+
+def test_minimal_processes_have_neither_path_nor_command(server):
+    processes = Processes(kernel_of(server))
+    registry = processes.describe(processes.read(server["Registry"].va))
+    assert (registry.path, registry.command) == (Missing.NOT_APPLICABLE, Missing.NOT_APPLICABLE)
 
 
 def test_an_unreadable_command_line_is_said_to_be_and_is_read_once_it_can_be(xp):
@@ -153,13 +182,25 @@ def test_an_unreadable_command_line_is_said_to_be_and_is_read_once_it_can_be(xp)
     assert processes.describe(processes.read(made.va)).command == "C:\\WINDOWS\\system32\\paged.exe"
 
 
+def test_a_process_that_ended_while_it_was_looked_at_lends_nobody_its_memory(server):
+    made = server.process("notepad.exe", session=1)
+    processes = Processes(kernel_of(server))
+    raw = processes.read(made.va)
+    server.exit(made)
+    found = processes.describe(raw)
+    assert (found.command, found.path) == (
+        Missing.UNREADABLE,
+        "\\Device\\HarddiskVolume3\\Windows\\System32\\notepad.exe",
+    )
+
+
 def test_a_description_is_made_once_and_again_when_the_token_changed(machine):
     made = machine.process("notepad.exe", sid=ALICE)
     processes = Processes(kernel_of(machine))
     raw = processes.read(made.va)
     first = processes.describe(raw)
     assert processes.describe(processes.read(made.va)) is first
-    poke(machine, made.va, "_EPROCESS.Token", peek(machine, machine.system.va, "_EPROCESS.Token"))
+    poke(machine, made.va, "_EPROCESS.Token", peek(machine, planted(machine)[0].va, "_EPROCESS.Token"))
     assert processes.describe(processes.read(made.va)).sid == "S-1-5-18"
 
 
@@ -191,6 +232,17 @@ def test_what_the_id_table_knows_and_the_list_does_not_is_hidden_and_nothing_els
     assert gaps == []
 
 
+def test_a_process_hidden_with_care_is_still_in_its_session(server):
+    hidden = server.process("hidden.exe", session=1, hidden=True)
+    kernel = kernel_of(server)
+    processes = Processes(kernel)
+    entries, found = server.kernel.va("PspCidTable"), OtherViews(kernel, processes)
+    assert found.find_hidden(processes.walk())[0][0].views == ("cid", "session")
+    server.kernel.set(server.kernel.u64(entries), "_HANDLE_TABLE.TableCode", 0)
+    sightings, _ = found.find_hidden(processes.walk())
+    assert [(each.process.va, each.views) for each in sightings] == [(hidden.va, ("session",))]
+
+
 def test_a_process_that_started_after_the_walk_is_listed_and_not_called_hidden(machine):
     kernel = kernel_of(machine)
     processes = Processes(kernel)
@@ -204,7 +256,8 @@ def test_only_what_is_a_process_is_one(machine):
     processes = Processes(kernel_of(machine))
     made = machine.process("notepad.exe")
     assert processes.is_process(made.va)
-    assert not any(map(processes.is_process, (0, made.va + 8, made.va - 0x40, made.threads[0], 0x400000, 1 << 63)))
+    thread = getattr(made.threads[0], "va", made.threads[0])
+    assert not any(map(processes.is_process, (0, made.va + 8, made.va - 0x40, thread, 0x400000, 1 << 63)))
 
 
 @pytest.mark.parametrize(
@@ -215,25 +268,25 @@ def test_only_what_is_a_process_is_one(machine):
         ("_EPROCESS.UniqueProcessId", 0),
         ("_EPROCESS.Pcb.DirectoryTableBase", 0),
         ("_EPROCESS.CreateTime", 0x1234),
-        ("_EPROCESS.ThreadListHead.Flink", 0x80500000),
+        ("_EPROCESS.ThreadListHead.Flink", 0xFFFF_FFFF_8050_0000),
     ],
 )
-def test_a_structure_that_contradicts_itself_is_no_process(xp, path, value):
-    made = xp.process("notepad.exe")
-    processes = Processes(kernel_of(xp))
-    before = {name: peek(xp, made.va, f"_EPROCESS.ThreadListHead.{name}") for name in ("Flink", "Blink")}
-    poke(xp, made.va, path, value)
+def test_a_structure_that_contradicts_itself_is_no_process(machine, path, value):
+    made = machine.process("notepad.exe")
+    processes = Processes(kernel_of(machine))
+    assert processes.is_process(made.va)
+    poke(machine, made.va, path, value)
     if "ThreadListHead" in path:
-        poke(xp, made.va, "_EPROCESS.ThreadListHead.Blink", value)
-    assert before and not processes.is_process(made.va)
+        poke(machine, made.va, "_EPROCESS.ThreadListHead.Blink", value)
+    assert not processes.is_process(made.va)
 
 
-def test_an_object_of_another_type_with_the_bytes_of_a_process_is_no_process(xp):
-    made = xp.process("notepad.exe")
-    processes = Processes(kernel_of(xp))
-    body = xp.types.offset("_OBJECT_HEADER.Body")
-    where = xp.types.offset("_OBJECT_HEADER.Type") - body
-    xp.space.write(made.va + where, xp.space.read(made.threads[0] + where, 4))
+def test_an_object_of_another_type_with_the_bytes_of_a_process_is_no_process(machine):
+    made = machine.process("notepad.exe")
+    processes, types = Processes(kernel_of(machine)), types_of(machine)
+    member = "TypeIndex" if types.has("_OBJECT_HEADER.TypeIndex") else "Type"
+    header = made.va - types.offset("_OBJECT_HEADER.Body")
+    poke(machine, header, f"_OBJECT_HEADER.{member}", peek(machine, header, f"_OBJECT_HEADER.{member}") ^ 8)
     assert not processes.is_process(made.va)
 
 
@@ -242,7 +295,7 @@ def test_a_broken_list_is_told_from_both_ends_and_the_break_is_named(machine):
     broken = made[2]
     poke(machine, broken.va, "_EPROCESS.ActiveProcessLinks.Flink", 0x0BAD)
     listing = Processes(kernel_of(machine)).walk()
-    assert {raw.pid for raw in listing.processes} == {each.pid for each in machine.processes}
+    assert {raw.pid for raw in listing.processes} == {each.pid for each in planted(machine)}
     assert (len(listing.gaps), listing.torn) == (1, TRIES)
     assert listing.gaps[0].address == 0x0BAD
 
@@ -261,30 +314,30 @@ def test_a_circle_in_the_list_ends_the_walk(machine):
     poke(machine, made[2].va, "_EPROCESS.ActiveProcessLinks.Flink", made[0].va + links(machine))
     poke(machine, made[0].va, "_EPROCESS.ActiveProcessLinks.Blink", made[2].va + links(machine))
     listing = Processes(kernel_of(machine)).walk()
-    assert len(listing.processes) <= len(machine.processes) and listing.gaps
+    assert len(listing.processes) <= len(planted(machine)) and listing.gaps
 
 
-def test_whatever_the_bytes_say_a_look_ends_and_raises_nothing_but_guest_errors():
-    machine, dice = XpMachine("xp-sp3", ram=32 << 20), random.Random(7)
+@pytest.mark.parametrize("name", ["xp-sp3", "20348"])
+def test_whatever_the_bytes_say_a_look_ends_and_raises_nothing_but_guest_errors(name):
+    machine, dice = make(name), random.Random(7)
     machine.process("hidden.exe", pid=600, hidden=True)
-    kernel = kernel_of(machine)
-    targets = [(each.va, machine.types.size("_EPROCESS")) for each in machine.processes]
-    targets += [(peek(machine, each.va, "_EPROCESS.Token") & ~7, 0x100) for each in machine.processes]
+    kernel, types = kernel_of(machine), types_of(machine)
+    every = planted(machine) + planted(machine, hidden=True)
+    targets = [(each.va, types.size("_EPROCESS")) for each in every]
+    targets += [(peek(machine, each.va, "_EPROCESS.Token") & ~15, types.size("_TOKEN")) for each in every]
     for _ in range(400):
         va, size = dice.choice(targets)
         at = va + dice.randrange(size) & ~3
-        old = machine.space.read(at, 8)
-        junk = dice.choice([dice.randbytes(8), dice.choice(targets)[0].to_bytes(8, "little"), bytes(8), b"\xdd" * 8])
-        machine.space.write(at, junk)
+        old = read(machine, at, 8)
+        junk = [dice.randbytes(8), dice.choice(targets)[0].to_bytes(8, "little"), bytes(8), b"\xdd" * 8]
+        write(machine, at, dice.choice(junk))
         processes = Processes(kernel)
         kernel.forget()
-        try:
+        with suppress(GuestError):
             listing = processes.walk()
             processes.describe_all(listing.processes)
             OtherViews(kernel, processes).find_hidden(listing)
-        except GuestError:
-            pass
-        machine.space.write(at, old)
+        write(machine, at, old)
     whole = Processes(kernel).walk()
-    assert len(whole.processes) == len(machine.processes) - 1 and not whole.gaps
+    assert len(whole.processes) == len(planted(machine)) and not whole.gaps
     machine.close()
