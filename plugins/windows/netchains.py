@@ -1,18 +1,21 @@
-"""``windows.netstat`` that sees every connection: all links of all chains, both tables, and what is in TIME_WAIT.
+"""``windows.netstat`` that sees every connection: all links of all chains, both tables; by a scan also what is in none.
 
 tcpip.sys keeps a TCP connection in two hash tables of its partition (``RTL_DYNAMIC_HASH_TABLE``): linked at +0x28
 in the one at +8, at +0x40 in the one at +0x10. Stock ``windows.netstat`` reads the first link of each bucket of the
-first table only. A connection that one of the two tables lacks was unlinked from it, and is told so.
+first table only. A connection that one of the two tables lacks was unlinked from it, and is told so. What is closed but
+still remembered (TIME_WAIT) and what was unlinked from both is found by pool tag, with ``--scan``.
 
-Sources: structures from Volatility's own tables (symbols/windows/netscan); RTL_DYNAMIC_HASH_TABLE: ntrtl.h of the WDK,
-its two-level directory as in ReactOS' and Wine's descriptions of the interface; the linkage at +0x40 and TIME_WAIT
-blocks: observed in tcpip.sys of Windows 10, see docs/how-to/volatility.md.
+Sources: structures from Volatility's own tables (symbols/windows/netscan); RTL_DYNAMIC_HASH_TABLE: nt symbols, and its
+two-level directory as in MsQuic's src/platform/hashtable.c, which is the same code; the linkage at +0x40 and the blocks
+of TIME_WAIT: observed in tcpip.sys of Windows 10 (MemProcFS reads them so, too).
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
+import socket
+import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 from volatility3.framework.symbols.windows import pdbutil
 from volatility3.framework.symbols.windows.extensions import network
-from volatility3.plugins.windows import netscan, netstat
+from volatility3.plugins.windows import netscan, netstat, poolscanner
 
 vollog = logging.getLogger(__name__)
 
@@ -30,8 +33,11 @@ MAX_BUCKETS = 1 << 20
 MAX_LINKS = 1 << 18  # of one table
 FIRST_DIRECTORY = 128  # buckets of the first second-level directory; each further one doubles the table
 LINKS = ((8, 0x28), (0x10, 0x40))  # where a partition points to a table, and where its links are in an endpoint
-TIME_WAIT_TABLE = 0x18
 BUCKET = 0x10  # a LIST_ENTRY on x64
+ENDPOINT_TAGS = (b"TcpE", b"TTcb")  # TTcb: since build 20348
+TIME_WAIT_TAG = b"TcTW"
+TIME_WAIT_SIZE = 0x60  # bytes of its block that are read
+_INET_AF, _LOCAL_PORT, _LOCAL, _REMOTE = 0x30, 0x4A, 0x50, 0x58  # in that block; the remote port follows the local one
 
 
 class _Table(NamedTuple):
@@ -46,7 +52,7 @@ class _Table(NamedTuple):
 class NetChains(interfaces.plugins.PluginInterface):
     """Lists network connections through every link of both connection tables, and flags what only one of them has.
 
-    Columns are those of windows.netstat, and Flags: one-table-only, closing, no-owner.
+    Columns are those of windows.netstat, and Flags: one-table-only, unlinked-endpoint, time-wait, no-owner.
     """
 
     _required_framework_version = (2, 0, 0)
@@ -60,6 +66,13 @@ class NetChains(interfaces.plugins.PluginInterface):
             requirements.VersionRequirement(name="netscan", component=netscan.NetScan, version=(2, 0, 0)),
             requirements.VersionRequirement(name="netstat", component=netstat.NetStat, version=(2, 0, 0)),
             requirements.VersionRequirement(name="pdbutil", component=pdbutil.PDBUtility, version=(1, 0, 0)),
+            requirements.VersionRequirement(name="poolscanner", component=poolscanner.PoolScanner, version=(3, 0, 0)),
+            requirements.BooleanRequirement(
+                name="scan",
+                description="Look for what is in no table, by pool tag: TIME_WAIT and unlinked connections. Slow.",
+                default=False,
+                optional=True,
+            ),
         ]
 
     def run(self) -> renderers.TreeGrid:
@@ -115,11 +128,31 @@ class NetChains(interfaces.plugins.PluginInterface):
             endpoint = self._object("_TCP_ENDPOINT", offset)
             if endpoint.is_valid():
                 yield 0, (*self._connection(endpoint), _flags(endpoint, tables))
-        for number in range(count):
-            for entry in self._links(partitions + number * size + TIME_WAIT_TABLE):
-                row = self._time_wait(entry)
+        if self.config.get("scan"):
+            yield from self._scan(set(found))
+
+    def _scan(self, linked: set[int]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """What has a connection's pool tag and is in no table."""
+        kind = poolscanner.PoolType.NONPAGED | poolscanner.PoolType.FREE
+        endpoint = self._types + constants.BANG + "_TCP_ENDPOINT"
+        size = self.context.symbol_space.get_type(endpoint).size
+        wanted = [
+            poolscanner.PoolConstraint(tag, type_name=endpoint, size=(size, None), page_type=kind)
+            for tag in ENDPOINT_TAGS
+        ]
+        block = self._types + constants.BANG + "_IN_ADDR"  # only where it lies is taken of it
+        wanted.append(
+            poolscanner.PoolConstraint(TIME_WAIT_TAG, type_name=block, size=(TIME_WAIT_SIZE, None), page_type=kind)
+        )
+        for constraint, one, _ in poolscanner.PoolScanner.generate_pool_scan(
+            self.context, self.config["kernel"], wanted
+        ):
+            if constraint.tag == TIME_WAIT_TAG:
+                row = self._time_wait(one.vol.offset)
                 if row is not None:
                     yield 0, row
+            elif one.vol.offset not in linked and one.is_valid() and one.get_remote_address():
+                yield 0, (*self._connection(one), _flags(one, set()))
 
     def _links(self, pointer: int) -> Iterator[int]:
         """Every entry of every chain of the table that is pointed to there."""
@@ -187,9 +220,24 @@ class NetChains(interfaces.plugins.PluginInterface):
             *_owner(one),
         )
 
-    def _time_wait(self, entry: int) -> tuple[Any, ...] | None:
-        """A block of a connection in TIME_WAIT (pool tag TcTW): it has no owner any more."""
-        return None
+    def _time_wait(self, at: int) -> tuple[Any, ...] | None:
+        """A block of a connection in TIME_WAIT: it has no owner any more."""
+        absent = renderers.NotApplicableValue()
+        try:
+            data = self._layer.read(at, TIME_WAIT_SIZE + 8)
+            family = self._object("_INETAF", _word(data, _INET_AF) & self._layer.address_mask).AddressFamily
+            kind, size = (socket.AF_INET, 4) if family == network.AF_INET else (socket.AF_INET6, 16)
+            if family not in (network.AF_INET, network.AF_INET6):
+                return None
+            where = self._pointer(self._pointer((_word(data, _LOCAL) & self._layer.address_mask) + 0x10))
+            local = socket.inet_ntop(kind, self._layer.read(where, size))
+        except exceptions.InvalidAddressException:
+            return None
+        near, far = struct.unpack_from(">HH", data, _LOCAL_PORT)
+        remote = socket.inet_ntop(kind, data[_REMOTE : _REMOTE + size])
+        proto = "TCPv4" if size == 4 else "TCPv6"
+        ends = (local, near, remote, far)
+        return (format_hints.Hex(at), proto, *ends, "TIME_WAIT", absent, absent, absent, "time-wait")
 
     # -- listeners and UDP --
 
@@ -219,7 +267,7 @@ class NetChains(interfaces.plugins.PluginInterface):
             data = self._layer.read(int(bits.Buffer), min(int(bits.SizeOfBitMap), 1 << 16) // 8, pad=True)
         except exceptions.InvalidAddressException:
             return []
-        return [8 * at + bit for at, byte in enumerate(data) if byte for bit in range(8) if byte >> bit & 1][:]
+        return [8 * at + bit for at, byte in enumerate(data) if byte for bit in range(8) if byte >> bit & 1]
 
     def _listening(self, one: Any, kind: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
         offset = format_hints.Hex(one.vol.offset)
@@ -233,7 +281,8 @@ class NetChains(interfaces.plugins.PluginInterface):
         return int(self.context.symbol_space.get_symbol(table + constants.BANG + name).address)
 
     def _pointer(self, at: int) -> int:
-        return int.from_bytes(self._layer.read(at, 8), "little")
+        """As Volatility keeps addresses: without their sign extension."""
+        return int.from_bytes(self._layer.read(at, 8), "little") & self._layer.address_mask
 
     def _object(self, name: str, at: int) -> Any:
         return self.context.object(self._types + constants.BANG + name, layer_name=self._layer.name, offset=at)
@@ -246,7 +295,11 @@ def _owner(one: Any) -> tuple[Any, Any, Any]:
 
 
 def _flags(one: Any, tables: set[int]) -> str:
-    flags = [] if len(tables) == len(LINKS) else ["one-table-only"]
+    flags = [] if len(tables) == len(LINKS) else ["one-table-only" if tables else "unlinked-endpoint"]
     if one.get_owner_pid() is None:
         flags.append("no-owner")
     return " ".join(flags)
+
+
+def _word(data: bytes, at: int) -> int:
+    return int.from_bytes(data[at : at + 8], "little")
