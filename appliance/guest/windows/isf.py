@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from appliance.errors import Implausible, UnsupportedGuest
 
 MAX_JSON = 256 << 20
+MAX_SIZE = 1 << 31  # of a structure, and of an image
 _DEPTH = 16
 _GUID = re.compile(r"[0-9A-Fa-f]{32}")
 _BAD = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
@@ -227,6 +228,8 @@ class _Sizes:
         """A member as `Field`, its last default values left out."""
         outer = entry["type"]
         field: list[int | str] = [int(entry["offset"]), *self._describe(outer)]
+        if not all(isinstance(part, str) or 0 <= part < MAX_SIZE for part in field):
+            raise ValueError(f"a member with {field}")
         while len(field) > 2 and field[-1] in (0, ""):
             field.pop()
         return field
@@ -266,7 +269,10 @@ def _types(data: dict[str, Any], sizes: _Sizes) -> bytes:
 
 
 def _symbols(data: dict[str, Any]) -> bytes:
-    lines = [f"{name}\t{int(entry['address']):x}" for name, entry in data["symbols"].items() if "\n" not in name]
+    addresses = {name: int(entry["address"]) for name, entry in data["symbols"].items() if "\n" not in name}
+    lines = [
+        f"{name}\t{rva:x}" for name, rva in addresses.items() if 0 <= rva < MAX_SIZE
+    ]  # the others are no addresses
     return _text([line.encode("utf-8", "replace") for line in lines])
 
 
