@@ -68,8 +68,10 @@ class Machine:
         table_size: int = 128,
         large_pages: bool = False,
         la57: bool = False,
+        endpoint_tag: bytes | None = None,
         now_ns: int = NOW_NS,
     ) -> None:
+        """``symbols``: a folder with a real pair. ``endpoint_tag``: TcpE, or TTcb (volatility3 #1277)."""
         self.family, self.path = family, Path(path) if path is not None else None
         self.kernel = Kernel(
             family,
@@ -83,7 +85,9 @@ class Machine:
         )
         self.files = Files(self.kernel)
         self.all = Processes(self.kernel, self.files)
-        self.net = Net(self.kernel, partitions, table_size)
+        recent = self.kernel.build >= 20348 and symbols is None  # MemProcFS, which takes real pairs only, knows TcpE
+        tag = endpoint_tag or (b"TTcb" if recent else b"TcpE")
+        self.net = Net(self.kernel, partitions, table_size, tag)
         self._age_ns = 0
         self.system = self.process("System", pid=4, parent=0, command=None, sid=SYSTEM_SID, kernel=True)
         self.kernel.set_u64(self.kernel.va("PsInitialSystemProcess"), self.system.va)

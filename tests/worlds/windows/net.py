@@ -50,12 +50,12 @@ class Endpoint:
 class Net:
     """tcpip.sys of one machine."""
 
-    def __init__(self, kernel: Kernel, partitions: int, table_size: int) -> None:
+    def __init__(self, kernel: Kernel, partitions: int, table_size: int, tag: bytes) -> None:
         self.kernel, self.partitions, self.table_size = kernel, partitions, table_size
         self.layout = Layout(kernel.family)
         self._base = 1 << (table_size.bit_length() - 1)
         self.living: list[Endpoint] = []
-        self.tag = b"TTcb" if kernel.build >= 20348 else b"TcpE"
+        self.tag = tag
         self._families: dict[int, int] = {}
         self._locals: dict[str, tuple[int, int]] = {}
         self._paths: dict[tuple[str, str], int] = {}
@@ -239,7 +239,7 @@ class Net:
         body = bytearray(self.partitions * size)
         table = kernel.nonpaged.take(b"TcPt", len(body)) if len(body) < 0xF00 else kernel.nonpaged.take_pages(len(body))
         self._headers: dict[tuple[int, int], int] = {}
-        width = kernel.types.size("_RTL_DYNAMIC_HASH_TABLE")
+        width = -(-kernel.types.size("_RTL_DYNAMIC_HASH_TABLE") // 16) * 16  # MemProcFS wants them aligned so
         for number in range(self.partitions):
             block = kernel.nonpaged.take(b"TcHT", 3 * width)
             for place in range(3):

@@ -13,7 +13,12 @@ from tests.worlds.windows.paging import PAGE, Space
 WAITING, TERMINATED = 5, 4
 SYSTEM_SID = "S-1-5-18"
 ADMINISTRATORS, EVERYONE = "S-1-5-32-544", "S-1-1-0"
-USERS = {"S-1-5-18": "SYSTEM", "S-1-5-19": "LOCAL SERVICE", "S-1-5-20": "NETWORK SERVICE"}
+USERS = {
+    "S-1-5-18": ("NT AUTHORITY", "SYSTEM"),
+    "S-1-5-19": ("NT AUTHORITY", "LOCAL SERVICE"),
+    "S-1-5-20": ("NT AUTHORITY", "NETWORK SERVICE"),
+    "S-1-5-90-0-1": ("Window Manager", "DWM-1"),
+}
 NTDLL, KERNEL32 = "C:\\Windows\\System32\\ntdll.dll", "C:\\Windows\\System32\\kernel32.dll"
 NTDLL_VA, KERNEL32_VA = 0x7FFB_9A00_0000, 0x7FFB_9800_0000
 IMAGE_VA, HEAP_VA, STACK_VA, PEB_VA = 0x7FF6_4000_0000, 0x01C0_5A00_0000, 0x00B0_4A00_0000, 0x00B0_4900_0000
@@ -414,8 +419,8 @@ class Processes:
 
     def _parameters(self, process: Process, main: File) -> int:
         types, space = self.kernel.types, process.user.space
-        name = USERS.get(process.sid, "alice" if process.sid.endswith("-1001") else "bob")
-        domain = "NT AUTHORITY" if process.sid in USERS else "DESKTOP-7"
+        someone = "DESKTOP-7", "alice" if process.sid.endswith("-1001") else "bob"
+        domain, name = USERS.get(process.sid, someone)
         variables = {
             "ComSpec": "C:\\Windows\\system32\\cmd.exe",
             "SystemDrive": "C:",
