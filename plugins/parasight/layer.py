@@ -20,6 +20,8 @@ from volatility3.framework import constants, exceptions, interfaces
 from volatility3.framework.configuration import requirements
 from volatility3.framework.layers import intel, physical, resources
 
+from .home import find_appliance
+
 if TYPE_CHECKING:
     from appliance.ports import GuestMemory
 
@@ -30,6 +32,7 @@ _OPENED: dict[str, GuestMemory] = {}
 def open_memory(location: str) -> GuestMemory:
     """Open what ``qemu:PID`` or ``file:PATH`` names; the same object for the same location. Raises ParasightError."""
     if location not in _OPENED:
+        find_appliance()
         from appliance.memory.file import open_file  # noqa: PLC0415  the other plugins run without the appliance
         from appliance.memory.qemu import open_qemu  # noqa: PLC0415
 
