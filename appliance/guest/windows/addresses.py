@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ class Addresses:
 
     # -- private --
 
-    def _join(self, count: int, ends: list[tuple[int, int, int, int, Piece | None]]) -> list[Pair | None]:
+    def _join(self, count: int, ends: Sequence[tuple[int, int, int, int, Piece | None]]) -> list[Pair | None]:
         known = self._locals({(local, family) for _, family, local, _, _ in ends})
         remotes = self._readv([(remote, ADDRESS_SIZE[family]) for _, family, _, remote, _ in ends])
         found: list[Pair | None] = [None] * count
@@ -176,6 +177,7 @@ def tag_of(raw: bytes) -> bytes:
     return tag[:3] + bytes((tag[3] & 0x7F,)) if len(tag) == 4 else b""
 
 
+@lru_cache(1 << 14)
 def ip_of(raw: bytes) -> IpAddress:
     """An address of 4 or 16 bytes."""
     return IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)

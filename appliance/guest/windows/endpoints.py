@@ -10,12 +10,11 @@ Sources: tcpip.pdb (PartitionTable, PartitionCount), `layouts`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
-from appliance.errors import Implausible
+from appliance.errors import GuestError, Implausible
 from appliance.guest.windows.addresses import Addresses, Pair, Piece, ip_of, plain, tag_of
 from appliance.guest.windows.hashtables import Fetch, HashTables
 from appliance.guest.windows.kernel import WindowsKernel
@@ -35,6 +34,9 @@ FIRST, SECOND, BOTH = 1, 2, 3  # bits of RawSocket.tables
 TRIES: Final = 3
 
 
+_PORTS = struct.Struct(">HH")  # the local one, the remote one
+
+
 class Kind(Enum):
     """What kind of object a socket is; the value is the name of its structure."""
 
@@ -44,8 +46,7 @@ class Kind(Enum):
     UDP = "_UDP_ENDPOINT"
 
 
-@dataclass(frozen=True, slots=True)
-class RawSocket:
+class RawSocket(NamedTuple):
     """One socket of the guest, as read at one instant. ``marks`` and ``pieces`` are what makes it this very socket."""
 
     kind: Kind
@@ -58,7 +59,7 @@ class RawSocket:
     key: bytes  # both ends as packets carry them
     tables: int = 0  # of a connection: bits FIRST and SECOND
     compartment: int = 1
-    marks: tuple[tuple[int, bytes], ...] = ()  # offsets in what `span` reads
+    marks: tuple[tuple[int, bytes], ...] = ()  # offsets from its pool header
     pieces: tuple[Piece, ...] = ()  # its addresses
 
     @property
@@ -128,13 +129,15 @@ class Connections:
         self._header = 2 * layout.pointer  # _POOL_HEADER
         self._size = self._header + layout.tcp.size(layout.pointer)
         self._fetch = tuple(Fetch(link + self._header, self._size) for link in layout.tcp.links)
-        self._seen_changes = -1
+        self._bits: dict[int, int] = {}  # by the address of what may be a connection: the tables it is in
+        self._loose: set[int] = set()  # entries of other tables
         self._connections: dict[int, RawSocket] = {}
         self._waiting: dict[int, RawSocket] = {}  # by the address of an entry
-        self._doubtful: set[int] = set()  # entries that are part of neither
+        self._doubtful: set[int] = set()  # what may be a connection, and is none
         self._torn = 0
         self.by_key: dict[bytes, RawSocket] = {}
         self.gaps: list[Gap] = []
+        self.changes = 0  # how often something was found other than before
 
     @property
     def torn(self) -> int:
@@ -157,111 +160,146 @@ class Connections:
         """Bring the connections up to date; ``whole``: read every one afresh. Raises GuestError."""
         if whole:
             self._partitions.forget()
-        tables = self._partitions.find(self.layout)
-        if tables is not None:
-            self._hashes.open(tables)
-        gaps = self._hashes.refresh(self._fetch, whole=whole)
-        if whole or self._hashes.changes != self._seen_changes or self._doubtful:
-            self._take(whole=whole)
-            self._seen_changes = self._hashes.changes
+        try:
+            tables = self._partitions.find(self.layout)
+            if tables is not None:
+                self._hashes.open(tables)
+            gaps = self._hashes.refresh(self._fetch, whole=whole)
+            if self._hashes.is_new or self._hashes.changed or self._doubtful:
+                self._take()
+        except GuestError:
+            self._partitions.forget()  # half of it is known: start over next time
+            raise
         if self._doubtful:
             why = f"{len(self._doubtful)} entries are no connections that can be"
             gaps.append(Gap("connection table", min(self._doubtful), why))
         self.gaps = gaps
 
+    def at(self, vas: Sequence[int]) -> list[RawSocket]:
+        """Connections at addresses to which no table leads; what is none is left out. Raises OutOfTime, GuestGone."""
+        return [raw for raw in self._parse(vas, {}).values() if raw is not None]
+
     # -- objects --
 
-    def _take(self, *, whole: bool) -> None:
+    def _take(self) -> None:
         """Parse what is new, drop what has left."""
-        links = self.layout.tcp.links
-        bits: dict[int, int] = {}  # by the address of what may be a connection: the tables it is in
-        entries: set[int] = set()  # that are part of no connection
-        for table in self._hashes.tables:
-            for chain in table.chains.values():
-                if table.kind < len(links):
-                    link, bit = links[table.kind], 1 << table.kind
-                    for entry in chain:
-                        bits[entry - link] = bits.get(entry - link, 0) | bit
-                else:
-                    entries.update(chain)
-        connections, waiting = ({}, {}) if whole else (self._connections, self._waiting)
-        kept: dict[int, RawSocket] = {}
-        fresh = []
-        read_again = self._hashes.fetched  # its chain has changed, so it may be another one by now
-        for va, tables in bits.items():
-            known = connections.get(va)
-            if known is not None and va - self._header not in read_again:
-                kept[va] = known if known.tables == tables else replace(known, tables=tables)
-            elif not any(va + link in waiting for link in links):
-                fresh.append(va)
-            else:
-                entries.update(self._entries(va, tables))
-        for va, raw in self._parse(fresh, bits).items():
-            if raw is None:
-                entries.update(self._entries(va, bits[va]))
-            else:
-                kept[va] = raw
-        self._connections = kept
-        self._waiting = {entry: raw for entry, raw in waiting.items() if entry in entries}
-        self._waiting |= self._parse_waiting(entries - self._waiting.keys())
-        ours = {va + link for va in bits for link in links}
-        self._doubtful = {entry for entry in entries if entry in ours and entry not in self._waiting}
-        self._torn += len(self._doubtful)
-        self.by_key = {raw.key: raw for raw in self._waiting.values()}
-        self.by_key |= {raw.key: raw for raw in kept.values()}
+        self.changes += 1
+        changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]
+        if self._hashes.is_new:
+            self._bits, self._loose, self._connections, self._waiting, self.by_key = {}, set(), {}, {}, {}
+            self._doubtful = set()
+            tables = self._hashes.tables
+            changed = [(table.kind, (), chain) for table in tables for chain in table.chains.values()]
+            self._hashes.is_new = False
+        else:
+            changed = [
+                (table.kind, before, table.chains.get(bucket, ()))
+                for (_, bucket), (table, before) in self._hashes.changed.items()
+            ]
+        self._parse_all(self._relink(changed) | self._doubtful)
 
-    def _entries(self, va: int, tables: int) -> list[int]:
+    def _relink(self, changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> set[int]:
+        """Note who left and who came, by kind of table. Returns what has to be parsed: all that is in these chains."""
+        links, bits = self.layout.tcp.links, self._bits
+        touched: set[int] = set()
+        for kind, before, after in changed:
+            if kind >= len(links):
+                self._loose.difference_update(before)
+                self._loose.update(after)
+                continue
+            link, bit = links[kind], 1 << kind
+            for entry in before:
+                va = entry - link
+                bits[va] = bits.get(va, 0) & ~bit
+                touched.add(va)
+        for kind, _, after in changed:  # only now: an object may have moved from one chain to another
+            if kind < len(links):
+                link, bit = links[kind], 1 << kind
+                for entry in after:
+                    va = entry - link
+                    bits[va] = bits.get(va, 0) | bit
+                    touched.add(va)
+        for va in [va for va in touched if not bits[va]]:
+            del bits[va]
+            touched.discard(va)
+            self._drop(va)
+        return touched
+
+    def _drop(self, va: int) -> None:
+        self._doubtful.discard(va)
+        gone = self._connections.pop(va, None)
+        if gone is not None and self.by_key.get(gone.key) is gone:
+            del self.by_key[gone.key]
+
+    def _parse_all(self, vas: set[int]) -> None:
+        """Parse connections, or what is left of them, and index them."""
+        wanted = list(vas & self._bits.keys())
+        strangers = []
+        for va, raw in self._parse(wanted).items():
+            self._drop(va)
+            if raw is None:
+                strangers.append(va)
+            else:
+                self._connections[va] = raw
+                self.by_key[raw.key] = raw
+        entries = self._loose.union(*(self._entries(va) for va in strangers))
+        for va in [each for each in self._waiting if each not in entries and not self._is_linked(each)]:
+            gone = self._waiting.pop(va)
+            if self.by_key.get(gone.key) is gone:
+                del self.by_key[gone.key]
+        found = self._parse_waiting(entries)
+        self._waiting |= found
+        for past in found.values():
+            self.by_key.setdefault(past.key, past)
+        self._doubtful = {va for va in strangers if not any(entry in found for entry in self._entries(va))}
+        self._torn += len(self._doubtful)
+
+    def _is_linked(self, entry: int) -> bool:
+        return any(self._bits.get(entry - link, 0) >> bit & 1 for bit, link in enumerate(self.layout.tcp.links))
+
+    def _entries(self, va: int) -> list[int]:
+        tables = self._bits[va]
         return [va + link for bit, link in enumerate(self.layout.tcp.links) if tables >> bit & 1]
 
-    def _parse(self, vas: Sequence[int], bits: Mapping[int, int]) -> dict[int, RawSocket | None]:
+    def _parse(self, vas: Sequence[int]) -> dict[int, RawSocket | None]:
         """Connections among objects, by their address; None where there is none."""
         known = self._hashes.fetched
         wanted = [va for va in vas if va - self._header not in known]
         read = dict(zip(wanted, self._readv([(va - self._header, self._size) for va in wanted]), strict=True))
         found: dict[int, RawSocket | None] = dict.fromkeys(vas)
         tcp, header = self.layout.tcp, self._header
-        sound: list[tuple[int, bytes]] = []
+        sound: list[tuple[int, bytes, int, int, int]] = []
         pointers = []
+        state_at, ports_at = header + tcp.state, header + tcp.local_port
         for va in vas:
             raw = known.get(va - header) or read.get(va)
             if raw is None or tag_of(raw) not in TCP_TAGS:
                 continue
-            if int.from_bytes(raw[header + tcp.state : header + tcp.state + 4], "little") in STATES:
-                sound.append((va, raw))
-                pointers.append(self._pointers(raw))
-        for (va, raw), pair in zip(sound, self._addresses.pairs(pointers), strict=True):
-            if pair is not None:
-                found[va] = self._connection(va, raw, pair, bits.get(va, 0))
+            state = int.from_bytes(raw[state_at : state_at + 4], "little")
+            local_port, remote_port = _PORTS.unpack_from(raw, ports_at)
+            if state in STATES and local_port:
+                sound.append((va, raw, state, local_port, remote_port))
+                pointers.append(self._pair.unpack_from(raw, header + tcp.inet_af))
+        owner_at = header + tcp.owner
+        for (va, raw, state, local_port, remote_port), pair in zip(sound, self._addresses.pairs(pointers), strict=True):
+            if pair is None:
+                continue
+            owner = self._one.unpack_from(raw, owner_at)[0]
+            found[va] = RawSocket(
+                Kind.TCP,
+                va,
+                state,
+                pair.family,
+                Endpoint(ip_of(pair.local), local_port),
+                Endpoint(ip_of(pair.remote), remote_port),
+                owner if self._kernel.is_kernel(owner) else 0,
+                key_of(pair.local, local_port, pair.remote, remote_port),
+                self._bits[va],
+                1,
+                marks_of(raw, ((4, 4), (header + tcp.inet_af, header), (ports_at, 4))),
+                pair.pieces,
+            )
         return found
-
-    def _pointers(self, raw: bytes) -> tuple[int, int]:
-        tcp, header = self.layout.tcp, self._header
-        return (
-            self._one.unpack_from(raw, header + tcp.inet_af)[0],
-            self._one.unpack_from(raw, header + tcp.addr_info)[0],
-        )
-
-    def _connection(self, va: int, raw: bytes, pair: Pair, tables: int) -> RawSocket | None:
-        tcp, header = self.layout.tcp, self._header
-        local_port, remote_port = (
-            int.from_bytes(raw[header + at : header + at + 2], "big") for at in (tcp.local_port, tcp.remote_port)
-        )
-        if not local_port:
-            return None
-        owner = self._one.unpack_from(raw, header + tcp.owner)[0]
-        return RawSocket(
-            Kind.TCP,
-            va,
-            int.from_bytes(raw[header + tcp.state : header + tcp.state + 4], "little"),
-            pair.family,
-            Endpoint(ip_of(pair.local), local_port),
-            Endpoint(ip_of(pair.remote), remote_port),
-            owner if self._kernel.is_kernel(owner) else 0,
-            key_of(pair.local, local_port, pair.remote, remote_port),
-            tables,
-            marks=marks_of(raw, header, (tcp.inet_af, tcp.addr_info), (tcp.local_port, tcp.remote_port)),
-            pieces=pair.pieces,
-        )
 
     def _parse_waiting(self, entries: Iterable[int]) -> dict[int, RawSocket]:
         """Connections in TIME_WAIT among entries, by entry."""
@@ -293,9 +331,7 @@ class Connections:
 
     def _past(self, va: int, raw: bytes, pair: Pair, layout: TimeWait) -> RawSocket:
         header = self._header
-        local_port, remote_port = (
-            int.from_bytes(raw[header + at : header + at + 2], "big") for at in (layout.local_port, layout.remote_port)
-        )
+        local_port, remote_port = _PORTS.unpack_from(raw, header + layout.local_port)
         return RawSocket(
             Kind.TIME_WAIT,
             va,
@@ -305,7 +341,7 @@ class Connections:
             Endpoint(ip_of(pair.remote), remote_port),
             0,
             key_of(pair.local, local_port, pair.remote, remote_port),
-            marks=marks_of(raw, header, (layout.inet_af,), (layout.local_port, layout.remote_port)),
+            marks=marks_of(raw, ((4, 4), (header + layout.inet_af, header // 2), (header + layout.local_port, 4))),
             pieces=pair.pieces,
         )
 
@@ -313,8 +349,6 @@ class Connections:
         return self._kernel.space.readv(spans) if spans else []
 
 
-def marks_of(raw: bytes, header: int, pointers: Iterable[int], ports: Iterable[int]) -> tuple[tuple[int, bytes], ...]:
-    """What must not change in an object while it is the same one: its pool tag, these pointers, these ports."""
-    pointer = header // 2
-    places = [(4, 4), *((header + at, pointer) for at in pointers), *((header + at, 2) for at in ports)]
-    return tuple((at, raw[at : at + size]) for at, size in places)
+def marks_of(raw: bytes, places: Iterable[tuple[int, int]]) -> tuple[tuple[int, bytes], ...]:
+    """What must not change in an object while it is the same one, by offset and size: tag, pointers, ports."""
+    return tuple([(at, raw[at : at + size]) for at, size in places])

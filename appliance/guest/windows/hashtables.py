@@ -98,20 +98,22 @@ class HashTables:
         self.fetched: dict[int, bytes] = {}  # by the address the read began at; of the last refresh only
         self._fresh: set[int] = set()  # which of them were read in this try
         self.torn = 0
-        self.changes = 0  # how often a chain was found other than before
+        self.is_new = True  # nothing of what was found before holds
+        self.changed: dict[tuple[int, int], tuple[Table, tuple[int, ...]]] = {}  # by table and bucket: as it was
 
     def open(self, vas: Iterable[tuple[int, int]]) -> None:
         """Start over with these tables: address and kind."""
         self.tables = [Table(va, kind) for va, kind in vas]
-        self.changes += 1
+        self.is_new = True
 
     def refresh(self, fetch: Sequence[Fetch] = (), *, whole: bool = False) -> list[Gap]:
         """Bring all chains up to date, all of them afresh if ``whole``; what stayed in doubt is named.
 
         ``fetch`` by kind of table: what to read along with an entry, into `fetched`. Raises OutOfTime, GuestGone.
         """
-        self.fetched = {}
+        self.fetched, self.changed = {}, {}
         if whole:
+            self.is_new = True
             for table in self.tables:
                 table.header, table.blocks, table.chains = b"", [], {}
         doubted: set[int] = set()
@@ -123,7 +125,6 @@ class HashTables:
                     dirty += self._long_chains(table)
             if not dirty:
                 break
-            self.changes += 1
             self._fresh = set()
             self._follow(dirty, fetch)
         return [gap for table in self.tables for gap in self._gaps(table)]
@@ -159,7 +160,7 @@ class HashTables:
         if not header:
             table.header, table.spans, table.blocks, table.chains = b"", [], [], {}
             table.size = table.entries = 0
-            self.changes += 1
+            self.is_new = True
             return True
         before = self._header.parse(table.header) if table.header else (0, 0, 0, 0)
         size, table.entries, table.guests, directory = self._header.parse(header)
@@ -169,6 +170,7 @@ class HashTables:
         table.size = size
         table.spans = self._spans(size, directory)
         table.blocks, table.chains, table.broken = [b""] * len(table.spans), {}, set()
+        self.is_new = True
         return True
 
     def _spans(self, size: int, directory: int) -> list[tuple[int, int]]:
@@ -205,7 +207,9 @@ class HashTables:
                 bucket = va + at
                 pair = self._pair.unpack(now) if len(now) == step else (bucket, bucket)
                 if pair[0] == bucket:
-                    self.changes += table.chains.pop(bucket, None) is not None
+                    if bucket in table.chains:
+                        self._note(table, bucket)
+                        del table.chains[bucket]
                     table.broken.discard(bucket)
                 elif pair[0] or pair[1]:  # an untouched bucket of a block that has just been made is zero
                     dirty.append((table, bucket, pair))
@@ -252,6 +256,7 @@ class HashTables:
                 if link[0] != bucket:
                     following.append((table, bucket, last, entry, link[0], chain))
                 elif entry == last:
+                    self._note(table, bucket)
                     table.chains[bucket] = tuple(chain)
                     table.broken.discard(bucket)
                 else:  # something was appended since the bucket was read
@@ -260,8 +265,12 @@ class HashTables:
 
     def _break(self, table: Table, bucket: int, chain: list[int]) -> None:
         self.torn += 1
+        self._note(table, bucket)
         table.chains[bucket] = tuple(chain)
         table.broken.add(bucket)
+
+    def _note(self, table: Table, bucket: int) -> None:
+        self.changed.setdefault((table.va, bucket), (table, table.chains.get(bucket, ())))
 
     def _links(self, entries: list[int], around: Fetch | None) -> list[tuple[int, int] | None]:
         """Flink and Blink of many entries; None where there cannot be an entry."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from appliance.errors import GuestError
 from appliance.guest.windows.addresses import Addresses, Home, Piece, ip_of, tag_of
 from appliance.guest.windows.compartments import Compartments, Pool
 from appliance.guest.windows.endpoints import Kind, RawSocket, key_of, marks_of
@@ -72,6 +73,7 @@ class Ports:
         self._lacks: list[Gap] = []
         self.gaps: list[Gap] = []
         self.torn = 0
+        self.changes = 0  # how often something was bound or given up
 
     def __iter__(self) -> Iterator[RawSocket]:
         for pool in self._pools:
@@ -85,6 +87,14 @@ class Ports:
     def taken(self) -> dict[tuple[Transport, int], set[int]]:
         """The ports that each pool's bitmap calls taken, by protocol and compartment."""
         return {(each.pool.transport, each.pool.compartment): _bits(each.bitmap) for each in self._pools}
+
+    def entry(self, transport: Transport, compartment: int, port: int) -> int:
+        """What a port's assignment leads to, an address inside an object; 0 where to nothing."""
+        for pool in self._pools:
+            if (pool.pool.transport, pool.pool.compartment) == (transport, compartment):
+                entries = pool.entries.get(port >> 8)
+                return entries[port & 255] & self._mask if entries else 0
+        return 0
 
     def agreement(self) -> tuple[int, int]:
         """How many entries there are whose port the bitmap calls taken, and how many that it calls free."""
@@ -117,10 +127,34 @@ class Ports:
         layout = self._layout.pool
         if layout is None:
             return
-        self._read_heads()
-        changed = [(pool, port) for pool in self._pools for port in self._changed_ports(pool)]
-        if changed:
-            self._follow(changed)
+        try:
+            self._read_heads()
+            changed = [(pool, port) for pool in self._pools for port in self._changed_ports(pool)]
+            if changed:
+                self.changes += 1
+                self._follow(changed)
+        except GuestError:
+            self._pools = []  # half of it is known: start over next time
+            raise
+
+    def at(self, transport: Transport, vas: Sequence[int]) -> list[RawSocket]:
+        """Listeners, or UDP sockets, at addresses to which no port leads; what is none is left out.
+
+        Their compartment is not known, and told as the first. Raises OutOfTime, GuestGone.
+        """
+        bound, header = self._bound(transport), self._header
+        size = header + bound.size(self._layout.pointer)
+        read = zip(vas, self._readv([(va - header, size) for va in vas]), strict=True)
+        sound = [(va, raw) for va, raw in read if raw is not None and tag_of(raw) in _KINDS[transport][1]]
+        pointers = [(self._at(raw, bound.inet_af), self._at(raw, bound.local)) for _, raw in sound]
+        homes = self._addresses.homes(pointers, direct=bound.direct)
+        remotes = self._remotes(bound, [raw for _, raw in sound], homes)
+        found = []
+        for (va, raw), home, remote in zip(sound, homes, remotes, strict=True):
+            port = int.from_bytes(raw[header + bound.port : header + bound.port + 2], "big")
+            if home is not None and port:
+                found.append(self._socket(Pool(transport, 1, 0), port, va, raw, home, remote))
+        return found
 
     # -- pools --
 
@@ -306,12 +340,12 @@ class Ports:
         bound = self._bound(pool.transport)
         kind, _, state = _KINDS[pool.transport]
         owner = self._at(raw, bound.owner)
-        pointers, ports = [bound.inet_af, bound.local], [bound.port]
+        pointer = self._layout.pointer
+        places = [(bound.inet_af, pointer), (bound.local, pointer), (bound.port, 2)]
         far = None
         if remote is not None and bound.path is not None and bound.remote_port is not None:
             far = Endpoint(ip_of(remote[0]), remote[1])
-            pointers.append(bound.path)
-            ports.append(bound.remote_port)
+            places += [(bound.path, pointer), (bound.remote_port, 2)]
         return RawSocket(
             kind,
             va,
@@ -322,7 +356,7 @@ class Ports:
             owner if self._kernel.is_kernel(owner) else 0,
             key_of(home.local, port, *(remote or ())),
             compartment=pool.compartment,
-            marks=marks_of(raw, self._header, pointers, ports),
+            marks=marks_of(raw, [(4, 4), *((self._header + at, size) for at, size in places)]),
             pieces=home.pieces,
         )
 

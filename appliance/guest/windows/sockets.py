@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Final, NamedTuple
 
-from appliance.errors import UnsupportedGuest
+from appliance.errors import UnreadableMemory, UnsupportedGuest
+from appliance.guest.windows.addresses import Piece, plain
 from appliance.guest.windows.compartments import Compartments
-from appliance.guest.windows.endpoints import BOTH, Connections, Kind, Partitions, RawSocket
+from appliance.guest.windows.endpoints import BOTH, FIRST, Connections, Kind, Partitions, RawSocket
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.layouts import STATES, Layout
 from appliance.guest.windows.measure import Measure, Measured
@@ -23,6 +23,7 @@ from appliance.guest.windows.processes import Processes, RawProcess
 from appliance.model import Flag, Gap, GuestProcess, GuestSocket, Owner, Transport
 
 TCPIP: Final = "tcpip.sys"
+OWNED: Final = frozenset((Kind.TCP, Kind.LISTENER, Kind.UDP))
 MAX_OWNERS: Final = 1 << 16  # processes remembered as owners
 
 
@@ -50,6 +51,14 @@ class Sockets:
         self._header = 2 * kernel.pointer_size
         self._measured: Measured | None = None
         self._owners: dict[int, RawProcess] = {}
+        self._pair = struct.Struct("<QQ" if kernel.pointer_size == 8 else "<II")
+        self._space = kernel.space
+        self._trusted: tuple[Kind, ...] = ()
+        self._links = (0, 0)
+        self._sizes: dict[str, int] = {}  # by kind, from the pool header on
+        self._places: dict[str, tuple[int | None, int | None]] = {}  # of state and owner, likewise
+        self._homes_of = (-1, -1)
+        self._own: set[bytes] = set()
         self.connections: Connections
         self.ports: Ports
 
@@ -72,6 +81,7 @@ class Sockets:
 
     def walk(self) -> SocketList:
         """Read every socket afresh. Raises GuestError where not even the tables can be found."""
+        self._kernel.forget()
         measured = self._measure(again=True)
         before = self.torn
         self.connections.walk()
@@ -92,50 +102,58 @@ class Sockets:
 
     def connection(self, key: bytes) -> RawSocket | None:
         """The connection with these ends (`key_of`), as last seen."""
-        self._measure()
+        if self._measured is None:
+            self._measure()
         return self.connections.by_key.get(key)
 
     def bound(self, transport: Transport, port: int) -> list[RawSocket]:
         """What is bound to a port, as last seen."""
-        self._measure()
+        if self._measured is None:
+            self._measure()
         return self.ports.of_port(transport, port)
+
+    def is_own(self, address: bytes) -> bool:
+        """Whether some socket has this local address (network order): then it is one of the guest's own."""
+        self._measure()
+        return plain(address) in self._homes()
 
     # -- one socket --
 
     def check(self, raw: RawSocket) -> tuple[RawSocket, RawProcess | None] | None:
         """Read a remembered socket again, with its links and its owner; None when it is not the same any more.
 
-        First what it is and who owns it, then, in a second batch, whether it still is that and still is linked: what
-        was freed keeps its bytes for a while, but nothing leads to it.
+        First what it is, then in a second batch its addresses, its owner, the links that lead to it, and it again:
+        what was freed keeps its bytes for a while, but nothing leads to it.
         """
-        spans, size = self._spans(raw)
-        known = self._owners.get(raw.owner)
-        owner_span = [self._processes.span(raw.owner)] if known is not None else []
-        links = self.ports.proof(raw) if raw.kind in (Kind.LISTENER, Kind.UDP) else ()
-        first = self._readv([*spans, *owner_span, *((va, len(told)) for va, told in links)])
-        body = first[0]
-        if body is None or not self._is_same(raw, first):
+        span = raw.va - self._header, self._sizes[raw.kind.value]
+        try:
+            body = self._space.read(*span)
+        except UnreadableMemory:
             return None
-        at = len(spans) + len(owner_span)
-        if any(seen != told for seen, (_, told) in zip(first[at:], links, strict=True)):
-            return None
+        for at, told in raw.marks:
+            if body[at : at + len(told)] != told:
+                return None
         fresh = self._renew(raw, body)
-        if fresh.state not in STATES:
+        if fresh is None:
             return None
-        again = self._neighbours(raw, body)
-        second = self._readv([(raw.va - self._header, size), *(span for span, _ in again)])
-        if second[0] is None or any(second[0][at : at + len(told)] != told for at, told in raw.marks):
-            return None
-        if any(seen != told for seen, (_, told) in zip(second[1:], again, strict=True)):
-            return None
-        if self._renew(raw, second[0]) != fresh:
+        told_by = raw.pieces + (self._neighbours(raw, body) if raw.kind is Kind.TCP else self._proof(raw))
+        known = self._owners.get(fresh.owner)
+        spans = [(va, len(told)) for va, told in told_by]
+        spans.append(span)
+        if known is not None:
+            spans.append(self._processes.span(fresh.owner))
+        found = self._space.readv(spans)
+        for seen, (_, told) in zip(found, told_by, strict=False):
+            if seen != told:
+                return None
+        if found[len(told_by)] != body and not self._is_still(raw, fresh, found[len(told_by)]):
             return None
         if not fresh.owner:
             return fresh, None
-        owner_raw = first[len(spans)] if owner_span else None
-        if known is not None and fresh.owner == raw.owner and owner_raw is not None:
-            owner = self._processes.parse(raw.owner, owner_raw)
-            if owner.key == known.key and self._processes.is_sound(owner):
+        owner_raw = found[-1]
+        if known is not None and owner_raw is not None:
+            owner = self._processes.parse(fresh.owner, owner_raw)
+            if owner.pid == known.pid and owner.created == known.created and self._processes.is_sound(owner):
                 return fresh, owner
         return fresh, self.find_owner(fresh.owner)
 
@@ -152,7 +170,7 @@ class Sockets:
 
     def is_trusted(self, raw: RawSocket) -> bool:
         """Whether the owner of such a socket may be told in this guest."""
-        return self._measure().is_trusted(raw.kind)
+        return raw.kind in self._trusted
 
     def build(self, raw: RawSocket, owner: RawProcess | None) -> GuestSocket:
         """A socket as people want to see it, with its owner and what is odd about both."""
@@ -171,6 +189,13 @@ class Sockets:
         return [(raw, found.get(raw.owner) if self.is_trusted(raw) else None) for raw in raws]
 
     # -- private --
+
+    def _homes(self) -> set[bytes]:
+        now = self.connections.changes, self.ports.changes
+        if now != self._homes_of:
+            self._homes_of = now
+            self._own = {plain(raw.local.ip.packed) for each in (self.connections, self.ports) for raw in each}
+        return self._own
 
     def _describe(self, owners: Iterable[RawProcess]) -> dict[int, GuestProcess]:
         listed: list[RawProcess] = []
@@ -206,78 +231,61 @@ class Sockets:
     def _measure(self, *, again: bool = False) -> Measured:
         """Find the layout; ``again``: when it is not verified yet, there may be more to verify it with by now."""
         measured = self._measured
-        kinds = {Kind.TCP, Kind.LISTENER, Kind.UDP}
-        if measured is not None and (not again or measured.verified >= kinds):
+        if measured is not None and (not again or measured.verified >= OWNED):
             return measured
         listed = [each.va for each in self._processes.walk().processes]
         fresh = Measure(self._kernel, self.symbol, listed, self._processes.is_process).measure()
         if measured is None or fresh.layout != measured.layout:
-            table, count = self.symbol("PartitionTable"), self.symbol("PartitionCount")
-            assert table is not None and count is not None  # or it could not be measured
-            layout = fresh.layout
-            self.connections = Connections(self._kernel, Partitions(self._kernel, table, count), layout)
-            self.ports = Ports(self._kernel, Compartments(self._kernel, self.symbol, layout), layout)
+            self._use(fresh.layout)
+        self._trusted = tuple(kind for kind in Kind if fresh.is_trusted(kind))
         self._measured = fresh
         return fresh
 
-    def _spans(self, raw: RawSocket) -> tuple[list[tuple[int, int]], int]:
-        """What to read of a socket: its body from its pool header on, then its addresses."""
-        size = self._header + self._size(raw.kind)
-        return [(raw.va - self._header, size), *((va, len(told)) for va, told in raw.pieces)], size
+    def _renew(self, raw: RawSocket, body: bytes) -> RawSocket | None:
+        """State and owner as they are now; None when they cannot be."""
+        state_at, owner_at = self._places[raw.kind.value]
+        state = raw.state if state_at is None else int.from_bytes(body[state_at : state_at + 4], "little")
+        owner = 0 if owner_at is None else self._one.unpack_from(body, owner_at)[0]
+        if state == raw.state and owner == raw.owner:
+            return raw
+        if state not in STATES:
+            return None
+        return raw._replace(state=state, owner=owner if self._kernel.is_kernel(owner) else 0)
 
-    def _size(self, kind: Kind) -> int:
-        layout, pointer = self.layout, self._kernel.pointer_size
-        match kind:
-            case Kind.TCP:
-                return layout.tcp.size(pointer)
-            case Kind.LISTENER:
-                return layout.listener.size(pointer)
-            case Kind.UDP:
-                return layout.udp.size(pointer)
-            case Kind.TIME_WAIT:
-                return layout.time_wait.size(pointer) if layout.time_wait else 0
-
-    def _is_same(self, raw: RawSocket, found: list[bytes | None]) -> bool:
-        body = found[0]
+    def _is_still(self, raw: RawSocket, fresh: RawSocket, body: bytes | None) -> bool:
+        """Whether the second read tells what the first one told."""
         if body is None or any(body[at : at + len(told)] != told for at, told in raw.marks):
             return False
-        return all(seen == told for seen, (_, told) in zip(found[1:], raw.pieces, strict=False))
+        return self._renew(raw, body) == fresh
 
-    def _renew(self, raw: RawSocket, body: bytes) -> RawSocket:
-        """State and owner as they are now."""
-        layout = self.layout
-        match raw.kind:
-            case Kind.TIME_WAIT:
-                return raw
-            case Kind.TCP:
-                place = layout.tcp.owner
-                at = self._header + layout.tcp.state
-                state = int.from_bytes(body[at : at + 4], "little")
-            case _:
-                place = layout.listener.owner if raw.kind is Kind.LISTENER else layout.udp.owner
-                state = raw.state
-        owner = self._one.unpack_from(body, self._header + place)[0]
-        owner = owner if self._kernel.is_kernel(owner) else 0
-        if (state, owner) == (raw.state, raw.owner):
-            return raw
-        return replace(raw, state=state, owner=owner)
+    def _neighbours(self, raw: RawSocket, body: bytes) -> tuple[Piece, ...]:
+        """The links of a connection's neighbours, in one of its tables, that lead back to it."""
+        link = self._links[0] if raw.tables & FIRST else self._links[1]
+        after, before = self._pair.unpack_from(body, self._header + link)
+        entry = self._one.pack(raw.va + link)
+        return (after + self._kernel.pointer_size, entry), (before, entry)
 
-    def _neighbours(self, raw: RawSocket, body: bytes) -> list[tuple[tuple[int, int], bytes]]:
-        """Of a connection: the links of its neighbours that must lead back to it."""
-        if raw.kind is not Kind.TCP:
-            return []
-        pointer = self._kernel.pointer_size
-        found = []
-        for bit, link in enumerate(self.layout.tcp.links):
-            if not raw.tables >> bit & 1:
-                continue
-            at = self._header + link
-            entry = self._one.pack(raw.va + link)
-            after = self._one.unpack_from(body, at)[0]
-            before = self._one.unpack_from(body, at + pointer)[0]
-            found += [((after + pointer, pointer), entry), ((before, pointer), entry)]
-            break  # one table is proof enough that it lives
-        return found
+    def _proof(self, raw: RawSocket) -> tuple[Piece, ...]:
+        """The links to what is bound; of TIME_WAIT there is nothing to be proven: nobody is named."""
+        return () if raw.kind is Kind.TIME_WAIT else self.ports.proof(raw)
 
-    def _readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        return self._kernel.space.readv(spans)
+    def _use(self, layout: Layout) -> None:
+        """Read with this layout from now on."""
+        table, count = self.symbol("PartitionTable"), self.symbol("PartitionCount")
+        assert table is not None and count is not None  # or it could not be measured
+        self.connections = Connections(self._kernel, Partitions(self._kernel, table, count), layout)
+        self.ports = Ports(self._kernel, Compartments(self._kernel, self.symbol, layout), layout)
+        pointer, header, past = self._kernel.pointer_size, self._header, layout.time_wait
+        self._links = layout.tcp.links
+        self._sizes = {
+            Kind.TCP.value: header + layout.tcp.size(pointer),
+            Kind.LISTENER.value: header + layout.listener.size(pointer),
+            Kind.UDP.value: header + layout.udp.size(pointer),
+            Kind.TIME_WAIT.value: header + (past.size(pointer) if past else 0),
+        }
+        self._places = {
+            Kind.TCP.value: (header + layout.tcp.state, header + layout.tcp.owner),
+            Kind.LISTENER.value: (None, header + layout.listener.owner),
+            Kind.UDP.value: (None, header + layout.udp.owner),
+            Kind.TIME_WAIT.value: (None, None),
+        }
