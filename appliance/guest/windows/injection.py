@@ -59,10 +59,6 @@ class Injection:
 
     def find(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """Everything foreign in a process, the heaviest first. Raises GuestError, and nothing else."""
-        with self._kernel.limit(MAX_LOOK_SECONDS, self._clock):
-            return self._find(process)
-
-    def _find(self, process: GuestProcess) -> tuple[Evidence, ...]:
         evidence: list[Evidence] = []
         gaps: list[Gap] = []
         cut: list[str] = []
@@ -94,8 +90,9 @@ class Injection:
     def _look(self, raw: RawProcess, process: GuestProcess, gaps: list[Gap], cut: list[str]) -> list[Evidence]:
         found: list[Evidence] = []
         try:
-            for evidence in self._judge(raw, process, gaps, cut):
-                found.append(evidence)
+            with self._kernel.limit(MAX_LOOK_SECONDS, self._clock):
+                for evidence in self._judge(raw, process, gaps, cut):
+                    found.append(evidence)
         except OutOfTime:
             cut.append(f"all that would have taken longer than {MAX_LOOK_SECONDS} s")
         return found

@@ -56,10 +56,9 @@ class Texts:
             if number >= MAX_COMPARED or budget.over:
                 yield self._rest(changes[number:])
                 break
-            evidence = self._judge(change)
+            evidence = self._judge(change, quiet)
             budget.spend(2)
             if evidence is None:
-                quiet[change.view.name] += 1
                 continue
             told += 1
             if told <= MAX_TOLD or evidence.weight > 1:
@@ -103,7 +102,8 @@ class Texts:
         rva = page.va - view.start
         return header is None or any(part.executable and part.start <= rva < part.end for part in header.sections)
 
-    def _judge(self, change: Change) -> Evidence | None:
+    def _judge(self, change: Change, quiet: Counter[str]) -> Evidence | None:
+        """None: nothing was changed, or by the loader only; the latter is counted."""
         view, page = change.view, change.leaf
         spans = [(page.gpa, PAGE)] + [(change.shared, PAGE)] * bool(change.shared)
         raw, *others = self._pages.space.memory.readv(spans)
@@ -119,7 +119,10 @@ class Texts:
                 claim, "modified-text", page.va, PAGE, sha256, detail, 0 if self._is_writable(change) else 1
             )
         differing = [at for at in range(PAGE) if raw[at] != original[at]] if raw != original else []
-        if not differing or self._is_loaders(change, original, raw, differing):
+        if not differing:
+            return None
+        if self._is_loaders(change, original, raw, differing):
+            quiet[view.name] += 1
             return None
         runs = runs_of(differing)
         claim, weight, at = self._weigh(change, raw, differing, runs)
