@@ -348,7 +348,7 @@ class XpMachine:
         if pid is None:
             self._next_pid += 4 * self.random.randrange(1, 20)
             pid = self._next_pid
-        self.seconds += 1
+        self.tick()
         if path == "":
             path = f"C:\\WINDOWS\\system32\\{name}"
         time = 0 if pid == 4 else self.filetime() if created is None else created
@@ -735,7 +735,7 @@ class XpMachine:
         self, pid: int, local: Address, protocol: int, *, linked: bool = True, created: int | None = None
     ) -> Connection:
         ip, port, proto, owner, time = ADDRESS_OBJECT[self.era]
-        self.seconds += 1
+        self.tick()
         made = self.filetime() if created is None else created
         body = bytearray(0x260 if self.wide else 0x160)
         body[ip : ip + 4] = ipaddress.IPv4Address(local[0]).packed
