@@ -40,6 +40,7 @@ SYSTEM_PID = 4
 _DEBUGGER_LIST_AT, _TAG_AT = 0x20, 0x10  # in _DBGKD_GET_VERSION64, in _KDDEBUGGER_DATA64
 MAX_PAGES = 1 << 20  # mapped pages that are looked at for the beginning of an image
 MAX_KERNELS = 8  # in one RAM
+PULSE_S = 0.1  # a running kernel's clock moves every 15.6 ms at least
 _EXPORTED = "ntoskrnl.exe"
 _BATCH = 256
 _IMAGES64 = (0xFFFF_F800_0000_0000, 0xFFFF_F880_0000_0000)
@@ -71,37 +72,44 @@ def attach(
     """
     end = clock() + seconds
     trouble: GuestError = UnsupportedGuest(("no running Windows kernel was found in its memory",))
-    for roots in _rounds(memory, lambda: clock() > end):
-        best: WindowsKernel | None = None
-        lack: UnsupportedGuest | None = None
-        for located in _locate_all(roots, lambda: clock() > end):
+    for roots, is_sure in _rounds(memory, lambda: clock() > end):
+        found = sorted(_locate_all(roots, lambda: clock() > end), key=_age, reverse=True)
+        if not is_sure and not (memory.live and found and _runs(found[0], clock)):
+            continue
+        for located in found:
             try:
-                kernel = _assemble(located, symbols)
-            except GuestGone:
+                return _assemble(located, symbols)
+            except (UnsupportedGuest, GuestGone):  # it runs: an older one in the same RAM would be the wrong one
                 raise
-            except UnsupportedGuest as error:
-                lack = error
-                continue
             except GuestError as error:
                 trouble = error
-                continue
-            if best is None or _age(kernel) > _age(best):
-                best = kernel
-        if best:
-            return best
-        if lack:  # its kernel is there: looking further would find no other
-            raise lack
         if clock() > end:
             raise OutOfTime("the guest's memory is too large to be searched in time")
     raise trouble
 
 
-def _rounds(memory: GuestMemory, expired: Callable[[], bool]) -> Iterator[Iterator[Root]]:
-    yield find_by_vcpus(memory)
-    yield find_by_stub(memory)
+def _rounds(memory: GuestMemory, expired: Callable[[], bool]) -> Iterator[tuple[Iterator[Root], bool]]:
+    """Where to look, one after the other, and whether what is found there is surely the kernel that runs."""
+    yield find_by_vcpus(memory), True
+    yield find_by_stub(memory), True
     if not is_linux(memory):
-        yield find_by_tables(memory, near=True, expired=expired)
-        yield find_by_tables(memory, expired=expired)
+        yield find_by_tables(memory, near=True, expired=expired), False
+        yield find_by_tables(memory, expired=expired), True
+
+
+def _age(located: Located) -> tuple[int, int]:
+    """What grows from boot to boot, and within one."""
+    return located.shared.system_time, located.shared.interrupt_time
+
+
+def _runs(located: Located, clock: Callable[[], float]) -> bool:
+    """Whether the kernel's clock goes on while we look, for `PULSE_S` at most."""
+    end = clock() + PULSE_S
+    while clock() < end:
+        shared = check_root(located.space.memory, located.space.root, located.space.mode)
+        if shared and shared.interrupt_time != located.shared.interrupt_time:
+            return True
+    return False
 
 
 def _locate_all(roots: Iterator[Root], expired: Callable[[], bool]) -> Iterator[Located]:
@@ -289,12 +297,3 @@ def _system_root(kernel: WindowsKernel) -> int:
     if space.pointer(process + types.offset("_EPROCESS.UniqueProcessId")) != SYSTEM_PID:
         raise Implausible("the guest's first process is not the one with the pid 4: other symbols than its kernel's?")
     return space.pointer(process + types.offset("_EPROCESS.Pcb.DirectoryTableBase"))
-
-
-def _age(kernel: WindowsKernel) -> tuple[int, int]:
-    """What grows from boot to boot, and within one."""
-    try:
-        shared = kernel.read_shared()
-    except UnreadableMemory:
-        return (0, 0)
-    return shared.system_time, shared.interrupt_time
