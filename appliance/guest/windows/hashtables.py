@@ -11,7 +11,7 @@ src/platform/hashtable.c (HT_SECOND_LEVEL_DIR_MIN_SIZE, HT_FIRST_LEVEL_DIR_SIZE)
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -49,11 +49,7 @@ class Table:
     blocks: list[bytes] = field(default_factory=list)
     chains: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by the address of the bucket
     broken: set[int] = field(default_factory=set)  # buckets whose chain contradicted itself
-
-    @property
-    def walked(self) -> int:
-        """Entries found."""
-        return sum(map(len, self.chains.values()))
+    walked: int = 0  # entries found
 
     @property
     def is_whole(self) -> bool:
@@ -113,9 +109,7 @@ class HashTables:
         """
         self.fetched, self.changed = {}, {}
         if whole:
-            self.is_new = True
-            for table in self.tables:
-                table.header, table.blocks, table.chains = b"", [], {}
+            self.open([(table.va, table.kind) for table in self.tables])
         doubted: set[int] = set()
         for _ in range(TRIES):
             dirty = self._look()
@@ -159,7 +153,7 @@ class HashTables:
         """Take a header in; whether the blocks of the table are other ones than before."""
         if not header:
             table.header, table.spans, table.blocks, table.chains = b"", [], [], {}
-            table.size = table.entries = 0
+            table.size = table.entries = table.walked = 0
             self.is_new = True
             return True
         before = self._header.parse(table.header) if table.header else (0, 0, 0, 0)
@@ -169,7 +163,7 @@ class HashTables:
             return False
         table.size = size
         table.spans = self._spans(size, directory)
-        table.blocks, table.chains, table.broken = [b""] * len(table.spans), {}, set()
+        table.blocks, table.chains, table.broken, table.walked = [b""] * len(table.spans), {}, set(), 0
         self.is_new = True
         return True
 
@@ -200,16 +194,13 @@ class HashTables:
             content = seen or b""
             if content == before:
                 continue
-            for at in range(0, min(length, max(len(content), len(before))), step):
+            for at in _differences(before, content, length, step):
                 now = content[at : at + step]
-                if now == before[at : at + step]:
-                    continue
                 bucket = va + at
                 pair = self._pair.unpack(now) if len(now) == step else (bucket, bucket)
                 if pair[0] == bucket:
                     if bucket in table.chains:
-                        self._note(table, bucket)
-                        del table.chains[bucket]
+                        self._put(table, bucket, ())
                     table.broken.discard(bucket)
                 elif pair[0] or pair[1]:  # an untouched bucket of a block that has just been made is zero
                     dirty.append((table, bucket, pair))
@@ -256,8 +247,7 @@ class HashTables:
                 if link[0] != bucket:
                     following.append((table, bucket, last, entry, link[0], chain))
                 elif entry == last:
-                    self._note(table, bucket)
-                    table.chains[bucket] = tuple(chain)
+                    self._put(table, bucket, tuple(chain))
                     table.broken.discard(bucket)
                 else:  # something was appended since the bucket was read
                     self._break(table, bucket, chain)
@@ -265,12 +255,15 @@ class HashTables:
 
     def _break(self, table: Table, bucket: int, chain: list[int]) -> None:
         self.torn += 1
-        self._note(table, bucket)
-        table.chains[bucket] = tuple(chain)
+        self._put(table, bucket, tuple(chain))
         table.broken.add(bucket)
 
-    def _note(self, table: Table, bucket: int) -> None:
-        self.changed.setdefault((table.va, bucket), (table, table.chains.get(bucket, ())))
+    def _put(self, table: Table, bucket: int, chain: tuple[int, ...]) -> None:
+        before = table.chains.pop(bucket, ())
+        self.changed.setdefault((table.va, bucket), (table, before))
+        if chain:
+            table.chains[bucket] = chain
+        table.walked += len(chain) - len(before)
 
     def _links(self, entries: list[int], around: Fetch | None) -> list[tuple[int, int] | None]:
         """Flink and Blink of many entries; None where there cannot be an entry."""
@@ -316,3 +309,15 @@ class HashTables:
         if not table.broken and table.spans and not table.is_whole:
             why = f"{table.walked} entries found, {table.entries} counted by the guest"
             yield Gap("connection table", table.va, why)
+
+
+def _differences(before: bytes, now: bytes, length: int, step: int) -> Iterator[int]:
+    """Where pieces of two blocks differ, each ``step`` bytes long."""
+    if len(before) != len(now):
+        yield from range(0, min(length, max(len(now), len(before))), step)
+        return
+    rest = int.from_bytes(before, "little") ^ int.from_bytes(now, "little")
+    while rest:
+        index = (rest.bit_length() - 1) // (8 * step)
+        yield index * step
+        rest &= (1 << 8 * step * index) - 1

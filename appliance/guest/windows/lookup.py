@@ -22,6 +22,7 @@ from appliance.model import Direction, Evidence, Finding, Flow, Match, Owner, Re
 TRIES: Final = 3
 REST_NS: Final = 20_000_000  # between two looks at everything because of a miss: misses come as often as anybody likes
 REST_TIMES: Final = 10
+MAX_TOLD: Final = 1 << 14
 MAX_SHARED: Final = 64  # sockets of one port that are told together
 # What the kernel sends unasked: IGMP, tunnels (IANA numbers).
 KERNEL_PROTOCOLS: Final = frozenset({2, 4, 41, 47, 50, 51, 97, 115, 137})
@@ -40,7 +41,8 @@ class Lookup:
     def __init__(self, sockets: Sockets, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._sockets, self._clock_ns = sockets, clock_ns
         self._rested_ns = 0
-        self._torn = 0
+        # What was told of a socket: told again while it and its owner are the same, until the next whole look.
+        self._told: dict[bytes, tuple[Match, RawSocket, RawProcess | None, int, Finding]] = {}
 
     def find(self, flow: Flow) -> Finding:
         """Who owns this flow's tuple now. Raises GuestError."""
@@ -145,7 +147,10 @@ class Lookup:
     def _owned(self, checked: list[tuple[RawSocket, RawProcess | None]], match: Match) -> Finding:
         """The finding for these sockets, any of which it may be: everybody who owns one of them."""
         sockets = self._sockets
-        first = checked[0][0]
+        first, process = checked[0]
+        known = self._told.get(first.key) if len(checked) == 1 else None
+        if known is not None and known[:3] == (match, first, process) and known[3] == sockets.looks:
+            return known[4]
         if not sockets.is_trusted(first):
             evidence = Evidence(
                 "where this build of Windows keeps owners is not verified", "unverified-layout", first.va
@@ -159,7 +164,12 @@ class Lookup:
             return Finding(Match.NONE, socket=built[0], reason=Reason.ORPHAN)
         socket = next(each for each in built if each.owners)
         ambiguous = len({owner.process.path for owner in owners}) > 1
-        return Finding(match, owners, socket, Reason.AMBIGUOUS if ambiguous else None)
+        finding = Finding(match, owners, socket, Reason.AMBIGUOUS if ambiguous else None)
+        if len(checked) == 1:
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
+            self._told[first.key] = match, first, process, sockets.looks, finding
+        return finding
 
     def _nobody(self, flow: Flow) -> Finding:
         """No socket of this tuple. The reason stays open where only the flow's further life can tell."""

@@ -50,6 +50,7 @@ class Sockets:
         self._one = struct.Struct("<Q" if kernel.pointer_size == 8 else "<I")
         self._header = 2 * kernel.pointer_size
         self._measured: Measured | None = None
+        self.looks = 0  # whole ones
         self._owners: dict[int, RawProcess] = {}
         self._pair = struct.Struct("<QQ" if kernel.pointer_size == 8 else "<II")
         self._space = kernel.space
@@ -81,6 +82,7 @@ class Sockets:
 
     def walk(self) -> SocketList:
         """Read every socket afresh. Raises GuestError where not even the tables can be found."""
+        self.looks += 1
         self._kernel.forget()
         measured = self._measure(again=True)
         before = self.torn
