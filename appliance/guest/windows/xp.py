@@ -58,6 +58,7 @@ __all__ = ["KernelView", "XpNetwork", "XpWalk", "find_by_kpcr"]
 
 TRIES: Final = 3
 MAX_GAPS: Final = 64
+MAX_BUILT: Final = 1 << 17
 TCP, UDP, ICMP = 6, 17, 1
 CLIENTS: Final = range(1025, 5001)  # ports that a client is given (registry: MaxUserPort, 5000 unless changed)
 COMPARTMENT: Final = 1  # there is one
@@ -102,6 +103,7 @@ class XpNetwork:
         self._by_key: dict[Key, RawConnection] = {}
         self._by_port: dict[tuple[int, int], list[RawSocket]] = {}
         self._by_local: dict[int, list[RawConnection]] = {}
+        self._built: dict[int, tuple[RawConnection | RawSocket, Owner | None, GuestSocket]] = {}
         self._listened: set[tuple[int, int]] = set()  # sockets that were seen without a connection
         self._changes = (-1, -1)
         self._connections: ChainTable[RawConnection] | None = None
@@ -121,19 +123,22 @@ class XpNetwork:
         self.refresh(whole=True)
         self._holders.look()
         assert self._connections is not None and self._sockets is not None
-        found: list[GuestSocket] = []
         connections, sockets = self._connections.settled(), self._sockets.settled()
         self.torn += len(self._connections) - len(connections) + len(self._sockets) - len(sockets)
-        found += [self._build_connection(raw, self._holder(raw)) for raw in connections]
-        for socket in sockets:
-            state = self._state(socket)
-            if state is not None:
-                found.append(self._build_socket(socket, self._holder(socket), state))
+        told: list[tuple[RawConnection | RawSocket, str]] = [(raw, UNKNOWN) for raw in connections]
+        told += [(raw, state) for raw in sockets if (state := self._state(raw)) is not None]
+        found = [(raw, state, self._holder(raw, read=False)) for raw, state in told]
+        changed = self._holders.changed({raw.pid for raw, _, _ in found})
+        if changed:  # a process has ended meanwhile, or its pid is another one's
+            self.torn += len(changed)
+            self._holders.look()
+            found = [(raw, state, self._holder(raw) if raw.pid in changed else holder) for raw, state, holder in found]
+        sockets_told = tuple(self._build(raw, holder, state) for raw, state, holder in found)
         gaps = [*self._holders.gaps, *self._gaps(self._connections, "connection table")]
         gaps += self._gaps(self._sockets, "socket table")
         if self._v6 is not None:
             gaps.append(Gap("IPv6", self._v6.base, "tcpip6.sys keeps its connections for itself; they are not read"))
-        return XpWalk(tuple(found), tuple(gaps[:MAX_GAPS]), self.torn - torn + self._holders.torn)
+        return XpWalk(sockets_told, tuple(gaps[:MAX_GAPS]), self.torn - torn + self._holders.torn)
 
     def refresh(self, *, whole: bool = False) -> None:
         """Bring both tables up to date. Raises UnsupportedGuest (no table fits), UnreadableMemory, OutOfTime."""
@@ -196,7 +201,7 @@ class XpNetwork:
             if socket.protocol == TCP and (socket.port, socket.pid) in covered:
                 continue
             flag = Flag.UNLINKED_ENDPOINT if _lives(holder) else Flag.STALE
-            found.append(self._build_socket(socket, holder, _socket_state(socket), flag))
+            found.append(self._build(socket, holder, _socket_state(socket), flag))
         return tuple(found)
 
     # -- one tuple --
@@ -246,15 +251,28 @@ class XpNetwork:
         return self._nobody(flow, fresh=fresh)
 
     def _of_connection(self, known: RawConnection) -> Finding | None:
-        """The owner of a connection, which is the same before and after; None where it is not."""
-        span = self._parser.connection_span(known.va)
-        if not self._is_same(known, span):
+        """The owner of a connection; both are the same before and after. None where they are not."""
+        process = self._holders.known(known.pid)
+        if process is None:
+            holder = self._holder(known)
+            process = self._holders.known(known.pid)
+            if process is None:  # nobody has this pid
+                return (
+                    self._finding(Match.EXACT, [holder], self._build(known, holder, UNKNOWN))
+                    if self._is_same(known)
+                    else None
+                )
+        spans = [self._parser.connection_span(known.va), self._holders.span(process.va)]
+        before = self._space.readv(spans)
+        if not self._is_still(known, before[0]) or not self._holders.is_still(process, before[1]):
+            self._holders.look()
             return None
-        holder = self._holder(known)
-        if not self._is_same(known, span) or (_lives(holder) and not self._holders.is_alive(holder, known.pid)):
+        holder = self._holders.judge(process, self._born_ns(known))
+        after = self._space.readv(spans)
+        if after != before and not (self._is_still(known, after[0]) and self._holders.is_still(process, after[1])):
             self.torn += 1
             return None
-        return self._finding(Match.EXACT, [holder], self._build_connection(known, holder))
+        return self._finding(Match.EXACT, [holder], self._build(known, holder, UNKNOWN))
 
     def _of_sockets(self, sockets: Sequence[RawSocket], match: Match) -> Finding | None:
         """One finding from all sockets that it may be; None where there are none, or they changed meanwhile."""
@@ -267,7 +285,7 @@ class XpNetwork:
                 self.torn += 1
                 return None
         first = next((number for number, holder in enumerate(holders) if holder.owner), 0)
-        socket = self._build_socket(sockets[first], holders[first], _socket_state(sockets[first]))
+        socket = self._build(sockets[first], holders[first], _socket_state(sockets[first]))
         return self._finding(match, holders, socket)
 
     def _finding(self, match: Match, holders: Sequence[Holder], socket: GuestSocket) -> Finding:
@@ -377,18 +395,25 @@ class XpNetwork:
 
     # -- objects --
 
-    def _holder(self, raw: RawConnection | RawSocket) -> Holder:
+    def _holder(self, raw: RawConnection | RawSocket, *, read: bool = True) -> Holder:
+        return self._holders.find(raw.pid, self._born_ns(raw), read=read)
+
+    def _born_ns(self, raw: RawConnection | RawSocket) -> int:
+        """When it was made, at the latest: a connection not after it was first seen, nor before its only socket."""
         if isinstance(raw, RawSocket):
-            return self._holders.find(raw.pid, raw.created_ns)
+            return raw.created_ns
         seen = self._born.get(raw.va)
         born_ns = seen[1] if seen is not None and seen[0] is raw else self._kernel.read_shared().epoch_ns
-        made = [each.created_ns for each in self._by_port.get((TCP, raw.local_port), ()) if each.pid == raw.pid]
-        return self._holders.find(raw.pid, min([born_ns, *made[:1]]) if len(made) == 1 else born_ns)
+        group = self._by_port.get((TCP, raw.local_port), ())
+        made = [each.created_ns for each in group if each.pid == raw.pid]
+        return min(born_ns, made[0]) if len(made) == 1 else born_ns
 
-    def _is_same(self, known: RawConnection, span: tuple[int, int]) -> bool:
-        raw = self._space.readv([span])[0]
+    def _is_still(self, known: RawConnection, raw: bytes | None) -> bool:
         now = self._parser.connection(known.va, raw) if raw is not None else None
         return now is not None and now.identity == known.identity
+
+    def _is_same(self, known: RawConnection) -> bool:
+        return self._is_still(known, self._space.readv([self._parser.connection_span(known.va)])[0])
 
     def _told_unlinked(self, raw: RawConnection, in_use: bool, loose: list[RawSocket]) -> GuestSocket:
         holder = self._holder(raw)
@@ -398,33 +423,34 @@ class XpNetwork:
         )
         taken = any(each.pid == raw.pid for each in self._by_local.get(raw.local_port, ()))
         lives = in_use and _lives(holder) and made_from and not taken
-        return self._build_connection(raw, holder, Flag.UNLINKED_ENDPOINT if lives else Flag.STALE)
+        return self._build(raw, holder, UNKNOWN, Flag.UNLINKED_ENDPOINT if lives else Flag.STALE)
 
-    def _build_connection(self, raw: RawConnection, holder: Holder, flag: Flag | None = None) -> GuestSocket:
-        return GuestSocket(
-            Transport.TCP,
-            UNKNOWN,
-            Endpoint(_ip(raw.local), raw.local_port),
-            Endpoint(_ip(raw.remote), raw.remote_port),
-            _owners(holder),
-            COMPARTMENT,
-            raw.va,
-            flags=_flags(flag, holder),
+    def _build(
+        self, raw: RawConnection | RawSocket, holder: Holder, state: str, flag: Flag | None = None
+    ) -> GuestSocket:
+        """What is told of an object; the same as before where nothing has changed."""
+        flags = tuple(each for each in (flag, holder.flag) if each is not None)
+        known = self._built.get(raw.va)
+        if (
+            known is not None
+            and known[:2] == (raw, holder.owner)
+            and (known[2].state, known[2].flags) == (state, flags)
+        ):
+            return known[2]
+        owners = (holder.owner,) if holder.owner is not None else ()
+        if isinstance(raw, RawConnection):
+            protocol, port = Transport.TCP, raw.local_port
+            remote = Endpoint(_ip(raw.remote), raw.remote_port)
+        else:
+            protocol = _TRANSPORTS.get(raw.protocol, Transport.RAW)
+            port, remote = raw.port if raw.protocol in (TCP, UDP) else raw.protocol, None
+        socket = GuestSocket(
+            protocol, state, Endpoint(_ip(raw.local), port), remote, owners, COMPARTMENT, raw.va, flags=flags
         )
-
-    def _build_socket(self, raw: RawSocket, holder: Holder, state: str, flag: Flag | None = None) -> GuestSocket:
-        protocol = _TRANSPORTS.get(raw.protocol, Transport.RAW)
-        port = raw.port if raw.protocol in (TCP, UDP) else raw.protocol
-        return GuestSocket(
-            protocol,
-            state,
-            Endpoint(_ip(raw.local), port),
-            None,
-            _owners(holder),
-            COMPARTMENT,
-            raw.va,
-            flags=_flags(flag, holder),
-        )
+        if len(self._built) > MAX_BUILT:
+            self._built.clear()
+        self._built[raw.va] = raw, holder.owner, socket
+        return socket
 
     def _gaps(self, table: ChainTable[Raw], what: str) -> list[Gap]:
         return [Gap(what, va, why) for va, why in table.lost[:MAX_GAPS]]
@@ -449,14 +475,6 @@ def _headers_of(kernel: WindowsKernel, module: KernelModule) -> pe.Headers | Non
 
 def _lives(holder: Holder) -> bool:
     return holder.owner is not None and holder.flag is not Flag.OWNER_EXITED
-
-
-def _owners(holder: Holder) -> tuple[Owner, ...]:
-    return (holder.owner,) if holder.owner is not None else ()
-
-
-def _flags(flag: Flag | None, holder: Holder) -> tuple[Flag, ...]:
-    return tuple(each for each in (flag, holder.flag) if each is not None)
 
 
 def _socket_state(raw: RawSocket) -> str:

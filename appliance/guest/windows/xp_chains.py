@@ -54,6 +54,9 @@ class ChainTable(Generic[Item]):
         self._pointer = space.pointer_size
         self._seen: dict[int, tuple[bytes, Item]] = {}
         self.lost: list[tuple[int, str]] = []  # where a chain broke off in the last look, and why
+        self._heads = b""  # as read in the last look; so are the objects' bytes
+        self._spans: list[tuple[int, int]] = []
+        self._raws: list[bytes] = []
         self._moved = False
         self.changes = 0  # counts looks that found something else than the one before
 
@@ -71,7 +74,10 @@ class ChainTable(Generic[Item]):
         span = (place.va, place.chains * self._pointer)
         before = self._read_heads(span)
         known = list(self._seen)
-        raws = dict(zip(known, self._space.readv([self._span(va) for va in known]), strict=True))
+        read = self._space.readv(self._spans)
+        if before == self._heads and read == self._raws and not self.lost:
+            return True
+        raws = dict(zip(known, read, strict=True))
         found: dict[int, tuple[bytes, Item]] = {}
         self.lost, self._moved = [], False
         pending = [head for (head,) in struct.iter_unpack("<I" if self._pointer == 4 else "<Q", before) if head]
@@ -79,14 +85,18 @@ class ChainTable(Generic[Item]):
             pending = self._step(pending, raws, found)
         if len(found) != len(self._seen) or any(va not in self._seen for va in found) or self._moved:
             self.changes += 1
-        self._seen = found
+        self._seen, self._heads = found, before
+        self._spans = [self._span(va) for va in found]
+        self._raws = [raw for raw, _ in found.values()]
         return self._read_heads(span) == before
 
     def settled(self) -> list[Item]:
         """The objects that still are what they were in the last look; all are read again."""
-        known = [item for _, item in self._seen.values()]
         kept = []
-        for item, raw in zip(known, self._space.readv([self._span(item.va) for item in known]), strict=True):
+        for (before, item), raw in zip(self._seen.values(), self._space.readv(self._spans), strict=True):
+            if raw == before:
+                kept.append(item)
+                continue
             now = self._parse(item.va, raw) if raw is not None else None
             if now is not None and now.identity == item.identity:
                 kept.append(item)

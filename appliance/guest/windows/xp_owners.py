@@ -7,6 +7,7 @@ sought beside the list: a process may be hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from appliance.errors import UnreadableMemory
@@ -14,7 +15,7 @@ from appliance.guest.windows.cid import OtherViews
 from appliance.guest.windows.eprocess import PROCESS_OBJECT
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.processes import Processes, RawProcess
-from appliance.model import Evidence, Flag, Gap, GuestProcess, Owner
+from appliance.model import Evidence, Flag, Gap, Owner
 
 MAX_REMEMBERED: Final = 4096
 
@@ -27,11 +28,18 @@ class Holder(NamedTuple):
     evidence: tuple[Evidence, ...] = ()
 
 
+def is_same(before: RawProcess, now: RawProcess, *, ended: bool = False) -> bool:
+    """Whether the bytes at one address are still those of the same process; ``ended``: it may have ended meanwhile."""
+    if now.kind != PROCESS_OBJECT or now.key != before.key:
+        return False
+    return ended or now.exited == before.exited
+
+
 class Holders:
     """Finds processes of one guest by pid."""
 
     def __init__(self, kernel: WindowsKernel, processes: Processes) -> None:
-        self._processes = processes
+        self._processes, self._space = processes, kernel.space
         self._views = OtherViews(kernel, processes)
         self._by_pid: dict[int, RawProcess] = {}
         self._hidden: dict[int, RawProcess] = {}
@@ -48,46 +56,66 @@ class Holders:
         self._hidden, self._sought = {}, False
         self.gaps, self.torn = list(listing.gaps), listing.torn
 
-    def find(self, pid: int, born_ns: int) -> Holder:
-        """Who has this pid and had it at ``born_ns`` (Unix epoch, the guest's clock). Raises GuestError."""
+    def find(self, pid: int, born_ns: int, *, read: bool = True) -> Holder:
+        """Who has this pid and had it at ``born_ns`` (Unix epoch, the guest's clock). Raises GuestError.
+
+        Without ``read`` what the last look found is good enough; `changed` then tells of whom it no longer is true.
+        """
         if not pid:
             return Holder(None)
+        if not read and (known := self.known(pid)) is not None:
+            return self.judge(known, born_ns)
         for attempt in range(2):
             raw = self._read(pid)
             if raw is not None:
-                return self._judge(raw, pid, born_ns)
+                return self.judge(raw, born_ns)
             if not attempt:
                 self.look()
         return Holder(None, Flag.OWNER_EXITED)
 
-    def is_alive(self, holder: Holder, pid: int) -> bool:
-        """Whether the process that was named still is the same one."""
-        raw = self._read(pid)
-        return raw is not None and holder.owner is not None and raw.key == holder.owner.process.key and not raw.exited
+    def known(self, pid: int) -> RawProcess | None:
+        """The process with this pid as the last look found it; it may be gone by now."""
+        return self._by_pid.get(pid) or self._hidden.get(pid)
+
+    def judge(self, raw: RawProcess, born_ns: int) -> Holder:
+        """Whether a process can have made what was made at ``born_ns``."""
+        if raw.created > born_ns:
+            claim = f"the pid {raw.pid} is that of {raw.name} now, which began after this was made"
+            return Holder(None, Flag.OWNER_EXITED, (Evidence(claim, "pid-reused", raw.va, weight=0),))
+        owner = self._owner(raw)
+        if raw.exited:
+            return Holder(owner, Flag.OWNER_EXITED)
+        return Holder(owner, Flag.HIDDEN_PROCESS if raw.pid in self._hidden else None)
+
+    def span(self, va: int) -> tuple[int, int]:
+        """What to read of a process for `is_still`."""
+        return self._processes.span(va)
+
+    def is_still(self, known: RawProcess, raw: bytes | None) -> bool:
+        """Whether these bytes are those of the same process, which has not ended meanwhile."""
+        return raw is not None and is_same(known, self._processes.parse(known.va, raw))
+
+    def changed(self, pids: Iterable[int]) -> set[int]:
+        """Those of these pids that are another process's now, or whose process has ended since the last look."""
+        known = [raw for pid in pids if (raw := self.known(pid)) is not None]
+        again = self._space.readv([self.span(raw.va) for raw in known])
+        return {before.pid for before, raw in zip(known, again, strict=True) if not self.is_still(before, raw)}
 
     # -- private --
 
-    def _judge(self, raw: RawProcess, pid: int, born_ns: int) -> Holder:
-        if raw.created > born_ns:
-            claim = f"the pid {pid} is that of {raw.name} now, which began after this was made"
-            return Holder(None, Flag.OWNER_EXITED, (Evidence(claim, "pid-reused", raw.va, weight=0),))
-        hidden = pid in self._hidden
+    def _owner(self, raw: RawProcess) -> Owner:
+        hidden = raw.pid in self._hidden
         key = (raw.va, raw.pid, raw.created)
         owner = self._owners.get(key)
         if owner is None or hidden != (Flag.HIDDEN_PROCESS in owner.process.flags):
             if len(self._owners) >= MAX_REMEMBERED:
                 self._owners.clear()
-            owner = self._owners[key] = Owner(self._describe(raw, hidden=hidden))
-        if raw.exited:
-            return Holder(owner, Flag.OWNER_EXITED)
-        return Holder(owner, Flag.HIDDEN_PROCESS if hidden else None)
-
-    def _describe(self, raw: RawProcess, *, hidden: bool) -> GuestProcess:
-        return self._processes.describe(raw, hidden=hidden)
+            owner = self._owners[key] = Owner(self._processes.describe(raw, hidden=hidden))
+        return owner
 
     def _read(self, pid: int) -> RawProcess | None:
         """The process with this pid, read now; None where what we know is out of date."""
-        known = self._by_pid.get(pid) or self._hidden.get(pid)
+        known = self.known(pid)
         if known is None and self._by_pid and not self._sought:
             self._seek()
             known = self._hidden.get(pid)
@@ -97,7 +125,7 @@ class Holders:
             raw = self._processes.read(known.va)
         except UnreadableMemory:
             return None
-        return raw if raw.kind == PROCESS_OBJECT and raw.key == known.key else None
+        return raw if is_same(known, raw, ended=True) else None
 
     def _seek(self) -> None:
         """Processes that the list does not lead to."""
