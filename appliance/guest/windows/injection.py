@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
-from weakref import WeakKeyDictionary
 
 from appliance.errors import GuestError, Implausible, OutOfTime, UnreadableMemory
 from appliance.guest.budget import Budget
@@ -35,7 +34,7 @@ from appliance.guest.windows.vads import Vads
 from appliance.model import Evidence, Gap, GuestProcess
 
 MAX_PAGES: Final = 131_072  # page table entries and pages of one part of a look: 512 MiB of code
-MAX_SECONDS: Final = 0.5  # for one part of a look, of which there are four
+MAX_SECONDS: Final = 0.5  # for one part of a look, of which there are six
 MAX_LOOK_SECONDS: Final = 3.0  # for the whole of it
 TRIES: Final = 3
 MAX_TOLD: Final = 256  # evidence of one process
@@ -128,7 +127,7 @@ class Injection:
         yield from evidence
         yield from judge_program(scene, program, pages, prototypes, self._budget(cut))
         yield from judge_lists(scene, pages, self._budget(cut))
-        yield from judge_places(scene)
+        yield from judge_places(scene, pages, self._budget(cut))
         yield from judge_threads(places, scene, suspects, space, self._budget(cut))
         yield from Texts(scene, pages, prototypes, trust_nx=trust_nx).find(self._budget(cut))
 
@@ -137,7 +136,7 @@ class Injection:
         said = self._parameters.read(raw)
         path, command = (text if isinstance(text, str) else None for text in (said.image, said.command))
         base = loaded.image_base or None
-        return Program(raw.section_base, self._started_from(raw), base, path, command)
+        return Program(raw.section_base, self._started_from(raw), raw.peb, base, path, command)
 
     def _started_from(self, raw: RawProcess) -> MappedFile | None:
         opened = self._files.read([raw.file]).get(raw.file) if raw.file else None
@@ -175,14 +174,8 @@ class Injection:
 
 
 def find_foreign(kernel: WindowsKernel, process: GuestProcess) -> tuple[Evidence, ...]:
-    """What in this process is foreign. Resolves its own facts once per kernel. Raises GuestError, and nothing else."""
-    injection = _known.get(kernel)
-    if injection is None:
-        injection = _known[kernel] = Injection(kernel)
-    return injection.find(process)
-
-
-_known: WeakKeyDictionary[WindowsKernel, Injection] = WeakKeyDictionary()
+    """What in this process is foreign. Raises GuestError, and nothing else. Who looks often keeps an `Injection`."""
+    return Injection(kernel).find(process)
 
 
 def _modules(loaded: ModuleList) -> list[Module]:

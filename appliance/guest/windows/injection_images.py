@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from appliance.guest.budget import Budget
 from appliance.guest.windows.injection_bytes import Header, parse_header
-from appliance.guest.windows.injection_pages import PAGE, Digest, Pages, Prototypes
+from appliance.guest.windows.injection_pages import PAGE, Pages, Prototypes
 from appliance.guest.windows.injection_paths import (
     Place,
     compare,
@@ -34,12 +34,13 @@ class Program(NamedTuple):
 
     section_base: int  # _EPROCESS.SectionBaseAddress; 0: the types have none
     file: MappedFile | None  # of _EPROCESS.ImageFilePointer or the section, None: not known
+    peb: int  # where the process's own block lies
     peb_base: int | None  # _PEB.ImageBaseAddress; None: unreadable
     peb_path: str | None  # _RTL_USER_PROCESS_PARAMETERS.ImagePathName
     command: str | None
 
 
-def judge_places(scene: Scene) -> Iterator[Evidence]:
+def judge_places(scene: Scene, pages: Pages, budget: Budget) -> Iterator[Evidence]:
     """Code from where no code belongs, and from files that are being deleted."""
     seen: set[str] = set()
     for view in scene.views:
@@ -47,18 +48,17 @@ def judge_places(scene: Scene) -> Iterator[Evidence]:
         if file is None or not (view.image or view.executable) or file.place.rest in seen:
             continue
         seen.add(file.place.rest)
-        size = view.end - view.start
         main = file.place.rest == scene.program.rest
-        detail = f"{view.protection}; path {file.path}"
+        claims: list[tuple[str, int, str]] = []
         if file.deleted:
-            claim = f"code is mapped from {file.path}, which is being deleted"
-            yield Evidence(claim, "deleted-file", view.start, size, None, detail, 2 if main else 1)
+            claims.append(("deleted-file", 2 if main else 1, "which is being deleted"))
         odd = odd_place(file.place, scene.program, system=scene.system)
         if odd is None and (file.remote or file.removable):
             odd = 2 if scene.system else 1, "another machine's share" if file.remote else "a removable medium"
         if odd is not None:
-            claim = f"code is mapped from {file.path}, {odd[1]}"
-            yield Evidence(claim, "odd-path", view.start, size, None, detail, odd[0])
+            claims.append(("odd-path", *odd))
+        for kind, weight, why in claims:
+            yield _told(f"code is mapped from {file.path}, {why}", kind, view, pages, budget, weight)
 
 
 def judge_lists(scene: Scene, pages: Pages, budget: Budget) -> Iterator[Evidence]:
@@ -77,9 +77,7 @@ def judge_lists(scene: Scene, pages: Pages, budget: Budget) -> Iterator[Evidence
         if told > MAX_TOLD:
             yield Evidence(f"more than {MAX_TOLD} images are not listed by the loader", "unlisted-module", weight=1)
             return
-        digest = _digest(view, pages, budget)
-        detail = f"{view.protection}; {digest}; path {view.file.path if view.file else '?'}"
-        yield Evidence(claim, "unlisted-module", view.start, view.end - view.start, digest.sha256, detail, weight)
+        yield _told(claim, "unlisted-module", view, pages, budget, weight)
     yield from _false_modules(scene)
 
 
@@ -178,14 +176,14 @@ def judge_names(program: Program, file: MappedFile | None) -> Iterator[Evidence]
         if difference != "same":
             claim = f"the process calls itself {program.peb_path}, and the kernel started {file.path}"
             detail = f"ImagePathName {program.peb_path}; file {file.path}"
-            yield Evidence(claim, "peb-masquerade", 0, 0, None, detail, 2 if difference == "name" else 1)
+            yield Evidence(claim, "peb-masquerade", program.peb, 0, None, detail, 2 if difference == "name" else 1)
             return
     first = _first_word(program.command or "")
     name = parse_place(first).name if first else ""
     if name.endswith(".exe") and name != file.name and "~" not in name:
         claim = f"its command line calls the program {name}, and the kernel started {file.path}"
         detail = f"CommandLine {(program.command or '')[:512]}; file {file.path}"
-        yield Evidence(claim, "peb-masquerade", 0, 0, None, detail, 1)
+        yield Evidence(claim, "peb-masquerade", program.peb, 0, None, detail, 1)
 
 
 def _differ(mapped: MappedFile, started: MappedFile) -> bool:
@@ -223,14 +221,15 @@ def _essentials(header: Header) -> tuple[object, ...]:
 def _hollowed(claim: str, view: View | None, address: int, pages: Pages, budget: Budget) -> Evidence:
     if view is None:
         return Evidence(claim, "hollowed", address, weight=2)
-    digest = _digest(view, pages, budget)
-    detail = f"{view.protection}; {digest}; path {view.file.path if view.file else 'none'}"
-    return Evidence(claim, "hollowed", view.start, view.end - view.start, digest.sha256, detail, 2)
+    return _told(claim, "hollowed", view, pages, budget, 2)
 
 
-def _digest(view: View, pages: Pages, budget: Budget) -> Digest:
+def _told(claim: str, kind: str, view: View, pages: Pages, budget: Budget, weight: int) -> Evidence:
+    """A finding about a whole region, with its bytes."""
     end = min(view.end, view.start + MAX_HASHED)
-    return pages.digest(pages.leaves([(view.start, end)], budget), view.start, end, budget)[0]
+    digest, _ = pages.digest(pages.leaves([(view.start, end)], budget), view.start, end, budget)
+    detail = f"{view.protection}; {digest}; path {view.file.path if view.file else 'none'}"
+    return Evidence(claim, kind, view.start, view.end - view.start, digest.sha256, detail, weight)
 
 
 def _is_systems(place: Place, scene: Scene) -> bool:

