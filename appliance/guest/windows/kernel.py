@@ -141,6 +141,8 @@ class WindowsKernel:
         pdb = pe.find_debug_id(self.space, module.base, pe.read_headers(self.space, module.base))
         if pdb is None:
             raise UnsupportedGuest((f"the image of {module.name} does not say which symbols are its own",))
+        if pdb.name != module.name.lower().rsplit(".", 1)[0] + ".pdb":
+            raise UnsupportedGuest((f"the image of {module.name} names the symbols of another: {pdb}",))
         if self.store is None:
             raise UnsupportedGuest((f"no symbols for {pdb}",))
         if pdb not in self._module_tables:
