@@ -1,19 +1,27 @@
 """Kernels of machines made of bytes, attached without the search that attaching does."""
 
 import json
+import lzma
+import os
 from functools import cache
+from pathlib import Path
+
+import pytest
 
 from appliance.guest.windows.isf import SymbolTable, parse_isf
 from appliance.guest.windows.kernel import UserShared, WindowsKernel
 from appliance.guest.windows.space import AddressSpace, Mode
 from tests.worlds.windows import FAMILIES, Machine
 from tests.worlds.windows.boot import ROOT_GPA
-from tests.worlds.windows.symbols import invented
+from tests.worlds.windows.symbols import NT, invented
+from tests.worlds.windows.symbols import REAL as REAL_PAIRS
 from tests.worlds.windows.xp import XpMachine
 
 OLD = {"xp-sp3": ("xp-sp3", True), "xp-sp2 without PAE": ("xp-sp2", False), "2003-sp2": ("2003-sp2", True)}
 OLD |= {"2003-sp2-x64": ("2003-sp2-x64", True)}
-ALL = (*OLD, *FAMILIES)
+REAL = {f"{build} with its own symbols": build for build in ("17763", "20348")}
+ALL = (*OLD, *FAMILIES, *REAL)
+SOME = ("xp-sp2 without PAE", "2003-sp2-x64", "17763", "26100")
 
 
 def make(name: str) -> Machine | XpMachine:
@@ -21,29 +29,43 @@ def make(name: str) -> Machine | XpMachine:
     if name in OLD:
         era, pae = OLD[name]
         return XpMachine(era, pae=pae)
-    return Machine(name)
+    return Machine(REAL.get(name, name), symbols=real_symbols() if name in REAL else None)
+
+
+def real_symbols() -> Path:
+    """The folder with symbol tables of Windows itself, where there is one."""
+    folder = os.environ.get("PARASIGHT_SYMBOLS", "").split(os.pathsep)[0]
+    if not folder or not (Path(folder) / "windows").is_dir():
+        pytest.skip("PARASIGHT_SYMBOLS names no folder with real symbol tables")
+    return Path(folder)
 
 
 @cache
-def _types(family: str) -> SymbolTable:
+def _types(family: str, symbols: Path | None) -> SymbolTable:
+    if symbols is not None:
+        name = f"{REAL_PAIRS[family][0]}-1.json.xz"
+        return parse_isf(lzma.decompress((symbols / "windows" / NT / name).read_bytes()))
     return parse_isf(json.dumps(invented(family)[0].document).encode())
 
 
-def kernel_of(machine: Machine | XpMachine) -> WindowsKernel:
-    """The kernel of a machine with invented symbols."""
+def kernel_of(machine: Machine | XpMachine, memory=None) -> WindowsKernel:
+    """The kernel of a machine."""
     if isinstance(machine, XpMachine):
         mode = Mode.LONG4 if machine.wide else Mode.PAE if machine.pae else Mode.LEGACY
-        space = AddressSpace(machine.memory(), machine.root, mode)
+        space = AddressSpace(memory or machine.memory(), machine.root, mode)
         shared = UserShared(0, 0, machine.kind.build, 5, 1, 0)
         return WindowsKernel(space, base=machine.base, size=machine.image_size, types=machine.types, shared=shared)
     kernel = machine.kernel
-    space = AddressSpace(machine.memory(), ROOT_GPA, Mode.LONG4)
+    space = AddressSpace(memory or machine.memory(), ROOT_GPA, Mode.LONG4)
     shared = UserShared(0, 0, kernel.build, 10, 0, 0)
-    return WindowsKernel(space, base=kernel.base, size=kernel.size, types=_types(machine.family), shared=shared)
+    return WindowsKernel(space, base=kernel.base, size=kernel.size, types=types_of(machine), shared=shared)
 
 
 def types_of(machine: Machine | XpMachine) -> SymbolTable:
-    return machine.types if isinstance(machine, XpMachine) else _types(machine.family)
+    if isinstance(machine, XpMachine):
+        return machine.types
+    real = machine.kernel.types is not invented(machine.family)[0]
+    return _types(machine.family, real_symbols() if real else None)
 
 
 def read(machine: Machine | XpMachine, va: int, size: int) -> bytes:

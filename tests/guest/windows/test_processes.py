@@ -1,6 +1,7 @@
 """The list of processes, what each one is called, and what is not on the list."""
 
 import random
+import threading
 from contextlib import suppress
 
 import pytest
@@ -11,6 +12,7 @@ from appliance.guest.windows.processes import TRIES, Processes
 from appliance.model import Flag, Missing
 from tests.guest.windows.machines import (
     ALL,
+    SOME,
     began_ns,
     kernel_of,
     make,
@@ -19,6 +21,7 @@ from tests.guest.windows.machines import (
     poke,
     read,
     types_of,
+    user,
     write,
 )
 from tests.worlds.windows import Machine
@@ -27,7 +30,7 @@ from tests.worlds.windows.xp import XpMachine
 ALICE = "S-1-5-21-1-2-3-1001"
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=SOME)
 def machine(request):
     made = make(request.param)
     yield made
@@ -47,10 +50,29 @@ def xp():
     made.close()
 
 
+class CountingMemory:
+    """Counts the reads of a memory."""
+
+    def __init__(self, inner):
+        self.inner, self.reads = inner, 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def read(self, gpa, size):
+        self.reads += 1
+        return self.inner.read(gpa, size)
+
+    def readv(self, spans):
+        self.reads += 1
+        return self.inner.readv(spans)
+
+
 def links(machine):
     return types_of(machine).offset("_EPROCESS.ActiveProcessLinks")
 
 
+@pytest.mark.parametrize("machine", ALL, indirect=True)
 def test_every_listed_process_is_found_with_its_pid_parent_times_and_page_tables(machine):
     machine.process("notepad.exe")
     listing = Processes(kernel_of(machine)).walk()
@@ -180,6 +202,115 @@ def test_an_unreadable_command_line_is_said_to_be_and_is_read_once_it_can_be(xp)
     )
     made.space.write(where, good)
     assert processes.describe(processes.read(made.va)).command == "C:\\WINDOWS\\system32\\paged.exe"
+
+
+def test_what_was_unreadable_is_tried_again_less_and_less_often(server):
+    made = server.process("paged.exe", session=1)
+    processes = Processes(kernel_of(server))
+    peb = made.peb
+    server.kernel.set(made.va, "_EPROCESS.Peb", 0x5_0000)
+    for _ in range(5):
+        assert processes.describe(processes.read(made.va)).command is Missing.UNREADABLE
+    server.kernel.set(made.va, "_EPROCESS.Peb", peb)  # another pointer: it is described afresh at once
+    assert processes.describe(processes.read(made.va)).command == made.path
+    server.kernel.set(made.va, "_EPROCESS.Peb", 0x5_0000)
+    counted = CountingMemory(server.memory())
+    processes = Processes(kernel_of(server, counted))
+    reads = []
+    for _ in range(20):
+        before = counted.reads
+        processes.describe(processes.read(made.va))
+        reads.append(counted.reads - before)
+    assert sum(each > min(reads) for each in reads) == 5  # looks 1, 2, 4, 8 and 16
+
+
+def test_a_file_that_is_being_deleted_while_it_runs_is_said_to_be(server):
+    ghost = server.process("ghost.exe", session=1, path="C:\\Temp\\ghost.exe")
+    server.kernel.set(ghost.modules[0].file.va, "_FILE_OBJECT.DeletePending", 1)
+    processes = Processes(kernel_of(server))
+    found = {each.name: each.deleted for each in processes.describe_all(processes.walk().processes)}
+    assert found.pop("ghost.exe") and not any(found.values())
+
+
+def test_the_name_of_an_account_is_told_for_processes_that_were_seen_before_it_was_known(server):
+    silent, talker = server.process("a.exe", session=1, sid=ALICE), server.process("b.exe", session=1, sid=ALICE)
+    processes = Processes(kernel_of(server))
+    parameters = server.kernel.types.offset("_RTL_USER_PROCESS_PARAMETERS.Environment")
+    user(silent).write(silent.params + parameters, bytes(8))
+    assert processes.describe(processes.read(silent.va)).user is None
+    assert processes.describe(processes.read(talker.va)).user == "DESKTOP-7\\alice"
+    assert processes.describe(processes.read(silent.va)).user == "DESKTOP-7\\alice"
+
+
+def test_what_the_guest_calls_itself_is_bounded(server):
+    made = server.process("long.exe", session=1, sid=ALICE)
+    types, space = server.kernel.types, user(made)
+    region = server.region(made, 0x20000, "RW", ("USERNAME=" + "x" * 30000 + "\0\0").encode("utf-16-le"))
+    space.write(
+        made.params + types.offset("_RTL_USER_PROCESS_PARAMETERS.Environment"), region.start.to_bytes(8, "little")
+    )
+    where = made.params + types.offset("_RTL_USER_PROCESS_PARAMETERS.CommandLine")
+    space.write(where, (0xFFFE).to_bytes(2, "little") * 2)
+    space.write(where + 8, region.start.to_bytes(8, "little"))
+    processes = Processes(kernel_of(server))
+    found = processes.describe(processes.read(made.va))
+    assert len(found.user) <= 256 and len(found.command) <= 4096
+
+
+def test_a_guest_that_starts_and_ends_processes_meanwhile_never_loses_the_others_nor_lends_a_wrong_name():
+    with Machine("20348", ram=256 << 20) as server:
+        kernel = kernel_of(server)
+        processes = Processes(kernel)
+        stable = {each.va: (each.pid, each.name) for each in planted(server)}
+        names: dict[tuple[int, int], str] = {}
+        over = threading.Event()
+
+        def churn():
+            living = []
+            for number in range(150):
+                made = server.process(f"churn-{number}.exe", session=1)
+                names[made.pid, began_ns(made)] = made.name
+                living.append(made)
+                if len(living) > 4:
+                    server.delete(living.pop(0))
+            over.set()
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        looks = 0
+        while not over.is_set():
+            kernel.forget()
+            listing = processes.walk()
+            found = processes.describe_all(listing.processes)
+            looks += 1
+            seen = {process.task_va: (process.pid, process.name) for process in found}
+            assert stable.items() <= seen.items()
+            for process in found:
+                if process.task_va not in stable and process.name:
+                    assert names.get((process.key.pid, process.key.started_ns), process.name) == process.name
+        thread.join()
+        assert looks > 3
+        listing = processes.walk()
+        assert {raw.va for raw in listing.processes} == {each.va for each in planted(server) if not each.exited_ns}
+        assert not listing.gaps
+
+
+def test_drive_letters_are_read_from_the_object_manager_where_its_types_are_known():
+    with make("20348 with its own symbols") as server:
+        kernel, types = server.kernel, server.kernel.types
+        target = kernel.text("\\Device\\HarddiskVolume3")
+        link = kernel.object("SymbolicLink", b"Symb", bytes(types.size("_OBJECT_SYMBOLIC_LINK")), name="Q:")
+        kernel.set(link, "_OBJECT_SYMBOLIC_LINK.LinkTarget", target)
+        entry = kernel.paged.take(b"ObDi", types.size("_OBJECT_DIRECTORY_ENTRY"))
+        kernel.set(entry, "_OBJECT_DIRECTORY_ENTRY.Object", link)
+        directory = kernel.object("Directory", b"Dire", bytes(types.size("_OBJECT_DIRECTORY")), name="GLOBAL??")
+        kernel.set_u64(directory + types.offset("_OBJECT_DIRECTORY.HashBuckets") + 8 * 7, entry)
+        device_map = kernel.paged.take(b"ObDm", types.size("_DEVICE_MAP"))
+        kernel.set(device_map, "_DEVICE_MAP.GlobalDosDevicesDirectory", directory)
+        kernel.set(server.system.va, "_EPROCESS.DeviceMap", device_map | 9)
+        processes = Processes(kernel_of(server))
+        paths = [process.path for process in processes.describe_all(processes.walk().processes)]
+        assert "Q:\\Windows\\System32\\svchost.exe" in paths
 
 
 def test_a_process_that_ended_while_it_was_looked_at_lends_nobody_its_memory(server):
