@@ -47,6 +47,7 @@ IDLE_S = 300.0  # then the worker ends, until it is asked again
 MAX_FAILURES = 3  # in a row: then it is asked no more
 LEAST = (2, 28)  # windows.malware.* and linux.malware.* have these names since then
 
+_PASSED = ("PATH", "HOME", "XDG_DATA_HOME", "PARASIGHT_SYMBOLS", "PARASIGHT_SYMBOL_SHARE")  # to the worker
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -230,8 +231,8 @@ class SecondOpinion:
             if self._closed:
                 raise OSError("it is closed")
             self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            environment = {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": str(_ROOT), "LC_ALL": "C.UTF-8"}
-            environment |= {"HOME": str(self._cache), "XDG_CACHE_HOME": str(self._cache)}
+            environment = {name: os.environ[name] for name in _PASSED if name in os.environ}
+            environment |= {"PYTHONPATH": str(_ROOT), "LC_ALL": "C.UTF-8", "XDG_CACHE_HOME": str(self._cache)}
             self._worker = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,

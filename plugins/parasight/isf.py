@@ -7,6 +7,7 @@ Source: volatility3/schemas/schema-6.2.0.json.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from typing import Any
 
 from . import btf
@@ -14,6 +15,7 @@ from .btf import Btf, Member, Record
 
 LINK_BASE = 0xFFFF_FFFF_8100_0000  # __START_KERNEL, arch/x86/include/asm/page_64_types.h
 KERNEL_HALF = 1 << 63
+BANNER = "linux_banner"  # init/version.c
 
 VARIABLES = {
     "init_task": "task_struct",
@@ -31,15 +33,18 @@ _KIND = {btf.STRUCT: "struct", btf.UNION: "union"}
 Json = dict[str, Any]
 
 
-def make_isf(types: Btf, symbols: dict[str, int], text_va: int) -> Json:
-    """The document; ``text_va`` is where ``_text`` is in this boot."""
-    return {
+def make_isf(types: Btf, symbols: dict[str, int], text_va: int, banner: bytes = b"") -> Json:
+    """The document; ``text_va`` is where ``_text`` is in this boot, ``banner`` what Volatility knows the kernel by."""
+    document: Json = {
         "metadata": {"format": "6.2.0", "producer": {"name": "parasight", "version": "1"}},
         "base_types": _base_types(types),
         "user_types": {_name(record): _structure(types, record) for record in _used(types, btf.STRUCT, btf.UNION)},
         "enums": {_name(record): _enumeration(types, record) for record in _used(types, btf.ENUM, btf.ENUM64)},
         "symbols": {name: _symbol(name, address, text_va - LINK_BASE) for name, address in symbols.items()},
     }
+    if banner and BANNER in symbols:
+        document["symbols"][BANNER]["constant_data"] = b64encode(banner).decode()
+    return document
 
 
 def _used(types: Btf, *kinds: int) -> list[Record]:

@@ -16,7 +16,7 @@ import importlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from volatility3.framework.symbols.linux import LinuxKernelIntermedSymbols
 from volatility3.framework.symbols.windows import WindowsKernelIntermedSymbols
 
 from .btf import Btf
-from .isf import LINK_BASE, make_isf
+from .isf import BANNER, LINK_BASE, make_isf
 from .layer import GuestLayer, Linux57, Windows57, open_memory
 from .symbols import read_symbols
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 MAX_TEXT = 512  # characters of one value
+MAX_BANNER = 1024
 MAX_BYTES = 64  # bytes of one value
 _PLUGIN = re.compile(r"(windows|linux)(\.[a-z_0-9]{1,64}){1,4}")
 _WINDOWS_LAYERS = {
@@ -167,9 +168,10 @@ def open_windows(kernel: WindowsKernel, location: str) -> Session:
     return Session(context, "windows")
 
 
-def add_symbol_dirs(folders: list[str]) -> None:
-    """Search these for symbol tables first, as ``vol -s`` does."""
-    volatility3.symbols.__path__ = [*folders, *constants.SYMBOL_BASEPATHS]
+def add_symbol_dirs(folders: Sequence[Path]) -> None:
+    """Search these for symbol tables first, as ``vol -s`` does; the folder ``windows`` itself will do, too."""
+    places = [str(folder.parent if folder.name == "windows" else folder) for folder in folders]
+    volatility3.symbols.__path__ = [*places, *constants.SYMBOL_BASEPATHS]
 
 
 def find_symbols(pdb: str, guid: str, age: int) -> str | None:
@@ -179,13 +181,18 @@ def find_symbols(pdb: str, guid: str, age: int) -> str | None:
 
 
 def write_linux_isf(kernel: Kernel, folder: Path) -> Path:
-    """Make the symbol file of a kernel from its own type information and symbols, unless it is there already."""
-    path = folder / f"linux-{kernel.build_id or 'unknown'}.json"
+    """Make the symbol file of a kernel from its own type information and symbols, unless it is there already.
+
+    ``folder`` is then one that ``vol -s`` takes.
+    """
+    path = folder / "linux" / f"{kernel.build_id or 'unknown'}.json"
     if kernel.build_id and path.exists():
         return path
-    document = make_isf(Btf(kernel.types.blob), read_symbols(kernel), kernel.image.va)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix="new-", delete=False) as file:
+    symbols = read_symbols(kernel)
+    banner = kernel.read_text(symbols[BANNER], MAX_BANNER) + b"\0" if BANNER in symbols else b""
+    document = make_isf(Btf(kernel.types.blob), symbols, kernel.image.va, banner)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="new-", suffix=".part", delete=False) as file:
         json.dump(document, file, separators=(",", ":"))
     return Path(file.name).rename(path)
 

@@ -25,9 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from appliance.errors import ParasightError
+from appliance.guest.attach import attach as attach_linux
+from appliance.guest.windows.attach import attach as attach_windows
+from appliance.guest.windows.symbols import SymbolStore
+
 if TYPE_CHECKING:
     from appliance.guest.kernel import Kernel
-    from appliance.guest.windows.kernel import WindowsKernel
     from appliance.ports import GuestMemory
 
     from .session import Session
@@ -91,10 +95,11 @@ class Worker:
         from . import session  # noqa: PLC0415  Volatility reads its environment when it is imported
         from .layer import open_memory  # noqa: PLC0415
 
-        session.add_symbol_dirs(self._symbols)
         memory = open_memory(self._location)
         if system == "windows":
-            windows = _attach_windows(memory, self._symbols)
+            store = SymbolStore.default([Path(folder) for folder in self._symbols])
+            session.add_symbol_dirs(store.dirs)
+            windows = attach_windows(memory, symbols=store)
             key: tuple[object, ...] = windows.pdb, windows.base, windows.space.root
             if self._session is not None and key == self._kernel:
                 return self._session
@@ -109,18 +114,8 @@ class Worker:
 
 
 def _attach_linux(memory: GuestMemory) -> Kernel:
-    from appliance.guest.attach import attach  # noqa: PLC0415
-
     vcpus = memory.vcpus()
-    return attach(memory, cr3=vcpus[0].cr3 if vcpus else None)
-
-
-def _attach_windows(memory: GuestMemory, symbols: list[str]) -> WindowsKernel:
-    from appliance.guest.windows.attach import attach  # noqa: PLC0415
-
-    from appliance.guest.windows.symbols import SymbolStore  # noqa: PLC0415
-
-    return attach(memory, symbols=SymbolStore([Path(folder) for folder in symbols]))
+    return attach_linux(memory, cr3=vcpus[0].cr3 if vcpus else None)
 
 
 def _is_there(session: Session, pid: int, at: int) -> bool:
@@ -175,6 +170,8 @@ def serve(worker: Worker, questions: IO[bytes], answers: IO[bytes]) -> None:
             reply = worker.answer(question)
         except MemoryError:
             reply = {"error": "out of memory"}
+        except (LookupError, ParasightError) as error:
+            reply = {"error": str(error)[:300]}
         except Exception as error:  # the appliance hears why, and counts it
             reply = {"error": f"{type(error).__name__}: {error}"[:300]}
         answers.write(json.dumps({"id": question.get("id"), **reply}).encode() + b"\n")
