@@ -21,11 +21,13 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.layers import intel, physical, resources
 
 from .home import find_appliance
+from .isf import BANNER, LINK_BASE
 
 if TYPE_CHECKING:
     from appliance.ports import GuestMemory
 
 SCHEME = "parasight"
+MAX_BANNER = 1024
 _OPENED: dict[str, GuestMemory] = {}
 
 
@@ -151,6 +153,50 @@ class GuestStacker(interfaces.automagic.StackerLayerInterface):
         location = interfaces.configuration.path_join(name, "location")
         context.config[location] = urllib.request.unquote(layer.location.removeprefix(f"{SCHEME}:"))
         return GuestLayer(context, name, name)
+
+
+class LinuxStacker(interfaces.automagic.StackerLayerInterface):
+    """Puts a Linux kernel's address space on a GuestLayer as the appliance finds it: by page tables, without a scan.
+
+    Volatility's own search knows no five levels of page tables, and takes minutes in a large guest.
+    """
+
+    stack_order = 2
+    exclusion_list = ["windows", "mac"]  # noqa: RUF012
+
+    @classmethod
+    def stack(
+        cls,
+        context: interfaces.context.ContextInterface,
+        layer_name: str,
+        progress_callback: constants.ProgressCallback = None,
+    ) -> interfaces.layers.DataLayerInterface | None:
+        """Return the layer, None where no Linux runs."""
+        below = context.layers[layer_name]
+        if not isinstance(below, GuestLayer):
+            return None
+        from appliance.errors import GuestError  # noqa: PLC0415  see open_memory
+        from appliance.guest.attach import attach  # noqa: PLC0415
+
+        memory = open_memory(below.config["location"])
+        vcpus = memory.vcpus()
+        try:
+            kernel = attach(memory, cr3=vcpus[0].cr3 if vcpus else None)
+            banner = kernel.read_text(kernel.symbols.get(BANNER), MAX_BANNER) + b"\0"
+        except GuestError:
+            return None
+        name = context.layers.free_layer_name("IntelLayer")
+        path = interfaces.configuration.path_join("IntelHelper", name)
+        for key, value in (
+            ("memory_layer", layer_name),
+            ("page_map_offset", kernel.root),
+            ("kernel_banner", banner.decode("latin-1")),  # by which the symbol file is found
+        ):
+            context.config[interfaces.configuration.path_join(path, key)] = value
+        kind = Linux57 if kernel.la57 else intel.LinuxIntel32e
+        layer = kind(context, path, name, metadata={"os": "Linux"})
+        layer.config["kernel_virtual_offset"] = kernel.image.va - LINK_BASE
+        return layer
 
 
 class GuestHandler(resources.VolatilityHandler):

@@ -33,7 +33,7 @@ from volatility3.framework.symbols.windows import WindowsKernelIntermedSymbols
 
 from .btf import Btf
 from .isf import BANNER, LINK_BASE, make_isf
-from .layer import GuestLayer, Linux57, Windows57, open_memory
+from .layer import MAX_BANNER, GuestLayer, Linux57, Windows57, open_memory
 from .symbols import read_symbols
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 MAX_TEXT = 512  # characters of one value
-MAX_BANNER = 1024
 MAX_BYTES = 64  # bytes of one value
 _PLUGIN = re.compile(r"(windows|linux)(\.[a-z_0-9]{1,64}){1,4}")
 _WINDOWS_LAYERS = {
