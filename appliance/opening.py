@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from appliance.errors import ConfigError, GuestError, HostError, UsageError
+from appliance.errors import ConfigError, GuestError, HostError, OutOfTime, UnsupportedGuest, UsageError
 from appliance.evidence.volatility import SecondOpinion
 from appliance.evidence.volatility import probe as probe_other
 from appliance.flow.community import community_id
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
-from appliance.guest.attach import attach
+from appliance.guest.attach import NO_LINUX, attach
 from appliance.guest.linux.eye import LinuxEye
+from appliance.guest.windows.attach import attach as attach_windows
+from appliance.guest.windows.eye import WindowsEye
+from appliance.guest.windows.roots import is_linux, looks_like_windows
+from appliance.guest.windows.symbols import SymbolStore
 from appliance.memory.file import open_file
 from appliance.memory.qemu import open_qemu
 from appliance.model import GuestInfo, IpAddress, Snapshot, Transport
@@ -25,6 +29,7 @@ from appliance.tap.bpf.tap import KernelTap
 from appliance.tap.ladder import ObservingTap, Rung
 from appliance.tap.merged import MergedSource
 
+SEARCH_S, OFFLINE_SEARCH_S = 5.0, 60.0  # for a Windows kernel that no register leads to
 _TCP = 6  # IANA protocol number
 Tell = Callable[[str], None]
 Learn = Callable[[int, IpAddress | None, int], None]
@@ -57,12 +62,34 @@ def _open_image(path: Path, symbols: Sequence[Path]) -> GuestEye:
 
 
 def _attach_to(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool) -> GuestEye:
+    """The eye that fits what runs there; where there is neither Linux nor Windows, both are said to be missing."""
     try:
-        vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
-        return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None))
+        if not is_linux(memory) and looks_like_windows(memory):
+            return _open_windows(memory, symbols, thorough=thorough)
+        try:
+            return _open_linux(memory)
+        except UnsupportedGuest as error:
+            if error.missing != (NO_LINUX,):
+                raise
+        try:
+            return _open_windows(memory, symbols, thorough=thorough)
+        except (UnsupportedGuest, OutOfTime) as error:
+            why = error.missing if isinstance(error, UnsupportedGuest) else (str(error),)
+            raise UnsupportedGuest((NO_LINUX, *why)) from error
     except BaseException:
         memory.close()
         raise
+
+
+def _open_linux(memory: GuestMemory) -> GuestEye:
+    vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
+    return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None))
+
+
+def _open_windows(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool) -> GuestEye:
+    seconds = SEARCH_S if memory.live else OFFLINE_SEARCH_S
+    kernel = attach_windows(memory, symbols=SymbolStore.default(symbols), seconds=seconds)
+    return WindowsEye(kernel, thorough=thorough)
 
 
 def open_eye_or_say(info: GuestInfo, tell: Tell, symbols: Sequence[Path] = ()) -> GuestEye | None:

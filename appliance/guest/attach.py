@@ -25,6 +25,7 @@ from appliance.ports import GuestMemory
 
 PAGE_OFFSET_L4 = 0xFFFF_8880_0000_0000
 PAGE_OFFSET_L5 = 0xFF11_0000_0000_0000
+NO_LINUX = "no running x86-64 Linux kernel was found in its memory"
 _BANNER = re.compile(rb"Linux version (\S{1,64}) [^\n\0]{10,400}")
 _VMCOREINFO_LIMIT = 4096
 
@@ -36,7 +37,7 @@ def attach(memory: GuestMemory, *, cr3: int | None = None, cache_dir: Path | Non
     Implausible, UnreadableMemory, GuestGone.
     """
     folder = (cache_dir or profile.default_folder()) if cache else None
-    trouble: GuestError = UnsupportedGuest(("no running x86-64 Linux kernel was found in its memory",))
+    trouble: GuestError = UnsupportedGuest((NO_LINUX,))
     for candidates in find_images(memory, cr3):
         kernels = []
         for found in candidates:

@@ -177,7 +177,7 @@ class Connections:
 
     def at(self, vas: Sequence[int]) -> list[RawSocket]:
         """Connections at addresses to which no table leads; what is none is left out. Raises OutOfTime, GuestGone."""
-        return [raw for raw in self._parse(vas, {}).values() if raw is not None]
+        return [raw for raw in self._parse(vas).values() if raw is not None]
 
     # -- objects --
 
@@ -196,16 +196,27 @@ class Connections:
                 (table.kind, before, table.chains.get(bucket, ()))
                 for (_, bucket), (table, before) in self._hashes.changed.items()
             ]
-        self._parse_all(self._relink(changed) | self._doubtful)
+        touched = self._relink(changed)
+        loose = self._reloose(changed)
+        self._parse_all(touched | self._doubtful, loose)
+
+    def _reloose(self, changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> set[int]:
+        """The same for entries of tables in which no connections are."""
+        fresh: set[int] = set()
+        for kind, before, after in changed:
+            if kind >= len(self.layout.tcp.links):
+                self._loose.difference_update(before)
+                self._forget_waiting(before)
+                self._loose.update(after)
+                fresh.update(after)
+        return fresh
 
     def _relink(self, changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> set[int]:
         """Note who left and who came, by kind of table. Returns what has to be parsed: all that is in these chains."""
         links, bits = self.layout.tcp.links, self._bits
         touched: set[int] = set()
-        for kind, before, after in changed:
+        for kind, before, _ in changed:
             if kind >= len(links):
-                self._loose.difference_update(before)
-                self._loose.update(after)
                 continue
             link, bit = links[kind], 1 << kind
             for entry in before:
@@ -219,6 +230,7 @@ class Connections:
                     va = entry - link
                     bits[va] = bits.get(va, 0) | bit
                     touched.add(va)
+        self._forget_waiting(va + link for va in touched for link in links)
         for va in [va for va in touched if not bits[va]]:
             del bits[va]
             touched.discard(va)
@@ -231,8 +243,14 @@ class Connections:
         if gone is not None and self.by_key.get(gone.key) is gone:
             del self.by_key[gone.key]
 
-    def _parse_all(self, vas: set[int]) -> None:
-        """Parse connections, or what is left of them, and index them."""
+    def _forget_waiting(self, entries: Iterable[int]) -> None:
+        for entry in entries:
+            gone = self._waiting.pop(entry, None)
+            if gone is not None and self.by_key.get(gone.key) is gone:
+                del self.by_key[gone.key]
+
+    def _parse_all(self, vas: set[int], loose: set[int]) -> None:
+        """Parse connections, or what is left of them, and index them. ``loose``: entries that are no connections."""
         wanted = list(vas & self._bits.keys())
         strangers = []
         for va, raw in self._parse(wanted).items():
@@ -242,20 +260,12 @@ class Connections:
             else:
                 self._connections[va] = raw
                 self.by_key[raw.key] = raw
-        entries = self._loose.union(*(self._entries(va) for va in strangers))
-        for va in [each for each in self._waiting if each not in entries and not self._is_linked(each)]:
-            gone = self._waiting.pop(va)
-            if self.by_key.get(gone.key) is gone:
-                del self.by_key[gone.key]
-        found = self._parse_waiting(entries)
+        found = self._parse_waiting(loose.union(*(self._entries(va) for va in strangers)))
         self._waiting |= found
         for past in found.values():
             self.by_key.setdefault(past.key, past)
         self._doubtful = {va for va in strangers if not any(entry in found for entry in self._entries(va))}
         self._torn += len(self._doubtful)
-
-    def _is_linked(self, entry: int) -> bool:
-        return any(self._bits.get(entry - link, 0) >> bit & 1 for bit, link in enumerate(self.layout.tcp.links))
 
     def _entries(self, va: int) -> list[int]:
         tables = self._bits[va]
@@ -294,7 +304,7 @@ class Connections:
                 Endpoint(ip_of(pair.remote), remote_port),
                 owner if self._kernel.is_kernel(owner) else 0,
                 key_of(pair.local, local_port, pair.remote, remote_port),
-                self._bits[va],
+                self._bits.get(va, 0),
                 1,
                 marks_of(raw, ((4, 4), (header + tcp.inet_af, header), (ports_at, 4))),
                 pair.pieces,
@@ -316,11 +326,12 @@ class Connections:
                 for entry, raw in zip(wanted, raws, strict=True)
                 if raw is not None and tag_of(raw) in TIME_WAIT_TAGS
             ]
+            far = self._header + layout.remote
             pointers = [
                 (
                     self._one.unpack_from(raw, self._header + layout.inet_af)[0],
                     self._one.unpack_from(raw, self._header + layout.local)[0],
-                    self._one.unpack_from(raw, self._header + layout.remote)[0],
+                    raw[far : far + 16] if layout.inline else self._one.unpack_from(raw, far)[0],
                 )
                 for _, raw in sound
             ]
@@ -332,6 +343,9 @@ class Connections:
     def _past(self, va: int, raw: bytes, pair: Pair, layout: TimeWait) -> RawSocket:
         header = self._header
         local_port, remote_port = _PORTS.unpack_from(raw, header + layout.local_port)
+        places = [(4, 4), (header + layout.inet_af, header // 2), (header + layout.local_port, 4)]
+        if layout.inline:
+            places.append((header + layout.remote, 16))
         return RawSocket(
             Kind.TIME_WAIT,
             va,
@@ -341,7 +355,7 @@ class Connections:
             Endpoint(ip_of(pair.remote), remote_port),
             0,
             key_of(pair.local, local_port, pair.remote, remote_port),
-            marks=marks_of(raw, ((4, 4), (header + layout.inet_af, header // 2), (header + layout.local_port, 4))),
+            marks=marks_of(raw, places),
             pieces=pair.pieces,
         )
 

@@ -35,10 +35,12 @@ Expired = Callable[[], bool]
 class Block(NamedTuple):
     """A pool block by its header. ``size`` counts the header; ``in_use`` is what the header says.
 
+    ``at`` is the header's address: guest-physical from a sweep, virtual where virtual memory was looked through.
+
     ``tag`` is without the highest bit, by which Windows 7 and older mark a block that its owner alone may free.
     """
 
-    gpa: int  # of the header
+    at: int
     tag: bytes
     size: int
     in_use: bool
@@ -56,13 +58,13 @@ class PoolHeader:
             self._at = field.offset + (field.bit_position or 0) // 8
             self._bits = field.bit_length or self._bits
 
-    def parse(self, raw: bytes, at: int, gpa: int, tag: bytes) -> Block | None:
-        """The block whose header lies at ``raw[at:]``; None where no block can have that header."""
-        word = int.from_bytes(raw[at + self._at : at + self._at + 2], "little")
+    def parse(self, raw: bytes, offset: int, at: int, tag: bytes) -> Block | None:
+        """The block whose header lies at ``raw[offset:]``; None where no block can have that header."""
+        word = int.from_bytes(raw[offset + self._at : offset + self._at + 2], "little")
         units, kind = word & (1 << self._bits) - 1, word >> self._bits
-        if not 2 <= units <= PAGE // self.size or len(raw) - at < self.size:
+        if not 2 <= units <= PAGE // self.size or len(raw) - offset < self.size:
             return None
-        return Block(gpa, tag, units * self.size, kind != 0)
+        return Block(at, tag, units * self.size, kind != 0)
 
 
 class Sweep:
@@ -71,7 +73,6 @@ class Sweep:
     def __init__(self, memory: GuestMemory, header: PoolHeader, tags: Collection[bytes]) -> None:
         self._memory, self._header = memory, header
         self._tags = frozenset(tags)
-        self._needles = tuple(each for each in _NEEDLES if any(each in tag for tag in self._tags))
         self._regions = data_regions(memory)
         self._pieces = _pieces(self._regions)
         self.blocks: list[Block] = []
@@ -94,7 +95,9 @@ class Sweep:
                 raw = self._by_page(gpa, size)
             self.bytes_seen += size
             if raw != (_NOTHING if size == PIECE else _NOTHING[:size]):
-                self.blocks += sorted(self._look(gpa, raw))
+                blocks, whole = find_blocks(raw, gpa, self._header, self._tags)
+                self.blocks += blocks
+                self.overflow |= not whole
             if len(self.blocks) >= MAX_BLOCKS:
                 self.overflow = True
                 break
@@ -109,22 +112,28 @@ class Sweep:
         self.unreadable += PAGE * pages.count(None)
         return b"".join([page or _NOTHING[:PAGE] for page in pages])
 
-    def _look(self, gpa: int, raw: bytes) -> Iterator[Block]:
-        step = self._header.size
-        words = memoryview(raw[: len(raw) & -step]).cast("I")[1 :: step // 4].tobytes()  # PoolTag is at +4
-        hits = 0
-        for needle in self._needles:
-            at = words.find(needle)
-            while at >= 0 and hits < MAX_HITS:
-                hits += 1
-                index = at // 4
-                tag = words[4 * index : 4 * index + 3] + bytes((words[4 * index + 3] & 0x7F,))
-                if tag in self._tags:
-                    block = self._header.parse(raw, index * step, gpa + index * step, tag)
-                    if block is not None:
-                        yield block
-                at = words.find(needle, 4 * index + 4)
-        self.overflow |= hits >= MAX_HITS
+
+def find_blocks(raw: bytes, at: int, header: PoolHeader, tags: Collection[bytes]) -> tuple[list[Block], bool]:
+    """The blocks in a piece of memory that begins at ``at``, aligned as headers are, in order; and whether all of them.
+
+    A guest that writes beginnings of tags everywhere is followed for `MAX_HITS` of them.
+    """
+    step = header.size
+    words = memoryview(raw)[: len(raw) & -step].cast("I")[1 :: step // 4].tobytes()  # PoolTag is at +4
+    found: list[Block] = []
+    hits = 0
+    for needle in [each for each in _NEEDLES if any(each in tag for tag in tags)]:
+        place = words.find(needle)
+        while place >= 0 and hits < MAX_HITS:
+            hits += 1
+            index = place // 4
+            tag = words[4 * index : 4 * index + 3] + bytes((words[4 * index + 3] & 0x7F,))
+            if tag in tags:
+                block = header.parse(raw, index * step, at + index * step, tag)
+                if block is not None:
+                    found.append(block)
+            place = words.find(needle, 4 * index + 4)
+    return sorted(found), hits < MAX_HITS
 
 
 def data_regions(memory: GuestMemory) -> tuple[Region, ...]:

@@ -40,7 +40,7 @@ def test_every_tag_that_is_asked_for_is_found_with_its_block_and_nothing_else_is
         at = 0x1000 * (number + 1) + 0x130
         data[at : at + 16] = header64(tag, 0x330)
         wanted += [Block(at, tag, 0x330, True)] if tag in TAGS else []
-    assert sweep(data)[1] == sorted(wanted, key=lambda block: block.gpa)
+    assert sweep(data)[1] == sorted(wanted, key=lambda block: block.at)
 
 
 def test_a_tag_in_the_middle_of_a_block_is_no_header():
@@ -50,9 +50,9 @@ def test_a_tag_in_the_middle_of_a_block_is_no_header():
     data[0x30A:0x30E] = b"UdpA"
     data[0x410:0x420] = header64(b"UdpA", 0x50)
     blocks = sweep(data)[1]
-    assert [block.gpa for block in blocks if block.tag == b"UdpA"] == [0x410]
-    assert 0x200 not in [block.gpa for block in blocks]
-    assert {block.gpa for block in blocks} <= {0x100, 0x410}
+    assert [block.at for block in blocks if block.tag == b"UdpA"] == [0x410]
+    assert 0x200 not in [block.at for block in blocks]
+    assert {block.at for block in blocks} <= {0x100, 0x410}
 
 
 def test_a_freed_block_is_told_as_one():
@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_seen():
     data = bytearray(8 * PAGE)
     data[0x5040:0x5050] = header64(b"TcpL", 0xC0)
     found = Sweep(ByteMemory(data, holes=[3]), PoolHeader(None, 8), TAGS)
-    assert [block.gpa for block in found.run(never)] == [0x5040]
+    assert [block.at for block in found.run(never)] == [0x5040]
     assert found.unreadable == PAGE
 
 

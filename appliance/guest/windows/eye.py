@@ -1,0 +1,154 @@
+"""The Windows eye: processes and sockets of one guest, read from its memory alone.
+
+A snapshot reads the sockets, then the processes, then whatever contradicts itself or may have changed meanwhile again.
+Views of the kernel are compared (crossview.py): cheaply at each look; by a sweep of all RAM where nobody waits with
+packets in hand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from appliance.errors import OutOfTime
+from appliance.guest.windows.crossview import CrossView
+from appliance.guest.windows.injection import Injection
+from appliance.guest.windows.kernel import WindowsKernel
+from appliance.guest.windows.network import open_network
+from appliance.guest.windows.processes import Processes
+from appliance.model import (
+    Evidence,
+    Finding,
+    Flag,
+    Flow,
+    Gap,
+    GuestProcess,
+    GuestSocket,
+    Match,
+    ProcessKey,
+    Reason,
+    Snapshot,
+)
+
+LOOK_S = 2.0  # a thousand sockets take some hundredths of a second
+OFFLINE_LOOK_S = 60.0
+LOOKUP_S = 0.05
+SWEEP_S, OFFLINE_SWEEP_S = 10.0, 60.0
+MAX_GAPS = 256
+
+
+class WindowsEye:
+    """Implements ``ports.GuestEye`` for a Windows guest."""
+
+    def __init__(
+        self,
+        kernel: WindowsKernel,
+        clock_ns: Callable[[], int] = time.time_ns,
+        clock_s: Callable[[], float] = time.monotonic,
+        *,
+        look_s: float | None = None,
+        lookup_s: float = LOOKUP_S,
+        thorough: bool = False,
+    ) -> None:
+        """``thorough``: full looks go through all RAM, also of a running guest.
+
+        Raises UnsupportedGuest naming what this kernel or its symbols lack.
+        """
+        self.os, self.live = "windows", kernel.memory.live
+        self.describe = kernel.describe
+        self._kernel, self._clock_ns, self._clock_s = kernel, clock_ns, clock_s
+        self._look_s = look_s or (LOOK_S if self.live else OFFLINE_LOOK_S)
+        self._lookup_s = lookup_s
+        self._sweep_s = (SWEEP_S if self.live else OFFLINE_SWEEP_S) if thorough or not self.live else 0.0
+        self._processes = Processes(kernel)
+        self._views = CrossView(kernel, self._processes, clock_s)
+        self._network = open_network(kernel, self._processes, self._views.header, clock_ns)
+        self._injection = Injection(kernel, clock_s)
+        self._took_s, self._fresh = self._look_s, True  # the first lookup may have to do all that a full look does
+
+    def read_snapshot(self) -> Snapshot:
+        """Walk everything: a full look."""
+        began, start_s = self._clock_ns(), self._clock_s()
+        self._kernel.forget()
+        gaps: list[Gap] = []
+        processes: list[GuestProcess] = []
+        sockets: list[GuestSocket] = []
+        torn = 0
+        try:
+            with self._kernel.limit(self._look_s, self._clock_s):
+                walked = self._network.walk()
+                listing = self._processes.walk()
+                hidden, unseen = self._views.hidden(listing)
+                processes = self._processes.describe_all(listing.processes) + hidden
+                sockets = list(walked.sockets)
+                torn = walked.torn + listing.torn
+                gaps += [*listing.gaps, *walked.gaps, *unseen]
+        except OutOfTime:  # what was not read twice is not told
+            gaps.append(Gap("full look", 0, f"not done within {self._look_s:g} s: no process and no socket is told"))
+            return Snapshot(began, (), (), _bounded(gaps), torn, self._clock_ns() - began)
+        finally:
+            self._took_s, self._fresh = self._clock_s() - start_s, False
+        self._compare(processes, sockets, gaps)
+        return Snapshot(began, tuple(processes), tuple(sockets), _bounded(gaps), torn, self._clock_ns() - began)
+
+    def find_owner(self, flow: Flow) -> Finding:
+        """Say who owns a flow's tuple now; torn where that takes too long."""
+        # A guest with very many sockets needs more than the usual guest; how long, its last full look tells.
+        patience_s = self._look_s if self._fresh else max(self._lookup_s, min(self._took_s, 10 * self._lookup_s))
+        self._fresh = False
+        try:
+            with self._kernel.limit(patience_s, self._clock_s):
+                return self._network.find(flow)
+        except OutOfTime:
+            return Finding(Match.NONE, reason=Reason.TORN, torn=1)
+
+    def read_process(self, key: ProcessKey) -> GuestProcess | None:
+        """Describe one process afresh; None when it is gone or its pid was reused."""
+        with self._kernel.limit(self._look_s, self._clock_s):
+            listing = self._processes.walk()
+            for raw in listing.processes:
+                if raw.key == key:
+                    return None if raw.exited else self._processes.describe(raw)
+            hidden, _ = self._views.hidden(listing)
+            return next((process for process in hidden if process.key == key), None)
+
+    def find_foreign(self, process: GuestProcess) -> tuple[Evidence, ...]:
+        """What in this process is foreign."""
+        return self._injection.find(process)
+
+    def read_pulse(self) -> int:
+        """InterruptTime: changes while this very kernel runs."""
+        self._kernel.memory.check_alive()
+        return self._kernel.read_pulse()
+
+    def close(self) -> None:
+        """Release the memory behind it."""
+        self._kernel.memory.close()
+
+    # -- the parts of a snapshot --
+
+    def _compare(self, processes: list[GuestProcess], sockets: list[GuestSocket], gaps: list[Gap]) -> None:
+        """Add what other views have: processes that own a socket or lie in a pool, sockets that no table has."""
+        known = {process.task_va for process in processes}
+        try:
+            if self._sweep_s:
+                with self._kernel.limit(self._sweep_s + self._look_s, self._clock_s):
+                    addresses = known | {socket.address for socket in sockets}
+                    sighted = self._views.sweep(addresses, self._network.tags, self._sweep_s)
+                    gaps += sighted.gaps
+                    found = self._views.processes_in(sighted.blocks)
+                    processes += [process for process in found if process.task_va not in known]
+                    sockets += self._network.loose(sighted.blocks)
+            with self._kernel.limit(self._look_s, self._clock_s):
+                sockets += self._network.bare_ports()
+        except OutOfTime:
+            gaps.append(Gap("pools", 0, f"not compared within {self._sweep_s + self._look_s:g} s"))
+        known = {process.task_va for process in processes}
+        owners = {owner.process.task_va: owner.process for socket in sockets for owner in socket.owners}
+        processes += [one for va, one in owners.items() if va not in known and Flag.HIDDEN_PROCESS in one.flags]
+
+
+def _bounded(gaps: list[Gap]) -> tuple[Gap, ...]:
+    if len(gaps) <= MAX_GAPS:
+        return tuple(gaps)
+    return (*gaps[:MAX_GAPS], Gap("more gaps", 0, f"{len(gaps) - MAX_GAPS} not listed"))

@@ -1,0 +1,87 @@
+"""What the eye asks of a guest's network, whatever its era; and which era it is, by looking.
+
+Since Vista tcpip.sys has a PartitionTable (modern.py); before, a table of TCBs and one of address objects (xp.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from appliance.errors import UnsupportedGuest
+from appliance.guest.windows.crossview import Placed
+from appliance.guest.windows.kernel import WindowsKernel
+from appliance.guest.windows.modern import Modern
+from appliance.guest.windows.pools import XP_ADDRESS_TAG, XP_CONNECTION_TAG, PoolHeader
+from appliance.guest.windows.processes import Processes
+from appliance.guest.windows.xp import XpNetwork
+from appliance.model import Finding, Flow, Gap, GuestSocket
+
+OLD = 5  # NtMajorVersion of Windows XP and Server 2003
+
+
+class Walk(Protocol):
+    """What a full look found. ``torn`` counts what contradicted itself."""
+
+    @property
+    def sockets(self) -> Sequence[GuestSocket]:
+        """With their owners; each at its own address."""
+        ...
+
+    @property
+    def gaps(self) -> Sequence[Gap]:
+        """What was not seen."""
+        ...
+
+    @property
+    def torn(self) -> int:
+        """How often something contradicted itself."""
+        ...
+
+
+class Network(Protocol):
+    """Connections and sockets of one guest. All methods may raise GuestError."""
+
+    tags: tuple[bytes, ...]  # of pool blocks in which one may lie that no table leads to
+
+    def walk(self) -> Walk:
+        """Read everything."""
+        ...
+
+    def find(self, flow: Flow) -> Finding:
+        """Who owns a flow's tuple now."""
+        ...
+
+    def loose(self, blocks: Sequence[Placed]) -> Sequence[GuestSocket]:
+        """What lies in pool blocks and in no table, flagged as what it is. Call after `walk`."""
+        ...
+
+    def bare_ports(self) -> Sequence[GuestSocket]:
+        """Ports that are taken although nothing takes them. Call after `walk`, and after `loose` where that is done."""
+        ...
+
+
+class Old:
+    """Windows XP and Server 2003. A port is held by an address object there, and by nothing else."""
+
+    tags = (XP_CONNECTION_TAG, XP_ADDRESS_TAG)
+
+    def __init__(self, network: XpNetwork) -> None:
+        self._network = network
+        self.walk, self.find, self.loose = network.walk, network.find, network.unlinked
+
+    def bare_ports(self) -> Sequence[GuestSocket]:
+        """There is no bitmap of ports that could say otherwise."""
+        return ()
+
+
+def open_network(
+    kernel: WindowsKernel, processes: Processes, header: PoolHeader, clock_ns: Callable[[], int]
+) -> Network:
+    """The network of this guest's era. Raises UnsupportedGuest (no tcpip.sys, no symbols of it), GuestError."""
+    try:
+        return Modern(kernel, processes, header, clock_ns)
+    except UnsupportedGuest:
+        if kernel.major != OLD:
+            raise
+    return Old(XpNetwork(kernel, processes))
