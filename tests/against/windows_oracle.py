@@ -59,6 +59,8 @@ def ask(
 
 
 def _main(image: str, folder: str, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    # Volatility checks symbol tables against its schema where that library is there: 20 s for a real kernel's.
+    sys.modules["jsonschema"] = None  # type: ignore[assignment]
     import volatility3.plugins
     import volatility3.symbols
     from volatility3 import framework

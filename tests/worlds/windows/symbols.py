@@ -68,11 +68,17 @@ class Field(NamedTuple):
 class Symbols:
     """One symbol table, as its ISF document says."""
 
-    def __init__(self, document: Json, pdb: str, guid: str, age: int) -> None:
+    def __init__(self, document: Json, pdb: str, guid: str, age: int, packed: bytes = b"") -> None:
         self.document, self.pdb, self.guid, self.age = document, pdb, guid, age
+        self._packed = packed
         self._types: Json = document["user_types"]
         self._base: Json = document["base_types"]
         self._fields: dict[str, Field] = {}
+
+    def packed(self) -> bytes:
+        """The document as a file holds it: JSON, packed by xz."""
+        self._packed = self._packed or lzma.compress(json.dumps(self.document).encode(), preset=0)
+        return self._packed
 
     def symbol(self, name: str) -> int:
         return int(self.document["symbols"][name]["address"])
@@ -182,14 +188,15 @@ def write(folder: Path, tables: tuple[Symbols, Symbols]) -> Path:
         path = folder / "windows" / table.pdb / f"{table.guid}-{table.age}.json.xz"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(lzma.compress(json.dumps(table.document).encode(), preset=1))
+            path.write_bytes(table.packed())
     return folder
 
 
 @cache
 def _read(folder: Path, pdb: str, guid: str) -> Symbols:
     path = folder / "windows" / pdb / f"{guid}-1.json.xz"
-    return Symbols(json.loads(lzma.decompress(path.read_bytes())), pdb, guid, 1)
+    packed = path.read_bytes()
+    return Symbols(json.loads(lzma.decompress(packed)), pdb, guid, 1, packed)
 
 
 def _guid(family: str, pdb: str) -> str:
