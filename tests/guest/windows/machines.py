@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import os
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from appliance.guest.windows.isf import SymbolTable, parse_isf
 from appliance.guest.windows.kernel import UserShared, WindowsKernel
 from appliance.guest.windows.space import AddressSpace, Mode
+from tests.guest.windows.real import REAL as FOLDER
 from tests.worlds.windows import FAMILIES, Machine
 from tests.worlds.windows.boot import ROOT_GPA
 from tests.worlds.windows.symbols import NT, invented
@@ -34,10 +34,9 @@ def make(name: str) -> Machine | XpMachine:
 
 def real_symbols() -> Path:
     """The folder with symbol tables of Windows itself, where there is one."""
-    folder = os.environ.get("PARASIGHT_SYMBOLS", "").split(os.pathsep)[0]
-    if not folder or not (Path(folder) / "windows").is_dir():
+    if not (FOLDER / "windows").is_dir():
         pytest.skip("PARASIGHT_SYMBOLS names no folder with real symbol tables")
-    return Path(folder)
+    return FOLDER
 
 
 @cache

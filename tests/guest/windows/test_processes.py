@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 
 from appliance.errors import GuestError
+from appliance.guest.windows import portrait
 from appliance.guest.windows.cid import OtherViews
 from appliance.guest.windows.processes import TRIES, Processes
 from appliance.model import Flag, Missing
@@ -222,6 +223,31 @@ def test_what_was_unreadable_is_tried_again_less_and_less_often(server):
         processes.describe(processes.read(made.va))
         reads.append(counted.reads - before)
     assert sum(each > min(reads) for each in reads) == 5  # looks 1, 2, 4, 8 and 16
+
+
+def test_the_kernels_other_notes_tell_the_path_where_the_first_is_lacking(server):
+    made = server.process("notepad.exe", session=1)
+    server.masquerade(made, "C:\\Windows\\System32\\lsass.exe")
+    processes, kernel = Processes(kernel_of(server)), server.kernel
+    processes.describe_all(processes.walk().processes)
+    audit = kernel.get(made.va, "_EPROCESS.SeAuditProcessCreationInfo.ImageFileName")
+    kernel.set(made.va, "_EPROCESS.SeAuditProcessCreationInfo.ImageFileName", 0)
+    assert processes.describe(processes.read(made.va)).path == "C:\\Windows\\System32\\notepad.exe"  # ImageFilePointer
+    kernel.set(made.va, "_EPROCESS.ImageFilePointer", 0)
+    assert processes.describe(processes.read(made.va)).path == "C:\\Windows\\System32\\notepad.exe"  # its image's VAD
+    kernel.set(made.va, "_EPROCESS.SectionBaseAddress", 0x7FFF_0000_0000)
+    processes.forget()
+    assert processes.describe(processes.read(made.va)).path is Missing.UNREADABLE  # and not what it says of itself
+    kernel.set(made.va, "_EPROCESS.SeAuditProcessCreationInfo.ImageFileName", audit)
+    assert processes.describe(processes.read(made.va)).path == "C:\\Windows\\System32\\notepad.exe"
+
+
+def test_more_processes_than_are_remembered_are_all_described(server, monkeypatch):
+    monkeypatch.setattr(portrait, "MAX_CACHE", 4)
+    processes = Processes(kernel_of(server))
+    listing = processes.walk().processes
+    for some in (listing[:3], listing[:6], listing, listing[::-1]):
+        assert [process.pid for process in processes.describe_all(some)] == [raw.pid for raw in some]
 
 
 def test_a_file_that_is_being_deleted_while_it_runs_is_said_to_be(server):
