@@ -13,12 +13,12 @@ from typing import Final, NamedTuple
 
 from appliance.guest.budget import Budget
 from appliance.guest.windows.injection_bytes import find_image, find_shellcode, looks_wiped
-from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge, small_of
+from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge
 from appliance.guest.windows.injection_views import Scene, View
 from appliance.model import Evidence
 
+MAX_SPAN: Final = 1 << 30  # bytes of one region whose page tables are looked at
 MAX_DETAILED: Final = 64  # regions of one process that are looked at one by one
-MAX_HASHED: Final = 16 << 20  # bytes of one region that are hashed and searched
 
 
 class Suspect(NamedTuple):
@@ -86,7 +86,7 @@ def judge_code(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) ->
 
 def _patches(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) -> Iterator[Patch]:
     made = [view for view in scene.views if view.executable and not view.image]
-    ends = [min(view.end, view.start + MAX_HASHED) for view in made]
+    ends = [min(view.end, view.start + MAX_SPAN) for view in made]
     ranges = [(view.start, end) for view, end in zip(made, ends, strict=True)]
     for view, leaves in _share(made, pages.leaves(ranges, budget)):
         writable = view.writable or any(leaf.writable and leaf.executable for leaf in leaves)
@@ -126,7 +126,7 @@ def _judge(patch: Patch, scene: Scene, pages: Pages, budget: Budget) -> Evidence
     return Evidence(claim, kind, patch.start, patch.end - patch.start, digest.sha256, detail, weight)
 
 
-def _weigh(patch: Patch, scene: Scene, digest: Digest, contents: Sequence[bytes]) -> tuple[str, int, str]:
+def _weigh(patch: Patch, scene: Scene, digest: Digest, contents: Sequence[tuple[int, bytes]]) -> tuple[str, int, str]:
     file = patch.view.file
     claim = ("writable and " if patch.writable else "") + "executable memory that belongs to no image"
     if file is not None:
@@ -140,25 +140,24 @@ def _weigh(patch: Patch, scene: Scene, digest: Digest, contents: Sequence[bytes]
         return "injected-pe", 2, f"{claim} and holds {image[1]} at {image[0]:#x}"
     if scene.began_in(patch.start, patch.end):
         return "anon-exec", 2, f"{claim} and in which a thread began"
-    for leaf, raw in zip(small_of(patch.leaves), contents, strict=False):
+    for va, raw in contents:
         shell = find_shellcode(raw)
         if shell is not None:
-            return "anon-exec", 2, f"{claim} and holds shellcode at {leaf.va + shell[0]:#x}: {shell[1]}"
+            return "anon-exec", 2, f"{claim} and holds shellcode at {va + shell[0]:#x}: {shell[1]}"
     if scene.runtime is not None:
         return "anon-exec", 1, f"{claim}, as {scene.runtime} makes it"
     return "anon-exec", 2 if patch.writable and not digest.blank else 1, claim
 
 
-def _find_image(patch: Patch, contents: Sequence[bytes]) -> tuple[int, str] | None:
+def _find_image(patch: Patch, contents: Sequence[tuple[int, bytes]]) -> tuple[int, str] | None:
     """Where an image begins in it: at the start of any page, by its header or by what is left of that."""
-    small = small_of(patch.leaves)
-    for leaf, raw in zip(small, contents, strict=False):
-        what = find_image(raw) if leaf.va % PAGE == 0 else None
+    for va, raw in contents:
+        what = find_image(raw) if va % PAGE == 0 else None
         if what is not None:
-            return leaf.va, what
-    if contents and small[0].va == patch.start and contents[0].startswith(b"MZ"):
+            return va, what
+    by_va = dict(contents)
+    if by_va.get(patch.start, b"").startswith(b"MZ"):
         return patch.start, "what begins as an image does"
-    by_va = {leaf.va: raw for leaf, raw in zip(small, contents, strict=False)}
     first, second = by_va.get(patch.start), by_va.get(patch.start + PAGE)
     if patch.whole and patch.end - patch.start >= 3 * PAGE and looks_wiped(first, second):
         return patch.start, "compiled code behind a blank page, as an image whose header was wiped,"

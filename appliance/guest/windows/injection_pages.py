@@ -15,6 +15,7 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
 from appliance.errors import GuestError
@@ -27,6 +28,7 @@ SOFT_EXECUTE, SOFT_WRITE = 2 << 5, 4 << 5  # _MMPTE_TRANSITION.Protection: MM_EX
 BATCH: Final = 64  # pages hashed between two looks at the clock, tables read at once
 HEAD_BYTES: Final = 32  # shown
 MAX_TABLES: Final = 1 << 16  # of one level
+MAX_HASHED: Final = 4096  # pages of one region that are hashed and searched: 16 MiB
 MAX_RUNS: Final = 4096  # runs of executable pages of one process
 
 Range = tuple[int, int]  # [start, end)
@@ -164,29 +166,31 @@ class Pages:
         for start, end in inside.within(page.base, size):
             yield Leaf(start, gpa + start - page.base, end - start, not page.nx, page.writable, True)
 
-    def digest(self, leaves: Sequence[Leaf], start: int, end: int, budget: Budget) -> tuple[Digest, list[bytes]]:
-        """Hash the resident pages of ``[start, end)``; also their bytes, for whoever wants to look into them."""
+    def digest(
+        self, leaves: Sequence[Leaf], start: int, end: int, budget: Budget
+    ) -> tuple[Digest, list[tuple[int, bytes]]]:
+        """Hash the first `MAX_HASHED` resident pages of ``[start, end)``; also each one's address and bytes."""
         sha, hashed, blank = hashlib.sha256(), 0, True
         head, first_va = b"", 0
-        kept: list[bytes] = []
-        small = small_of(leaves)
+        kept: list[tuple[int, bytes]] = []
+        small = small_of(leaves, MAX_HASHED)
         for chunk in range(0, len(small), BATCH):
             if budget.over:
                 budget.cut_off(f"bytes of {start:#x}-{end:#x}: from {small[chunk].va:#x} on")
                 break
             part = small[chunk : chunk + BATCH]
             for page, raw in zip(part, self.read(part), strict=True):
-                kept.append(raw or b"")
                 if raw is None:
                     continue
+                kept.append((page.va, raw))
                 if not head:
                     head, first_va = raw[:HEAD_BYTES], page.va
                 sha.update(raw)
                 hashed += 1
                 blank = blank and not raw.strip(b"\0")
             budget.spend(len(part))
-        total = max((end - start) // PAGE, 1)
-        return Digest(len(small), total, hashed, sha.hexdigest() if hashed else None, head, first_va, blank), kept
+        resident, total = sum(leaf.size for leaf in leaves) // PAGE, max((end - start) // PAGE, 1)
+        return Digest(resident, total, hashed, sha.hexdigest() if hashed else None, head, first_va, blank), kept
 
     def read(self, leaves: Sequence[Leaf]) -> list[bytes | None]:
         """The bytes of pages."""
@@ -221,15 +225,16 @@ class Prototypes:
         return found
 
 
-def small_of(leaves: Sequence[Leaf]) -> list[Leaf]:
-    """The same pages as pages of 4 KiB."""
+def small_of(leaves: Sequence[Leaf], most: int) -> list[Leaf]:
+    """The same pages as pages of 4 KiB, the first ``most`` of them."""
     if all(leaf.size == PAGE for leaf in leaves):
-        return list(leaves)
-    return [
+        return list(leaves[:most])
+    small = (
         leaf._replace(va=leaf.va + at, gpa=leaf.gpa + at, size=min(PAGE, leaf.size - at))
         for leaf in leaves
         for at in range(0, leaf.size, PAGE)
-    ]
+    )
+    return list(islice(small, most))
 
 
 def merge(leaves: Sequence[Leaf]) -> list[list[Leaf]]:

@@ -22,6 +22,7 @@ from appliance.guest.windows.injection_views import Scene, View
 from appliance.model import Evidence
 
 MAX_IMAGE: Final = 1 << 30  # bytes of one image that are looked at
+MAX_PAGES: Final = 131_072  # of code of one process: 512 MiB
 MAX_COMPARED: Final = 512  # changed pages of one process that are compared byte by byte
 MAX_TOLD: Final = 16  # of these told one by one
 MAX_RUNS: Final = 4  # differences of a page told byte by byte
@@ -73,7 +74,7 @@ class Texts:
     def _changes(self, budget: Budget) -> Iterator[Change]:
         views = [view for view in self._scene.views if view.image and view.prototypes]
         ranges = [(view.start, min(view.end, view.start + MAX_IMAGE)) for view in views]
-        leaves = iter(small_of(self._pages.leaves(ranges, budget, executable=True)))
+        leaves = iter(small_of(self._pages.leaves(ranges, budget, executable=True), MAX_PAGES))
         leaf = next(leaves, None)
         for view in views:
             mine: list[Leaf] = []
