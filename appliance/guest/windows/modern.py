@@ -107,7 +107,8 @@ class Modern:
         Where no table has a connection that is not new, it is sought around those that the tables have.
         """
         finding = self._lookup.find(flow)
-        if finding.socket is not None and not self._alike:
+        young = self._live and self._clock_ns() - flow.started_ns < OLD_NS  # a new one is linked to one after the other
+        if finding.socket is not None and (young or not self._alike):
             finding = replace(finding, socket=_without(finding.socket, Flag.ONE_TABLE_ONLY))
         if finding.match is Match.NONE and finding.reason is None and flow.tuple.protocol is Transport.TCP:
             return self._find_unlinked(flow) or finding
