@@ -566,6 +566,69 @@ def test_code_that_its_file_asks_to_be_writable_is_unusual_only(machine, notepad
     assert only(look(machine, notepad), "modified-text").weight == 1
 
 
+# -- 32-bit processes --
+
+NTDLL32_VA = 0x77B0_0000
+
+
+def old_program(machine, *, no_execute: bool = True):
+    """A 32-bit process with the 32-bit ntdll.dll, listed by its own second loader."""
+    process = machine.process("old.exe", path="C:\\Program Files (x86)\\Old\\old.exe", sid=ALICE, session=1)
+    region = machine.region(process, 0x4000, "RW", start=0x40_0000)
+    module = machine.all.module(process, "C:\\Windows\\SysWOW64\\ntdll.dll", NTDLL32_VA, in_ldr=False)
+    header = bytearray(machine.kernel.ram.read(module.file.pages[0], PAGE))
+    at = int.from_bytes(header[0x3C:0x40], "little")
+    header[at + 4 : at + 6] = struct.pack("<H", 0x14C)
+    machine.kernel.ram.write(module.file.pages[0], bytes(header))
+    peb, ldr, entry, text = (region.start + offset for offset in (0, 0x800, 0x1000, 0x2000))
+    space = process.user.space
+    space.write(text, "C:\\Windows\\SysWOW64\\ntdll.dll".encode("utf-16-le"))
+    space.write(peb + 8, struct.pack("<II", 0x77_0000, ldr))
+    for at, link in ((0xC, 0), (0x14, 8), (0x1C, 0x10)):
+        space.write(ldr + at, struct.pack("<II", entry + link, entry + link))
+        space.write(entry + link, struct.pack("<II", ldr + at, ldr + at))
+    names = struct.pack("<HHIHHI", 58, 60, text, 18, 20, text + 40)
+    space.write(entry + 0x18, struct.pack("<III", NTDLL32_VA, NTDLL32_VA + 0x1000, module.size) + names)
+    wow64 = machine.kernel.nonpaged.take(b"Wow6", types_of(machine).size("_EWOW64PROCESS"))
+    poke(machine, wow64, "_EWOW64PROCESS.Peb", peb)
+    poke(machine, process.va, "_EPROCESS.WoW64Process", wow64)
+    poke(machine, process.va, "_EPROCESS.Pcb.Flags.ExecuteOptions", 1 if no_execute else 2)
+    return process, module
+
+
+def test_a_32_bit_process_with_two_loaders_has_nothing_foreign(machine) -> None:
+    process, _ = old_program(machine)
+    assert look(machine, process) == ()
+
+
+def test_a_detour_in_32_bit_code_is_followed(machine) -> None:
+    process, module = old_program(machine)
+    region = machine.region(process, PAGE, "RX", PLAIN, start=0x60_0000)
+    change(machine, process, module, b"\x68" + struct.pack("<I", region.start) + b"\xc3")
+    found = only(look(machine, process), "modified-text")
+    assert (found.weight, f"memory of no image at {region.start:#x}" in found.claim) == (2, True)
+
+
+@pytest.mark.parametrize("no_execute", [True, False])
+def test_page_tables_are_believed_where_the_process_keeps_data_from_being_run(machine, no_execute) -> None:
+    process, _ = old_program(machine, no_execute=no_execute)
+    region = machine.region(process, PAGE, "RW", PEB_WALK)
+    process.user.space.entry(region.start, process.user.space.read_entry(region.start) & ~NX)
+    assert kinds(look(machine, process)) == ([("anon-exec", 2)] if no_execute else [])
+
+
+def test_data_of_an_image_is_no_code_where_every_page_can_be_run(machine) -> None:
+    process, module = old_program(machine, no_execute=False)
+    data = module.base + 6 * PAGE
+    process.user.copy_page(data)
+    space = process.user.space
+    space.entry(data, space.read_entry(data) & ~NX)
+    space.write(data, b"changed")
+    assert look(machine, process) == ()
+    change(machine, process, module, b"\x01\x02\x03\x04")
+    assert only(look(machine, process), "modified-text").address == module.base + 0x1000
+
+
 # -- places --
 
 

@@ -373,8 +373,14 @@ _KTRAP_FRAME
   EFlags u32
   Rsp u64
 
+_KEXECUTE_OPTIONS
+  ExecuteOptions u8
+  | ExecuteDisable u8:1
+  ExecuteEnable u8:1
+
 _KPROCESS
   Header _DISPATCHER_HEADER @0
+  Flags _KEXECUTE_OPTIONS
   ProfileListHead _LIST_ENTRY
   DirectoryTableBase u64
   ThreadListHead _LIST_ENTRY
