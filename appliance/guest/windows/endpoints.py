@@ -179,6 +179,11 @@ class Connections:
         """Connections at addresses to which no table leads; what is none is left out. Raises OutOfTime, GuestGone."""
         return [raw for raw in self._parse(vas).values() if raw is not None]
 
+    def waiting_at(self, vas: Sequence[int]) -> list[RawSocket]:
+        """Connections in TIME_WAIT at addresses to which no table leads. Raises OutOfTime, GuestGone."""
+        layout = self.layout.time_wait
+        return list(self._parse_waiting([va + layout.links[0] for va in vas]).values()) if layout else []
+
     # -- objects --
 
     def _take(self) -> None:

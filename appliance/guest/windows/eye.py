@@ -139,8 +139,8 @@ class WindowsEye:
                     found = self._views.processes_in(sighted.blocks)
                     processes += [process for process in found if process.task_va not in known]
                     sockets += self._network.loose(sighted.blocks)
-            with self._kernel.limit(self._look_s, self._clock_s):
-                sockets += self._network.bare_ports()
+                    if not sighted.gaps:  # else what takes a port may just not have been seen
+                        sockets += self._network.bare_ports()
         except OutOfTime:
             gaps.append(Gap("pools", 0, f"not compared within {self._sweep_s + self._look_s:g} s"))
         known = {process.task_va for process in processes}

@@ -49,7 +49,7 @@ class Looked(NamedTuple):
 class Modern:
     """Connections and sockets of one guest since Vista."""
 
-    tags = (*pools.ENDPOINT_TAGS, *TRANSPORTS)
+    tags = (*pools.ENDPOINT_TAGS, pools.TIME_WAIT_TAG, *TRANSPORTS)
 
     def __init__(
         self, kernel: WindowsKernel, processes: Processes, header: PoolHeader, clock_ns: Callable[[], int]
@@ -77,11 +77,14 @@ class Modern:
         return Looked(tuple(sockets), (*walked.gaps, *gaps), torn)
 
     def loose(self, blocks: Sequence[Placed]) -> list[GuestSocket]:
-        """What lies in pool blocks and in no table; of a running guest only what lives. Call after `walk`."""
+        """What lies in pool blocks and in no table; of a running guest only what lives. Call after `walk`.
+
+        Connections in TIME_WAIT are among them, without a flag: not every build's table of them is known.
+        """
         found = self._judged(blocks)
         stale = [each for each in found if each[2] is Flag.STALE]
         found = [each for each in found if each[2] is not Flag.STALE]
-        self._unlinked = {raw.key: raw for raw, _, _ in found}
+        self._unlinked = {raw.key: raw for raw, _, flag in found if flag is Flag.UNLINKED_ENDPOINT}
         found += () if self._live else stale[:MAX_STALE]
         self._raws += [raw for raw, _, _ in found]
         built = self._sockets.build_all([(raw, owner) for raw, owner, _ in found])
@@ -185,8 +188,8 @@ class Modern:
         gap = Gap("connection tables", 0, f"{odd} of {every} connections are in one of two only: not compared")
         return [_without(socket, Flag.ONE_TABLE_ONLY) for socket in sockets], [gap]
 
-    def _judged(self, blocks: Iterable[Placed]) -> list[tuple[RawSocket, RawProcess | None, Flag]]:
-        """The sockets in pool blocks that no table has, and whether each lives."""
+    def _judged(self, blocks: Iterable[Placed]) -> list[tuple[RawSocket, RawProcess | None, Flag | None]]:
+        """The sockets in pool blocks that no table has, and whether each lives; None: it is as it should be."""
         sockets, step = self._sockets, self._header.size
         bodies = {va + step: block for va, block in blocks if block.tag in self.tags}
         raws = self._parse(bodies)
@@ -201,15 +204,19 @@ class Modern:
         return [(raw, owner, self._judge(raw, owner, bodies[raw.va], taken)) for raw, owner in owned]
 
     def _parse(self, bodies: dict[int, Block]) -> list[RawSocket]:
-        raws = self._sockets.connections.at([va for va, block in bodies.items() if block.tag not in TRANSPORTS])
+        connections = self._sockets.connections
+        raws = connections.at([va for va, block in bodies.items() if block.tag in pools.ENDPOINT_TAGS])
+        raws += connections.waiting_at([va for va, block in bodies.items() if block.tag == pools.TIME_WAIT_TAG])
         for tag, transport in TRANSPORTS.items():
             raws += self._sockets.ports.at(transport, [va for va, block in bodies.items() if block.tag == tag])
         return raws
 
     def _judge(
         self, raw: RawSocket, owner: RawProcess | None, block: Block, taken: dict[tuple[Transport, int], set[int]]
-    ) -> Flag:
+    ) -> Flag | None:
         """Whether a socket that no table has lives, or is only what is left of one."""
+        if raw.kind is Kind.TIME_WAIT:
+            return None if block.in_use else Flag.STALE
         if not block.in_use or owner is None or owner.exited:
             return Flag.STALE
         if raw.kind is Kind.TCP and raw.state not in CLOSING:
@@ -232,8 +239,8 @@ class Modern:
         }
 
 
-def _flagged(socket: GuestSocket, flag: Flag) -> GuestSocket:
-    return replace(socket, flags=(flag, *socket.flags))
+def _flagged(socket: GuestSocket, flag: Flag | None) -> GuestSocket:
+    return socket if flag is None else replace(socket, flags=(flag, *socket.flags))
 
 
 def _without(socket: GuestSocket, flag: Flag) -> GuestSocket:
