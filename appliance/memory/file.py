@@ -1,4 +1,4 @@
-"""Guest RAM from a file: a raw image, LiME, or the ELF core that QEMU's ``dump-guest-memory`` writes.
+"""Guest RAM from a file: a raw image, LiME, a crash dump of Windows, or the ELF core of QEMU's ``dump-guest-memory``.
 
 The format is told by content, never by name. A file that is cut short gives what is there; `gaps` names the rest. The
 file is mapped read-only and must not shrink meanwhile.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from appliance.errors import ConfigError, UnreadableMemory
+from appliance.memory.crashdump import SIGNATURES, parse_crash_dump
 from appliance.model import Gap, Region, VcpuState
 
 PAGE = 4096
@@ -28,7 +29,9 @@ _LIME_HEADER = struct.Struct("<IIQQQ")
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM = struct.Struct("<IIQQQQQQ")
 _ET_CORE, _EM_X86_64, _PT_LOAD, _PT_NOTE, _PN_XNUM = 4, 62, 1, 4, 0xFFFF
-_REGISTERS = {"rip": 136, "idt_base": 384, "cr0": 392, "cr3": 416, "cr4": 424}  # offsets in QEMUCPUState
+# Offsets in QEMUCPUState: rip, the bases of FS, GS and IDT, cr0 to cr4, and (since QEMU 3.0) kernel_gs_base at 432.
+_REGISTERS = {"rip": 136, "fs_base": 240, "gs_base": 264, "idt_base": 384, "cr0": 392, "cr3": 416, "cr4": 424}
+_KERNEL_GS_BASE = 432
 _REFUSED = (
     (b"KDUMP   ", "a compressed kdump file", "dump again without -z/-l/-s, or convert it with makedumpfile -E"),
     (b"makedumpfile", "a flattened kdump file", "rearrange it with makedumpfile -R, then convert it with -E"),
@@ -63,9 +66,19 @@ class FileMemory:
     live = False
 
     def __init__(
-        self, data: mmap.mmap, extents: Sequence[Extent], gaps: Sequence[Gap], cpus: Sequence[VcpuState], instance: str
+        self,
+        data: mmap.mmap,
+        extents: Sequence[Extent],
+        gaps: Sequence[Gap],
+        cpus: Sequence[VcpuState],
+        instance: str,
+        *,
+        kernel_va: int = 0,
+        path: str | Path | None = None,
     ) -> None:
         self.gaps, self.instance = tuple(gaps), instance
+        self.kernel_va = kernel_va  # an address in the kernel's image, where the file tells one
+        self._path = path
         self._data, self._cpus = data, tuple(cpus)
         self._extents = tuple(extents)
         self._starts = [extent.gpa for extent in extents]
@@ -101,6 +114,19 @@ class FileMemory:
             return None
         return self.readv([(address - base, size) for address, size in zip(addresses, numbers[1::2], strict=True)])
 
+    def data_regions(self) -> tuple[Region, ...]:
+        """The regions worth scanning: without the holes of a sparse file."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC) if self._path is not None else -1
+        except OSError:
+            return self._regions
+        if fd < 0:
+            return self._regions
+        try:
+            return tuple(Region(gpa, size) for extent in self._extents for gpa, size in _filled(fd, extent))
+        finally:
+            os.close(fd)
+
     def vcpus(self) -> tuple[VcpuState, ...]:
         """Registers, where the dump holds them."""
         return self._cpus
@@ -124,26 +150,48 @@ def open_file(path: str | Path) -> FileMemory:
     except ValueError:
         raise ConfigError(f"{path}: is empty; take the memory image again") from None
     try:
-        extents, cpus = _parse(data)
+        extents, cpus, kernel_va = _parse(data)
         kept, gaps = _fit(extents, len(data))
         if not kept:
             raise ConfigError(f"holds no guest memory: {len(data)} bytes in all; take the memory image again")
     except ConfigError as error:
         data.close()
         raise ConfigError(f"{path}: {error}") from None
-    return FileMemory(data, kept, gaps, cpus, f"{status.st_dev}.{status.st_ino}.{status.st_mtime_ns}")
+    instance = f"{status.st_dev}.{status.st_ino}.{status.st_mtime_ns}"
+    return FileMemory(data, kept, gaps, cpus, instance, kernel_va=kernel_va, path=path)
 
 
-def _parse(data: mmap.mmap) -> tuple[list[Extent], list[VcpuState]]:
+def _filled(fd: int, extent: Extent) -> Iterator[tuple[int, int]]:
+    """The parts of an extent that are no holes of the file, in whole pages."""
+    position, end = extent.offset, extent.offset + extent.end - extent.gpa
+    shift = extent.gpa - extent.offset
+    while position < end:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+            stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        except OSError:
+            return  # ENXIO: only a hole follows
+        first = max(position, start - (start - extent.offset) % PAGE)
+        last = min(end, stop + -(stop - extent.offset) % PAGE)
+        if first < last:
+            yield first + shift, last - first
+        position = max(last, position + 1)
+
+
+def _parse(data: mmap.mmap) -> tuple[list[Extent], list[VcpuState], int]:
+    """Where RAM lies, registers, and an address in the kernel's image (0: none is told)."""
     head = data[:32]
     if head.startswith(b"\x7fELF"):
-        return _parse_elf(data)
+        return *_parse_elf(data), 0
     if head.startswith(_LIME):
-        return list(_parse_lime(data)), []
+        return list(_parse_lime(data)), [], 0
+    if head.startswith(SIGNATURES):
+        dump = parse_crash_dump(data)
+        return [Extent(*run) for run in dump.runs], [dump.cpu], dump.kernel_va
     for magic, what, remedy in _REFUSED:
         if head.startswith(magic):
             raise ConfigError(f"is {what}; {remedy}")
-    return [Extent(0, -(-len(data) // PAGE) * PAGE, 0)], []
+    return [Extent(0, -(-len(data) // PAGE) * PAGE, 0)], [], 0
 
 
 def _parse_lime(data: mmap.mmap) -> Iterator[Extent]:
@@ -196,9 +244,8 @@ def _parse_notes(data: bytes) -> Iterator[VcpuState]:
         name_at = position + 12
         at = name_at + -(-name_size // 4) * 4
         if data[name_at : name_at + 5] == b"QEMU\0" and size >= 432 and at + 432 <= len(data):
-            yield VcpuState(
-                **{name: struct.unpack_from("<Q", data, at + where)[0] for name, where in _REGISTERS.items()}
-            )
+            where = _REGISTERS | ({"kernel_gs_base": _KERNEL_GS_BASE} if size >= 440 and at + 440 <= len(data) else {})
+            yield VcpuState(**{name: struct.unpack_from("<Q", data, at + place)[0] for name, place in where.items()})
         position = at + -(-size // 4) * 4
 
 

@@ -20,8 +20,9 @@ from appliance.model import Region, VcpuState
 
 TIMEOUT_S = 1.0
 ANSWER_LIMIT = 4 << 20  # bytes of one answer
-_REGISTER = re.compile(r"\b(CR0|CR3|CR4|RIP)=([0-9a-f]+)")
+_REGISTER = re.compile(r"\b(CR0|CR3|CR4|RIP|EIP)=([0-9a-f]+)")
 _IDT = re.compile(r"\bIDT=\s+([0-9a-f]+)")
+_SEGMENT = re.compile(r"\b(FS|GS) ?=[0-9a-f]{4} ([0-9a-f]+)")
 _CPU = re.compile(r"^CPU#\d+", re.MULTILINE)
 _FLAT_RAM = re.compile(r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]+))?", re.MULTILINE)
 _HOST_VA = re.compile(r"is (0x[0-9a-f]+)")
@@ -111,8 +112,18 @@ def parse_registers(text: str) -> tuple[VcpuState, ...]:
         values = {name: int(value, 16) for name, value in _REGISTER.findall(block)}
         if {"CR0", "CR3", "CR4"} <= values.keys():
             idt = _IDT.search(block)
-            base = int(idt[1], 16) if idt else 0
-            states.append(VcpuState(values["CR0"], values["CR3"], values["CR4"], values.get("RIP", 0), base))
+            bases = {name: int(value, 16) for name, value in _SEGMENT.findall(block)}
+            states.append(
+                VcpuState(
+                    values["CR0"],
+                    values["CR3"],
+                    values["CR4"],
+                    rip=values.get("RIP", values.get("EIP", 0)),
+                    idt_base=int(idt[1], 16) if idt else 0,
+                    fs_base=bases.get("FS", 0),
+                    gs_base=bases.get("GS", 0),
+                )
+            )
     return tuple(states)
 
 

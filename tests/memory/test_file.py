@@ -34,7 +34,9 @@ def cpu_note(cr3):
     state = bytearray(440)
     struct.pack_into("<II", state, 0, 1, 440)
     struct.pack_into("<Q", state, 136, 0xFFFFFFFF81000000)
-    struct.pack_into("<QQQQQ", state, 392, 0x80050033, 0, 0, cr3, 0x1000)
+    for segment, base in {3: 0x7F00, 4: 0xFFFFF80320000000, 9: 0xFFFFF80320003000}.items():  # FS, GS, IDT
+        struct.pack_into("<Q", state, 152 + 24 * segment + 16, base)
+    struct.pack_into("<QQQQQQ", state, 392, 0x80050033, 0, 0, cr3, 0x1000, 0x7FF6)
     core = struct.pack("<III", 5, 336, 1) + b"CORE\0\0\0\0" + bytes(336)
     return core + struct.pack("<III", 5, 440, 0) + b"QEMU\0\0\0\0" + bytes(state)
 
@@ -76,6 +78,34 @@ def test_a_dump_by_qemu_holds_the_registers(tmp_path):
         (0x1234000, 0x1000, 0xFFFFFFFF81000000),
         (0x5678000, 0x1000, 0xFFFFFFFF81000000),
     ]
+    cpu = memory.vcpus()[0]
+    assert (cpu.fs_base, cpu.gs_base, cpu.idt_base) == (0x7F00, 0xFFFFF80320000000, 0xFFFFF80320003000)
+    assert cpu.kernel_gs_base == 0x7FF6
+
+
+def test_an_older_qemu_tells_no_kernel_gs_base(tmp_path):
+    note = bytearray(cpu_note(0x1234000))
+    core = note.index(b"QEMU") - 12
+    struct.pack_into("<I", note, core + 4, 432)
+    cpu = open_file(image(tmp_path, elf(*RANGES, notes=bytes(note[: len(note) - 8])))).vcpus()[0]
+    assert (cpu.cr3, cpu.kernel_gs_base) == (0x1234000, 0)
+
+
+def test_the_holes_of_a_sparse_file_are_not_worth_scanning(tmp_path):
+    high = 64 << 20
+    path = image(tmp_path, b"")
+    with path.open("r+b") as file:
+        file.truncate(high)
+        file.seek(5 * PAGE + 100)
+        file.write(b"x")
+        file.seek(high - PAGE)
+        file.write(b"y")
+    memory = open_file(path)
+    found = memory.data_regions()
+    assert memory.regions == (Region(0, high),)
+    assert sum(region.size for region in found) < 1 << 20
+    assert all(region.gpa % PAGE == region.size % PAGE == 0 for region in found)
+    assert all(any(region.gpa <= at < region.gpa + region.size for region in found) for at in (5 * PAGE, high - PAGE))
 
 
 @pytest.mark.parametrize("build", [lime, elf])
@@ -126,6 +156,15 @@ def test_a_file_that_is_not_there_is_a_config_error(tmp_path):
         open_file(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="cannot be read"):
         open_file(tmp_path)
+
+
+def test_runs_in_a_sparse_file_are_whole_pages_of_ram(tmp_path):
+    """A run of RAM may begin anywhere in the file; what is told are pages of the guest."""
+    path = image(tmp_path, lime((0x1000, LOW), (1 << 32, HIGH)))
+    memory = open_file(path)
+    assert memory.data_regions() == memory.regions
+    path.unlink()
+    assert memory.data_regions() == memory.regions
 
 
 @settings(max_examples=200, deadline=None)

@@ -19,6 +19,8 @@ IDT=     fffffe0000000000 00000fff
 CR0=80050033 CR2=00000000005794a9 CR3=00000000025f2000 CR4=00751eb0
 CPU#1
 RIP=0000000000401000 RFL=00000246
+FS =0053 0000000000123000 00003c00 0040f300 DPL=3 DS   [-WA]
+GS =002b fffff80320000000 ffffffff 00c0f300 DPL=3 DS   [-WA]
 IDT=     fffffe0000000000 00000fff
 CR0=80050033 CR2=0 CR3=00000000035f3000 CR4=00751eb0
 """
@@ -55,7 +57,7 @@ def test_registers_come_from_the_human_monitor(tmp_path):
     serve(tmp_path / "q", {"human-monitor-command": event + json.dumps({"return": REGISTERS}).encode() + b"\n"})
     first, second = read_vcpus(tmp_path / "q")
     assert first == VcpuState(0x80050033, 0x25F2000, 0x751EB0, 0xFFFFFFFF8C4C7A0B, 0xFFFFFE0000000000)
-    assert second.cr3 == 0x35F3000
+    assert (second.cr3, second.fs_base, second.gs_base) == (0x35F3000, 0x123000, 0xFFFFF80320000000)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,19 @@ def test_a_socket_that_does_not_answer_is_given_up(tmp_path, greeting, answers, 
 def test_a_socket_that_is_not_there_is_a_host_error(tmp_path):
     with pytest.raises(HostError, match="cannot be used"):
         read_vcpus(tmp_path / "nothing")
+
+
+def test_a_cpu_of_32_bits_tells_as_much():
+    text = """CPU#0
+EAX=00000000 EBX=ffdff980
+EIP=804dc1e6 EFL=00000246 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=1
+FS =0030 ffdff000 00001fff 00c09300 DPL=0 DS   [-WA]
+GS =0000 00000000 ffffffff 00cff300
+IDT=     8003f400 000007ff
+CR0=8001003b CR2=bf9f9ff4 CR3=00b30020 CR4=000006f8
+"""
+    found = parse_registers(text)[0]
+    assert (found.rip, found.fs_base, found.idt_base, found.cr3) == (0x804DC1E6, 0xFFDFF000, 0x8003F400, 0xB30020)
 
 
 def test_texts_of_the_monitor_are_parsed():

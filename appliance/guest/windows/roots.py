@@ -121,7 +121,8 @@ def _kernel_roots(space: AddressSpace, cpu: VcpuState) -> Iterator[int]:
 def _entries(space: AddressSpace, cpu: VcpuState) -> Iterator[int]:
     """Addresses where the CPU enters the kernel, of the kernel's half only."""
     lowest = 1 << 63 if space.pointer_size == 8 else 0x8000_0000
-    for va in (cpu.lstar, *_handlers(space, cpu.idt_base), *_kernel_bases(space, cpu.fs_base), cpu.rip):
+    told = getattr(space.memory, "kernel_va", 0)  # a crash dump's
+    for va in (cpu.lstar, told, *_handlers(space, cpu.idt_base), *_kernel_bases(space, cpu.fs_base), cpu.rip):
         if lowest <= va < 1 << 8 * space.pointer_size:
             yield va
 

@@ -18,7 +18,7 @@ from tests.guest.windows.real import REAL, needs_real
 from tests.worlds import tiny
 from tests.worlds.overlay import Overlay
 from tests.worlds.tiny import ByteMemory, Tiny
-from tests.worlds.windows import FAMILIES, Machine
+from tests.worlds.windows import FAMILIES, Machine, crash
 from tests.worlds.windows.boot import CPU_VA, KUSER_VA, ROOT_GPA
 from tests.worlds.windows.xp import XpMachine
 
@@ -112,6 +112,35 @@ def test_an_elf_core_by_qemu_is_attached_to_by_its_registers(tmp_path, machine, 
     assert is_attached(kernel, machine)
     assert "registers" in kernel.describe
     memory.close()
+
+
+@pytest.mark.parametrize("form", ["runs", "bitmap"])
+def test_a_crash_dump_is_attached_to_by_what_its_header_tells(form, tmp_path, machine, tables):
+    made = machine.kernel
+    made.ram.write(0x1000, bytes(PAGE))
+    ram, runs = made.ram.data[:], [(1, 0x9F), (0x100, made.ram.size // PAGE - 0x100)]
+    head = crash.header64(
+        ROOT_GPA, made.va("KdDebuggerDataBlock"), crash.FULL if form == "runs" else crash.BITMAP, runs
+    )
+    path = tmp_path / "MEMORY.DMP"
+    path.write_bytes(crash.by_runs(ram, head, runs) if form == "runs" else crash.by_bitmap(ram, head))
+    memory = open_file(path)
+    kernel = attach(memory, symbols=tables)
+    assert is_attached(kernel, machine)
+    assert "registers" in kernel.describe
+    memory.close()
+
+
+def test_a_crash_dump_of_xp_is_attached_to(tmp_path):
+    machine = XpMachine("xp-sp3", pae=False)
+    runs = [(0, machine.ram.size // PAGE)]
+    head = crash.header32(machine.root, machine.base + 0x82100, crash.FULL, runs, pae=False)
+    path = tmp_path / "MEMORY.DMP"
+    path.write_bytes(crash.by_runs(machine.ram.data[:], head, runs))
+    memory = open_file(path)
+    assert attach(memory).base == machine.base
+    memory.close()
+    machine.close()
 
 
 def test_attaching_with_cached_symbols_takes_less_than_a_fifth_of_a_second(tables):
