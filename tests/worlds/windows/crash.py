@@ -16,9 +16,8 @@ def header64(
     kind: int,
     runs: Sequence[tuple[int, int]],
     *,
-    build: int = 20348,
     modules: int = 0,
-    head: int = 0,
+    processes: int = 0,
 ) -> bytes:
     """_DUMP_HEADER64; ``runs`` in pages."""
     data = bytearray(b"PAGE" * (HEADER // 4))  # what is not filled holds that word
