@@ -251,9 +251,9 @@ class Machine:
         """Unlink it, then free it: poisoned at once, or left as it is until the block is used again."""
         self.net.close(endpoint, poison=poison, reuse=reuse)
 
-    def time_wait(self, local: tuple[str, int], remote: tuple[str, int]) -> Endpoint:
-        """What is left of a closed connection; it has no owner."""
-        return self.net.time_wait(local, remote)
+    def time_wait(self, local: tuple[str, int], remote: tuple[str, int], *, linked: bool = False) -> Endpoint:
+        """What is left of a closed connection; it has no owner. ``linked``: on a table of its own, see net.py."""
+        return self.net.time_wait(local, remote, linked=linked)
 
     def listener(self, process: Process, local: tuple[str, int]) -> Endpoint:
         """``0.0.0.0`` and ``::`` are the wildcards; ``::`` takes IPv4 too (dual-stack)."""

@@ -24,6 +24,9 @@ STATES = {
     "CLOSE_WAIT": 7, "CLOSING": 8, "LAST_ACK": 9, "TIME_WAIT": 12, "DELETE_TCB": 13,
 }  # fmt: skip
 LINKS = {1: 0x28, 2: 0x40}  # of an endpoint: volatility3 and MemProcFS know one each
+WAITING = (
+    0  # the third table of a partition: whose it is nobody tells; here TIME_WAIT may be linked there, at its start
+)
 PER_TABLE = 128
 ENDPOINT_SIZE, LISTENER_SIZE, UDP_SIZE, TIME_WAIT_SIZE = 0x3A0, 0xD0, 0x1C0, 0xA8
 DYNAMIC = 49152
@@ -129,7 +132,7 @@ class Net:
         self.living.remove(endpoint)
         self.kernel.nonpaged.give(endpoint.va, poison=poison, reuse=reuse)
 
-    def time_wait(self, local: tuple[str, int], remote: tuple[str, int]) -> Endpoint:
+    def time_wait(self, local: tuple[str, int], remote: tuple[str, int], *, linked: bool) -> Endpoint:
         kernel = self.kernel
         body = bytearray(TIME_WAIT_SIZE)
         struct.pack_into("<Q", body, 0x30, self._family(local[0]))
@@ -140,6 +143,11 @@ class Net:
         struct.pack_into("<Q", body, 0x98, filetime(kernel.now_ns))
         va = kernel.nonpaged.take(b"TcTW", bytes(body))
         found = Endpoint(va, "tcp", "TcTW", None, local, remote, "TIME_WAIT", created_ns=kernel.now_ns)
+        if linked:
+            signature = self._hash(local, remote)
+            kernel.set_u64(va + 0x10, signature)
+            found.partition, found.bucket = (signature >> 16 & 0xFFFF) % self.partitions, self._bucket(signature)
+            self._link(found, WAITING)
         self.living.append(found)
         return found
 
@@ -294,12 +302,12 @@ class Net:
     def _link(self, endpoint: Endpoint, table: int) -> None:
         head = self.head(endpoint.partition, table, endpoint.bucket)
         self._count(endpoint.partition, table, 1, int(self.kernel.u64(head) == head))
-        self.kernel.insert_head(head, endpoint.va + LINKS[table])
+        self.kernel.insert_head(head, endpoint.va + LINKS.get(table, 0))
         endpoint.tables += (table,)
 
     def _unlink(self, endpoint: Endpoint, table: int) -> None:
         head = self.head(endpoint.partition, table, endpoint.bucket)
-        self.kernel.remove(endpoint.va + LINKS[table])
+        self.kernel.remove(endpoint.va + LINKS.get(table, 0))
         self._count(endpoint.partition, table, -1, -int(self.kernel.u64(head) == head))
 
     def _count(self, partition: int, table: int, entries: int, buckets: int) -> None:

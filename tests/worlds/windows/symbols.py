@@ -199,8 +199,9 @@ def _read(folder: Path, pdb: str, guid: str) -> Symbols:
     return Symbols(json.loads(lzma.decompress(packed)), pdb, guid, 1, packed)
 
 
-def _guid(family: str, pdb: str) -> str:
-    return hashlib.md5(f"{family}/{pdb}".encode()).hexdigest().upper()
+def _guid(*content: object) -> str:
+    """Another one for each content, so that nobody's cache takes one table for another."""
+    return hashlib.md5(json.dumps(content).encode()).hexdigest().upper()
 
 
 def _document(pdb: str, guid: str, symbols: dict[str, int], types: Json) -> Symbols:
