@@ -16,7 +16,7 @@ from typing import Annotated, ParamSpec, TypeVar, cast
 import typer
 
 from appliance import __version__
-from appliance.cli import check, hand, look, stop, suggest, watching
+from appliance.cli import check, conformance, hand, look, stop, suggest, watching
 from appliance.errors import ParasightError, RuleError, UsageError
 
 INTERRUPTED = 130
@@ -75,6 +75,7 @@ app.command()(_quiet(watching.watch))
 app.command()(_quiet(watching.replay))
 app.command()(_quiet(watching.explain))
 app.command()(_quiet(check.doctor))
+app.command()(_quiet(conformance.conformance))
 app.command()(_quiet(stop.stop))
 app.command()(_quiet(hand.status))
 app.command()(_quiet(hand.held))
