@@ -79,15 +79,27 @@ class Addresses:
                 ends.append((index, family, local, remote, (wanted[index][1], info)))
         return self._join(len(wanted), ends)
 
-    def waiting(self, wanted: Sequence[tuple[int, int, int]]) -> list[Pair | None]:
-        """Addresses of connections in TIME_WAIT: INETAF, local address, remote address."""
+    def waiting(self, wanted: Sequence[tuple[int, int, int | bytes]]) -> list[Pair | None]:
+        """Addresses of connections in TIME_WAIT: INETAF, local address, and a pointer to the remote one or itself."""
         families = self.families(inet_af for inet_af, _, _ in wanted)
-        ends = [
-            (index, families[af], local, remote, None)
-            for index, (af, local, remote) in enumerate(wanted)
-            if af in families and self.is_object(local) and self._is_kernel(remote)
-        ]
-        return self._join(len(wanted), ends)
+        found: list[Pair | None] = [None] * len(wanted)
+        ends = []
+        inline = []
+        for index, (af, local, remote) in enumerate(wanted):
+            if af not in families or not self.is_object(local):
+                continue
+            if isinstance(remote, bytes):
+                inline.append((index, families[af], local, remote[: ADDRESS_SIZE[families[af]]]))
+            elif self._is_kernel(remote):
+                ends.append((index, families[af], local, remote, None))
+        if ends:
+            found = self._join(len(wanted), ends)
+        known = self._locals({(local, family) for _, family, local, _ in inline})
+        for index, family, local, remote in inline:
+            home = known.get((local, family))
+            if home is not None:
+                found[index] = Pair(family, home[0], remote, home[1])
+        return found
 
     def homes(self, wanted: Sequence[tuple[int, int]], *, direct: bool) -> list[Home | None]:
         """Local addresses of what is bound, each given by its INETAF and the pointer to its address (null: any)."""

@@ -80,6 +80,7 @@ class Partitions:
         """``table`` and ``count`` are the addresses of the symbols PartitionTable and PartitionCount."""
         self._kernel, self._table, self._count = kernel, table, count
         self._seen: tuple[bytes, ...] = ()
+        self.lacking = 0  # partitions without one of the tables that connections are in
 
     def find(self, layout: Layout) -> list[tuple[int, int]] | None:
         """Address and kind of each table; None when nothing has changed since the last call.
@@ -100,13 +101,15 @@ class Partitions:
         if seen == self._seen:
             return None
         found = []
+        self.lacking = 0
         for part in parts:
-            if part is None:
-                continue
+            whole = 0
             for kind, at in enumerate(layout.tables):
-                va = int.from_bytes(part[at : at + pointer], "little")
+                va = int.from_bytes(part[at : at + pointer], "little") if part else 0
                 if self._kernel.is_kernel(va) and not va % pointer:
                     found.append((va, kind))
+                    whole += kind < len(layout.tcp.links)
+            self.lacking += whole < len(layout.tcp.links)
         if not found:
             raise Implausible("no partition of tcpip's has a table")
         self._seen = seen
@@ -170,6 +173,8 @@ class Connections:
         except GuestError:
             self._partitions.forget()  # half of it is known: start over next time
             raise
+        if self._partitions.lacking:
+            gaps.append(Gap("connection table", 0, f"{self._partitions.lacking} partitions lack a table"))
         if self._doubtful:
             why = f"{len(self._doubtful)} entries are no connections that can be"
             gaps.append(Gap("connection table", min(self._doubtful), why))

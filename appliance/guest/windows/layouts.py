@@ -87,10 +87,11 @@ class TimeWait(NamedTuple):
     remote_port: int
     local: int
     remote: int
+    inline: bool = False  # the remote address itself, of 16 bytes, rather than a pointer to it
 
     def size(self, pointer: int) -> int:
         """Bytes to read of one."""
-        return max(self.local, self.remote, self.inet_af) + pointer
+        return max(self.local + pointer, self.remote + (16 if self.inline else pointer))
 
 
 class PortPool(NamedTuple):
@@ -154,7 +155,7 @@ _UDP_19041 = Bound(0x20, 0x28, 0xA8, 0xA0, 0x70, True, remote_port=0x110, path=0
 _UDP_26100 = Bound(0x28, 0x30, 0xB0, 0xA8, 0x78, True, remote_port=0x110, path=0x120, path_address=0xD8)
 _TW_7 = TimeWait((0, 0x18), 0x30, 0x48, 0x4A, 0x50, 0x58)
 _TW_OLD = TimeWait((0,), 0x18, 0x30, 0x32, 0x38, 0x40)
-_TW_10 = TimeWait((0, 0x18), 0x30, 0x4A, 0x4C, 0x50, 0x58)
+_TW_10 = TimeWait((0, 0x18), 0x30, 0x4A, 0x4C, 0x50, 0x58, inline=True)
 _POOL_7 = PortPool(0x90, 0xA0, 0x20, 0x10, 8)
 _POOL_8 = PortPool(0xA0, 0xB0, 0x20, 0x10, 8)
 _POOL_81 = PortPool(0xA0, 0xB0, 0x20, 0x18, 8)

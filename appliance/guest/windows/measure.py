@@ -21,6 +21,7 @@ from appliance.guest.windows.hashtables import HashTables
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.layouts import STATES, TCP_TAGS, Bound, Layout, Tcp, candidates
 from appliance.guest.windows.ports import Ports
+from appliance.model import Transport
 
 SAMPLES: Final = 256
 OWNERS: Final = range(0x80, 0x380)  # where in a connection its owner is sought
@@ -127,7 +128,7 @@ class Measure:
             except GuestError as error:
                 why = error
                 continue
-            if not all(table.spans for table in hashes.tables):
+            if not all(table.spans for table in hashes.tables) or partitions.lacking:
                 continue
             entries = [
                 (entry, table.kind) for table in hashes.tables for chain in table.chains.values() for entry in chain
@@ -259,7 +260,8 @@ class Measure:
         ports = self._read(layout)
         found = [raw for raw in ports if raw.kind is kind]
         owned = sum(self._judge(raw.owner) for raw in found)
-        return bool(owned) and owned >= MOST * len(found) and len(found) >= MOST * (len(found) + ports.torn)
+        refused = ports.refused[Transport.TCP if kind is Kind.LISTENER else Transport.UDP]
+        return bool(owned) and owned >= MOST * len(found) and len(found) >= MOST * (len(found) + refused)
 
     def _read(self, layout: Layout) -> Ports:
         ports = Ports(self._kernel, Compartments(self._kernel, self._symbol, layout), layout)

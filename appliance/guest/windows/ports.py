@@ -73,6 +73,7 @@ class Ports:
         self._lacks: list[Gap] = []
         self.gaps: list[Gap] = []
         self.torn = 0
+        self.refused = dict.fromkeys(_KINDS, 0)  # of those, what was bound and could not be true
         self.changes = 0  # how often something was bound or given up
 
     def __iter__(self) -> Iterator[RawSocket]:
@@ -306,6 +307,7 @@ class Ports:
                 told = int.from_bytes(raw[self._header + bound.port : self._header + bound.port + 2], "big")
                 if home is None or told != port:
                     self.torn += 1
+                    self.refused[transport] += 1
                     self.gaps.append(Gap(f"{transport} port {port}", va, "what is bound to it cannot be true"))
                     continue
                 socket = self._socket(pool.pool, port, va, raw, home, remote)
