@@ -14,8 +14,8 @@ from lab.packages import LabError
 from tests.bench.lab import Lab, Sizes, say
 from tests.bench.report import Line, print_table
 
-NAMES = ("rules", "flow", "tap", "eye", "hand", "memory", "attach", "lookup", "walk", "impact")
-WITHOUT_GUEST = {"rules", "flow", "tap", "eye", "hand"}
+NAMES = ("rules", "flow", "tap", "eye", "hand", "windows", "memory", "attach", "lookup", "walk", "impact")
+WITHOUT_GUEST = {"rules", "flow", "tap", "eye", "hand", "windows"}
 
 
 def main() -> int:
