@@ -73,9 +73,10 @@ class Injection:
             gaps.clear()
             looked = self._look(raw, process, gaps, cut)
             evidence = [one for one in looked if before is None or one.kind not in PASSING or _key(one) in before]
-            before = {_key(one) for one in evidence}
-            if cut or not any(one.kind in PASSING for one in evidence):
-                break  # else look again: what passes is only told when it is there again
+            passing = {_key(one) for one in evidence if one.kind in PASSING}
+            if cut or not passing or passing == before:
+                break  # else look again: what may pass is told only when it is there again
+            before = passing
         if self._identify(process) is None:
             gaps.append(Gap("process", process.task_va, "it ended while it was looked at"))
         evidence.sort(key=lambda one: -one.weight)

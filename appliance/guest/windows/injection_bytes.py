@@ -167,6 +167,8 @@ def _decode_long(code: bytes) -> Jump | None:
     target = int.from_bytes(code[2:10], "little")
     if code[:2] == b"\x48\xb8" and code[10:12] in (b"\xff\xe0", b"\x50\xc3", b"\xff\xd0"):
         return Jump(target)
+    if code[:3] == b"\x50\x48\xb8" and code[11:16] == b"\x48\x87\x04\x24\xc3":  # push; mov; xchg; ret: Chromium's
+        return Jump(int.from_bytes(code[3:11], "little"))
     if code[:2] in (b"\x49\xba", b"\x49\xbb") and code[10:13] in (b"\x41\xff\xe2", b"\x41\xff\xe3"):
         return Jump(target)
     if code[:1] == b"\x68" and code[5:9] == b"\xc7\x44\x24\x04" and code[13:14] == b"\xc3":

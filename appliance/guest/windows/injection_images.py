@@ -122,9 +122,10 @@ def _false_modules(scene: Scene) -> Iterator[Evidence]:
         if view is None or not view.image:
             if view is not None and view.file is not None and not view.executable:
                 continue  # opened as a data file; .NET does so with assemblies that hold no machine code
+            weight = 2 if view is not None and view.executable else 1
             where = "nothing is mapped" if view is None else f"{view.protection} memory of no image is"
             claim = f"the loader lists {module.name} where {where}"
-            found = Evidence(claim, "fake-module", module.base, module.size, None, detail, 1 if view is None else 2)
+            found = Evidence(claim, "fake-module", module.base, module.size, None, detail, weight)
         elif view.file is not None and view.file.path != "?" and view.start == module.base:
             difference = compare(view.file.place, parse_place(module.path or module.name))
             if difference != "name":

@@ -25,7 +25,7 @@ _PROGRAM_DATA: Final = re.compile(r"\\programdata\\[^\\]+$")
 _TEMPORARY: Final = re.compile(r"\\(appdata\\local(low)?|local settings)\\temp(orary internet files)?\\|\\inetcache\\")
 _DOWNLOADS: Final = re.compile(r"^\\users\\[^\\]+\\(downloads|desktop)\\|^\\documents and settings\\[^\\]+\\desktop\\")
 _HOME: Final = re.compile(r"^\\(users|documents and settings)\\")
-_RESOURCES: Final = re.compile(r"\.(mui|mun|winmd|nls|tlb)$")
+_RESOURCES: Final = re.compile(r"\.(mui|mun|winmd|nls|tlb)$|\\apisetschema\.dll$")  # the last one: Windows 7
 _NATIVE: Final = re.compile(r"\\assembly\\(nativeimages|gac)|\.ni\.(dll|exe)$")
 
 # What makes machine code at run time, by the name of an image that the process maps
@@ -38,7 +38,12 @@ RUNTIMES: Final = (
     (re.compile(r"xul\.dll$|mozjs[\w.-]*\.dll$"), "SpiderMonkey"),
     (re.compile(r"javascriptcore\.dll$|bun\.exe$|webkit2?\.dll$"), "JavaScriptCore"),
     (re.compile(r"d3d10warp\.dll$"), "Windows' software renderer"),
-    (re.compile(r"nvoglv\d+\.dll$|ati(o6a|og)\w*\.dll$|ig\w*icd\d+\.dll$|nvwgf2um\w*\.dll$"), "its graphics driver"),
+    (
+        re.compile(r"(nvoglv|nvwgf2um|nvd3dum|ati(o6a|og|dxx)|amdxc|amdxx|ig\w*icd|igd\w*umd)\w*\.dll$"),
+        "its graphics driver",
+    ),
+    (re.compile(r"vbe\d\.dll$|msvbvm\d\d\.dll$"), "Visual Basic"),
+    (re.compile(r"libffi[\w.-]*\.dll$"), "libffi"),
     (re.compile(r"mpengine\.dll$"), "Microsoft Defender"),
     (re.compile(r"lua(jit|51)\.dll$"), "LuaJIT"),
     (re.compile(r"php_opcache\.dll$|php\d+(ts)?\.dll$"), "PHP"),
@@ -48,6 +53,10 @@ RUNTIMES: Final = (
     (re.compile(r"qemu-system-\w+\.exe$|libtcg\w*\.dll$|xtajit\w*\.dll$|wow64cpu_emu\.dll$"), "its emulator"),
     (re.compile(r"beam\.smp\.dll$|erl(srv)?\.exe$"), "Erlang"),
 )
+
+
+# Images that write to their own code, and why
+SELF_PATCHING: Final = ((re.compile(r"(core)?clr\.dll$|mscor(wks|svr)\.dll$"), "as .NET does with its write barriers"),)
 
 
 class Place(NamedTuple):
@@ -126,6 +135,11 @@ def odd_place(place: Place, program: Place, *, system: bool) -> tuple[int, str] 
 def find_runtime(names: Collection[str]) -> str | None:
     """The runtime among a process's mapped images (names without folders) that legitimately makes code."""
     return next((runtime for pattern, runtime in RUNTIMES if any(pattern.match(name) for name in names)), None)
+
+
+def patches_itself(name: str) -> str | None:
+    """Why an image writes to its own code, by the file's name in lower case; None where it should not."""
+    return next((why for pattern, why in SELF_PATCHING if pattern.match(name)), None)
 
 
 def is_resource(place: Place) -> bool:

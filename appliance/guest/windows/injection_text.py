@@ -18,6 +18,7 @@ from appliance.errors import UnreadableMemory
 from appliance.guest.budget import Budget
 from appliance.guest.windows.injection_bytes import Header, decode_jump, is_relocated, parse_header, runs_of
 from appliance.guest.windows.injection_pages import PAGE, Leaf, Pages, Prototypes, small_of
+from appliance.guest.windows.injection_paths import patches_itself
 from appliance.guest.windows.injection_views import Scene, View
 from appliance.model import Evidence
 
@@ -142,6 +143,9 @@ class Texts:
         for start, end in runs[:64]:
             weight, text = self._hook(change.leaf.va, raw, start, end)
             worst = max(worst, (weight, text, start), key=lambda one: one[0])
+        why = patches_itself(change.view.name) if self._scene.is_listed(change.view) else None
+        if why is not None and not worst[1]:
+            return f"was changed in memory, {why}: {count}", 1, worst[2]
         return f"was changed in memory: {count}{worst[1]}", worst[0], worst[2]
 
     def _hook(self, va: int, raw: bytes, start: int, end: int) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from appliance.guest.windows.threads import RawThread
 from appliance.model import Evidence
 
 MAX_TOLD: Final = 32  # threads told of one by one
+WAITING: Final = 5  # _KTHREAD_STATE.Waiting
 MAX_APCS: Final = 64  # of one thread
 STACK_BYTES: Final = 16 << 10  # of each user stack that are searched
 USER_APCS: Final = 1  # _MODE.UserMode: the second list of _KAPC_STATE.ApcListHead
@@ -71,7 +72,9 @@ class ThreadReader:
             return [Place(thread, self._starts(thread), 0, 0, ()) for thread in threads]
         raws = space.readv([more.span(thread.va) for thread in threads])
         parsed = [more.parse(raw) if raw else (0, 0) for raw in raws]
-        frames = self._frames([frame for frame, _ in parsed])
+        # Of a thread that waits, the frame is the one of its system call; else it may be what is left of an older one.
+        waits = [thread.state == WAITING for thread in threads]
+        frames = self._frames([frame if wait else 0 for (frame, _), wait in zip(parsed, waits, strict=True)])
         return [
             Place(thread, self._starts(thread), *frame, self._apcs(thread, lists))
             for thread, frame, (_, lists) in zip(threads, frames, parsed, strict=True)
@@ -171,7 +174,9 @@ def _running(place: Place, scene: Scene, suspects: Suspects) -> Evidence | None:
         return None
     hit, view = suspects.at(place.rip), scene.at(place.rip)
     if hit is not None:
-        return _evidence(f"{_who(place)} runs in {hit.what}", place, place.rip, max(hit.weight, 1))
+        if hit.weight < 2 and scene.runtime is not None:
+            return None  # code that a JIT made does run
+        return _evidence(f"{_who(place)} runs in {hit.what}", place, place.rip, 2)
     if view is None:
         return _evidence(f"{_who(place)} runs where nothing is mapped", place, place.rip, 2)
     if not view.image:

@@ -12,11 +12,10 @@ from appliance.errors import GuestError
 from appliance.guest.windows.injection import Injection, find_foreign
 from appliance.guest.windows.processes import Processes
 from appliance.model import Evidence, GuestProcess, ProcessKey
-from tests.guest.windows.machines import ALL, kernel_of, make, planted, poke, types_of, write
+from tests.guest.windows.machines import ALL, OLD, kernel_of, make, peek, planted, poke, types_of, write
 from tests.guest.windows.real import REAL, needs_real
 from tests.worlds.windows import Machine
 from tests.worlds.windows.paging import NX, PAGE, PRESENT, WRITABLE
-from tests.worlds.windows.xp import XpMachine
 
 ALICE = "S-1-5-21-1-2-3-1001"
 NOTEPAD = "C:\\Windows\\System32\\notepad.exe"
@@ -256,6 +255,21 @@ def test_a_thread_that_was_turned_away_into_foreign_code_is_told_by_its_trap_fra
     assert f"rip {region.start + 0x20:#x}" in (found.detail or "")
 
 
+def test_a_frame_of_a_thread_that_does_not_wait_is_an_old_one(machine, notepad) -> None:
+    thread = notepad.threads[0]
+    frame(machine, thread, 0x1234_5678, 0)
+    assert kinds(look(machine, notepad)) == [("foreign-thread", 2)]
+    poke(machine, thread.va, "_ETHREAD.Tcb.State", 2)
+    assert look(machine, notepad) == ()
+
+
+def test_a_thread_runs_in_code_that_a_jit_made_as_it_should(machine, notepad) -> None:
+    machine.module(notepad, "C:\\Program Files\\Java\\bin\\server\\jvm.dll")
+    region = machine.region(notepad, PAGE, "RX", PLAIN)
+    frame(machine, notepad.threads[0], region.start, 0)
+    assert kinds(look(machine, notepad)) == [("anon-exec", 1)]
+
+
 def test_a_thread_that_waits_in_ntdll_and_will_return_into_foreign_code_is_told_by_its_stack(machine, notepad) -> None:
     region = machine.region(notepad, PAGE, "RWX", b"\x90" * 16 + b"\xff\xd0" + b"\x90" * 16)
     stack = machine.region(notepad, PAGE, "RW")
@@ -319,6 +333,7 @@ def test_an_image_that_was_taken_off_some_of_the_loaders_lists_is_told(machine, 
 @pytest.mark.parametrize(
     ("path", "weight"),
     [
+        ("C:\\Windows\\System32\\apisetschema.dll", None),
         ("C:\\Windows\\System32\\en-US\\shell32.dll.mui", None),
         ("C:\\Windows\\System32\\imageres.dll", 1),
         ("C:\\Program Files\\Vendor\\a.dll", 2),
@@ -496,6 +511,16 @@ def test_breakpoints_are_unusual_only(machine, notepad) -> None:
     change(machine, notepad, notepad.modules[1], b"\xcc")
     found = only(look(machine, notepad), "modified-text")
     assert (found.weight, "holds 1 breakpoint" in found.claim) == (1, True)
+
+
+def test_write_barriers_of_dotnet_are_unusual_only_and_detours_in_its_runtime_are_not(machine, notepad) -> None:
+    module = machine.module(notepad, "C:\\Program Files\\dotnet\\coreclr.dll")
+    change(machine, notepad, module, b"\x01\x02\x03\x04")
+    found = only(look(machine, notepad), "modified-text")
+    assert (found.weight, "as .NET does with its write barriers" in found.claim) == (1, True)
+    region = machine.region(notepad, PAGE, "RX", PLAIN)
+    change(machine, notepad, module, far_jump(region.start))
+    assert only(look(machine, notepad), "modified-text").weight == 2
 
 
 def test_code_that_was_replaced_as_a_whole_is_told_so(machine, notepad) -> None:
@@ -741,20 +766,24 @@ def test_a_look_is_cut_off_at_its_time_and_says_so(machine, notepad, step) -> No
     assert any(one.kind == "gap" and "not looked at" in one.claim for one in found)
 
 
-@pytest.mark.parametrize("era", ["xp-sp3", "2003-sp2"])
-@pytest.mark.parametrize("pae", [True, False])
-def test_windows_xp_and_server_2003_are_looked_into_as_well(era: str, pae: bool) -> None:
-    made = XpMachine(era, pae=pae)
+@pytest.mark.parametrize("name", OLD)
+def test_windows_xp_and_server_2003_are_looked_into_as_well(name: str) -> None:
+    made = make(name)
     try:
         process = made.process("notepad.exe", sid=ALICE, path="C:\\WINDOWS\\system32\\notepad.exe")
         region = made.inject(process)
         dll = made.foreign_dll(process)
+        base = types_of(made).offset("_PEB.ImageBaseAddress")
+        peb = peek(made, process.va, "_EPROCESS.Peb")
+        process.space.write(peb + base, struct.pack("<I", region.start))
         found = look(made, process)
         assert {(one.kind, one.address) for one in heavy(found)} == {
+            ("hollowed", region.start),
             ("injected-pe", region.start),
             ("foreign-thread", region.start + 0x100),
             ("unlisted-module", dll),
         }
+        assert ("odd-path", dll) in {(one.kind, one.address) for one in found}
     finally:
         made.close()
 

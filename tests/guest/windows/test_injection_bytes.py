@@ -115,6 +115,7 @@ def test_ordinary_code_is_no_shellcode() -> None:
         ("48b8efbeaddefeca000050c3", 64, Jump(0xCAFEDEADBEEF)),
         ("49bbefbeaddefeca000041ffe3", 64, Jump(0xCAFEDEADBEEF)),
         ("68efbeaddec7442404feca0000c3", 64, Jump(0xCAFEDEADBEEF)),
+        ("5048b8efbeaddefeca000048870424c3", 64, Jump(0xCAFEDEADBEEF)),
         ("68efbeaddec3", 32, Jump(0xDEADBEEF)),
         ("b8efbeaddeffe0", 32, Jump(0xDEADBEEF)),
         ("ff25efbeadde", 32, Jump(0xDEADBEEF, True)),
