@@ -6,6 +6,7 @@ A row of a listing plugin is a claim only where it says that something is odd. S
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ MAX_CLAIMS = 16  # of one plugin
 MAX_TEXT = 200
 SHOWN_BYTES = 16
 _LAST = (1 << 64) - 1
+_VOLUME = re.compile(r"(\\\?\?\\)?([a-z]:|\\device\\[^\\]+)(?=\\)")
 
 
 def claims_of(plugin: str, rows: Iterable[object]) -> list[Evidence]:
@@ -90,11 +92,20 @@ def _hollow(row: Row, kind: str) -> Evidence | None:
 
 
 def _peb(row: Row, kind: str) -> Evidence | None:
-    """The two columns are mixed up in 2.28.2, so what is said is what both can mean."""
-    if not (row.get("PEB_ImageFilePath_Spoofed") is True or row.get("PEB_CommandLine_Spoofed") is True):
-        return None
-    claim = "Volatility's pebmasquerade: the process's path or command line in its PEB was changed"
-    return Evidence(claim, kind, detail=_text(row, "PEB_ImageFilePath") or None, weight=1)
+    """It compares lengths only, and its two flags are mixed up in 2.28.2; the paths that it shows are compared here."""
+    told, true = _text(row, "PEB_ImageFilePath"), _text(row, "EPROCESS_SeAudit_ImageFileName")
+    if told and true and "~" not in told + true and _tail(told) != _tail(true):
+        claim = f"Volatility's pebmasquerade: the process calls itself {told}, the kernel knows it as {true}"
+        return Evidence(claim, kind, weight=1)
+    if row.get("PEB_ImageFilePath_Spoofed") is True or row.get("PEB_CommandLine_Spoofed") is True:
+        claim = "Volatility's pebmasquerade: path or command line in the process's PEB have other lengths than they say"
+        return Evidence(claim, kind, detail=told or None, weight=1)
+    return None
+
+
+def _tail(path: str) -> str:
+    """A path without its volume, which is a device to the kernel and a letter to the process."""
+    return _VOLUME.sub("", path.lower().replace("\\systemroot\\", "\\windows\\"), count=1)
 
 
 def _spoofing(row: Row, kind: str) -> Evidence | None:

@@ -45,7 +45,6 @@ class _Table(NamedTuple):
 
     size: int
     entries: int
-    indirection: int
     directory: int
 
 
@@ -178,18 +177,15 @@ class NetChains(interfaces.plugins.PluginInterface):
                 continue
 
     def _table(self, at: int) -> _Table | None:
-        kind = self.context.modules[self.config["kernel"]].get_type("_RTL_DYNAMIC_HASH_TABLE")
         one = self.context.modules[self.config["kernel"]].object(
             object_type="_RTL_DYNAMIC_HASH_TABLE", offset=at, absolute=True
         )
-        names = set(kind.members)
-        indirection = int(one.Indirection) if "Indirection" in names else 0
-        table = _Table(int(one.TableSize), int(one.NumEntries), indirection, int(one.Directory))
+        table = _Table(int(one.TableSize), int(one.NumEntries), int(one.Directory))
         return table if 0 < table.size <= MAX_BUCKETS and 0 < table.entries <= MAX_LINKS else None
 
     def _buckets(self, table: _Table) -> Iterator[int]:
-        """The heads of the chains. Beyond 128 buckets the directory has a second level: 128, 128, 256, 512 ..."""
-        if not table.indirection and table.size <= FIRST_DIRECTORY:
+        """The heads of the chains. Beyond 128 buckets the directory has a second level: 128, 256, 512 ..."""
+        if table.size <= FIRST_DIRECTORY:
             yield from range(table.directory, table.directory + table.size * BUCKET, BUCKET)
             return
         left, size, index = table.size, FIRST_DIRECTORY, 0
@@ -201,7 +197,7 @@ class NetChains(interfaces.plugins.PluginInterface):
             except exceptions.InvalidAddressException:
                 vollog.debug(f"directory {index} of the table is not there")
             left -= count
-            size, index = (size if index == 0 else size * 2), index + 1
+            size, index = 2 * size, index + 1
 
     def _connection(self, one: Any) -> tuple[Any, ...]:
         absent = renderers.UnreadableValue()

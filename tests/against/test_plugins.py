@@ -1,0 +1,265 @@
+"""Our plugins in stock `vol -p plugins`, unmodified and offline, on machines made of bytes; stock ones in our worker.
+
+What stock netstat sees is compared in the same run: what it sees, ours see, and what it misses is said.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from appliance.evidence.volatility import SecondOpinion
+from tests.worlds.nouns import owner
+from tests.worlds.windows import Machine
+from tests.worlds.windows.scene import Scene, plant
+from tests.worlds.windows.xp import XpMachine
+
+ROOT = Path(__file__).parents[2]
+OURS = {"parasight", "netchains", "connections"}
+SAME = ("Offset", "Proto", "LocalAddr", "LocalPort", "ForeignAddr", "ForeignPort", "State", "PID", "Owner", "Created")
+
+
+SCRIPT = """import sys
+sys.modules["jsonschema"] = None  # else Volatility checks symbol tables for 20 s
+sys.argv[0] = "vol"
+from volatility3.cli import main
+main()"""
+
+
+@pytest.fixture(scope="module")
+def vol(tmp_path_factory):
+    """Stock Volatility as a person runs it. It makes an index of its own tables once, in its cache."""
+    cache = tmp_path_factory.mktemp("vol")
+
+    def run(location: Path | str, symbols: Path, plugin: str, *words: str, ours: bool = True) -> list[dict]:
+        command = [sys.executable, "-P", "-c", SCRIPT, "-q", "--offline", "-r", "json", "-s", str(symbols)]
+        command += ["-p", str(ROOT / "plugins")] if ours else []
+        done = subprocess.run(
+            [*command, "-f", str(location), plugin, *words],
+            env={"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache)},
+            cwd=symbols,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A server with 1,000 connections in shared buckets, and all that is odd."""
+    folder = tmp_path_factory.mktemp("server")
+    with Machine("20348", path=folder / "memory.raw", partitions=4) as machine:
+        scene = plant(machine)
+        for number in range(1000):
+            remote = (f"203.0.113.{number % 250}", 1024 + number)
+            machine.tcp(scene.browser, ("10.0.0.5", 10000 + number), remote, bucket=number % 100)
+        machine.write_symbols(folder)
+        yield scene, folder
+
+
+@pytest.fixture(scope="module")
+def rows(world, vol):
+    """What our netstat says of it, with a scan."""
+    _, folder = world
+    return vol(folder / "memory.raw", folder, "windows.netchains", "--scan")
+
+
+def seen(rows: list[dict], kind: str = "TCP") -> dict[tuple, str]:
+    """Flags by connection."""
+    return {
+        (row["LocalAddr"], row["LocalPort"], row["ForeignAddr"], row["ForeignPort"], row["PID"]): row["Flags"]
+        for row in rows
+        if row["Proto"].startswith(kind) and row["State"] != "LISTENING"
+    }
+
+
+def key(endpoint) -> tuple:
+    return (*endpoint.local, *endpoint.remote, endpoint.process.pid if endpoint.process else None)
+
+
+def test_all_that_we_add_to_volatility_is_imported():
+    script = f"""
+import sys, volatility3.plugins
+from volatility3 import framework
+volatility3.plugins.__path__ = [{str(ROOT / "plugins")!r}, *volatility3.plugins.__path__]
+print(framework.import_files(volatility3.plugins, True))
+print(sorted(name for name in framework.list_plugins() if any(ours in name for ours in {sorted(OURS)!r})))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], cwd="/", capture_output=True, text=True, check=True)
+    failed, listed = done.stdout.splitlines()
+    assert not any(ours in failed for ours in OURS), failed
+    assert listed == "['windows.connections.Connections', 'windows.netchains.NetChains']"
+
+
+def test_every_connection_of_a_thousand_in_shared_buckets_is_listed(world, rows):
+    scene, _ = world
+    truth = {key(one) for one in scene.machine.truth().connections if one.kind == "TcpE"}
+    assert len(truth) > 1000
+    assert truth <= seen(rows).keys()
+
+
+def test_what_stock_netstat_sees_is_seen_alike_and_it_sees_less_than_half(world, rows, vol):
+    _, folder = world
+    stock = vol(folder / "memory.raw", folder, "windows.netstat", ours=False)
+    assert 100 < len(stock) < len(rows) / 2
+    ours = {tuple(row[name] for name in SAME) for row in rows}
+    assert {tuple(row[name] for name in SAME) for row in stock} <= ours
+
+
+def test_what_was_unlinked_is_flagged_and_nothing_else(world, rows):
+    scene, _ = world
+    expected = {
+        key(scene.unlinked): "unlinked-endpoint",
+        key(scene.first_only): "one-table-only",
+        key(scene.second_only): "one-table-only",
+        key(scene.waiting): "time-wait",
+    }
+    flagged = {row: flags for row, flags in seen(rows).items() if flags}
+    assert {row: flags for row, flags in flagged.items() if row in expected} == expected
+    living = {key(one) for one in scene.machine.truth().connections if one.kind == "TcpE"}
+    assert not (flagged.keys() - expected.keys()) & living  # what was freed and not poisoned may be found by a scan
+
+
+def test_tables_of_which_the_directory_has_a_second_level_are_read_whole(tmp_path, vol):
+    with Machine("19041", path=tmp_path / "memory.raw", table_size=700, partitions=1) as machine:
+        for number in range(900):
+            machine.tcp(machine["lsass.exe"], ("10.0.0.5", 10000 + number), ("203.0.113.1", 443))
+        machine.write_symbols(tmp_path)
+        found = seen(vol(tmp_path / "memory.raw", tmp_path, "windows.netchains"))
+        assert found == {key(one): "" for one in machine.truth().connections}
+
+
+def test_the_owner_of_a_hidden_process_is_named(world, rows):
+    scene, _ = world
+    (row,) = [row for row in rows if row["LocalPort"] == scene.of_hidden.local[1]]
+    assert (row["PID"], row["Owner"]) == (scene.hidden.pid, "hidden.exe")
+
+
+def test_a_memory_of_ours_is_a_layer_of_stock_volatility(world, vol):
+    _, folder = world
+    plain = vol(folder / "memory.raw", folder, "windows.pslist")
+    assert len(plain) > 10
+    assert vol(f"parasight:file:{folder / 'memory.raw'}", folder, "windows.pslist") == plain
+
+
+def test_a_core_with_holes_in_it_is_one_too(world, vol):
+    scene, folder = world
+    scene.machine.write_elf(folder / "memory.elf")
+    assert len(vol(f"parasight:file:{folder / 'memory.elf'}", folder, "windows.pslist")) > 10
+
+
+def test_a_place_that_is_none_is_refused_with_a_reason(tmp_path, vol):
+    with pytest.raises(AssertionError, match="parasight:nonsense:7"):
+        vol("parasight:nonsense:7", tmp_path, "windows.pslist")
+
+
+@pytest.mark.parametrize(("era", "pae", "named"), [("xp-sp3", True, True), ("2003-sp2", False, False)])
+def test_connections_of_xp_and_2003_are_listed_with_and_without_symbols_of_tcpip(vol, tmp_path, era, pae, named):
+    machine = XpMachine(era, pae=pae, path=tmp_path / "memory.raw")
+    for number in range(40):
+        machine.tcp(machine.explorer, ("172.16.112.128", 1038 + number), ("41.168.5.140", 8080))
+    machine.listener(machine.svchost, ("0.0.0.0", 135))
+    machine.udp(machine.svchost, ("0.0.0.0", 137))
+    machine.write_symbols(tmp_path, tcpip=named)
+    truth = machine.truth()
+    machine.close()
+    found = vol(f"parasight:file:{tmp_path / 'memory.raw'}", tmp_path, "windows.connections")
+    linked = [row for row in found if row["ForeignPort"]]
+    assert sorted(
+        ((row["LocalAddr"], row["LocalPort"]), (row["ForeignAddr"], row["ForeignPort"]), row["PID"]) for row in linked
+    ) == [(tuple(local), tuple(remote), pid) for local, remote, pid in truth["connections"]]
+    assert {row["Owner"] for row in linked} == {"explorer.exe"}
+    bound = {(row["LocalPort"], row["PID"]) for row in found if not row["ForeignPort"]}
+    assert bound == {(local[1], pid) for _, local, pid in truth["sockets"]}
+    assert [row["LocalPort"] for row in found if row["State"] == "LISTENING"] == [135]
+
+
+# -- the second opinion --
+
+
+@pytest.fixture(scope="module")
+def opinion(world, tmp_path_factory):
+    _, folder = world
+    made = SecondOpinion(f"file:{folder / 'memory.raw'}", symbols=[folder], cache=tmp_path_factory.mktemp("opinion"))
+    yield made
+    made.close()
+
+
+def ask(opinion: SecondOpinion, process, pid: int | None = None):
+    asked = owner(process.pid if pid is None else pid).process
+    assert opinion.ask("windows", replace(asked, task_va=process.va))
+    deadline_s = time.monotonic() + 60
+    while not (heard := opinion.heard()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    return heard[0]
+
+
+def kinds(found) -> set[str]:
+    return {one.kind.removeprefix("volatility:") for one in found.evidence}
+
+
+def test_volatility_names_what_was_injected_into_one_process(world, opinion):
+    scene, _ = world
+    found = ask(opinion, scene.victim)
+    assert found.trouble is None
+    assert {"malfind", "ldrmodules", "suspicious_threads"} <= kinds(found)
+    regions = {(one.address, one.size) for one in found.evidence if one.kind == "volatility:malfind"}
+    assert (scene.injected.start, scene.injected.size) in regions
+    assert any("evil.dll" in one.claim for one in found.evidence)
+    threads = [one.address for one in found.evidence if one.kind == "volatility:suspicious_threads"]
+    assert any(scene.injected.start <= address < scene.injected.start + scene.injected.size for address in threads)
+
+
+def test_volatility_names_a_hollowed_process_and_a_liar(world, opinion):
+    scene, _ = world
+    assert kinds(ask(opinion, scene.hollowed)) & {"hollowprocesses", "malfind"}
+    assert "pebmasquerade" in kinds(ask(opinion, scene.liar))
+
+
+def test_volatility_sees_nothing_in_an_honest_process(world, opinion):
+    scene, _ = world
+    assert kinds(ask(opinion, scene.browser)) == {"nothing"}
+
+
+def test_a_process_that_hides_from_the_kernels_list_is_looked_at_all_the_same(world, opinion):
+    scene, _ = world
+    scene.machine.inject(scene.hidden)
+    assert "malfind" in kinds(ask(opinion, scene.hidden))
+
+
+def test_what_changes_in_a_running_guest_is_seen_by_the_next_question(world, opinion):
+    scene, _ = world
+    server = scene.machine["lsass.exe"]
+    assert "malfind" not in kinds(ask(opinion, server))
+    scene.machine.inject(server)
+    assert "malfind" in kinds(ask(opinion, server))
+
+
+def test_an_address_that_is_not_this_process_is_not_asked_about(world, opinion):
+    scene, _ = world
+    found = ask(opinion, scene.browser, pid=scene.victim.pid)
+    assert found.evidence == ()
+    assert found.trouble == "the process is gone"
+
+
+@pytest.mark.parametrize("family", ["17763", "26100"])
+def test_other_builds_get_a_second_opinion_too(tmp_path, family):
+    with Machine(family, path=tmp_path / "memory.raw") as machine:
+        scene: Scene = plant(machine)
+        machine.write_symbols(tmp_path)
+        one = SecondOpinion(f"file:{tmp_path / 'memory.raw'}", symbols=[tmp_path], cache=tmp_path / "cache")
+        try:
+            assert "malfind" in kinds(ask(one, scene.victim))
+        finally:
+            one.close()
