@@ -122,18 +122,9 @@ def test_a_connection_in_the_chain_of_a_port_does_not_hide_what_comes_behind_it(
 
 def test_the_port_pools_of_all_compartments_are_read():
     with Machine() as machine:
-        services, net, kernel = machine["services.exe"], machine.net, machine.kernel
+        services = machine["services.exe"]
         machine.listener(services, ("0.0.0.0", 135))
-        place = kernel.tcpip.base + kernel.tcpip_symbols.symbol("TcpCompartmentSet")
-        first_set, first_pool = kernel.u64(place), net._pools["tcp"]
-        net._pools["tcp"] = net._compartments("tcp")  # another compartment, with a set of its own
-        net._chains.clear()
-        net._assignments.clear()
-        machine.listener(services, ("0.0.0.0", 8080))
-        at = net.layout["_INET_COMPARTMENT_SET.InetCompartment"]
-        kernel.set_u64(first_set + at + 8, kernel.u64(kernel.u64(place) + at))
-        kernel.set_u64(place, first_set)
-        net._pools["tcp"] = first_pool
+        machine.listener(services, ("0.0.0.0", 8080), compartment=2)
         found = {(raw.local.port, raw.compartment) for raw in Eye(machine).sockets.walk().sockets}
         assert found == {(135, 1), (8080, 2)}
 

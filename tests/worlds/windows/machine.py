@@ -255,12 +255,19 @@ class Machine:
         """What is left of a closed connection; it has no owner. ``linked``: on a table of its own, see net.py."""
         return self.net.time_wait(local, remote, linked=linked)
 
-    def listener(self, process: Process, local: tuple[str, int]) -> Endpoint:
+    def listener(self, process: Process, local: tuple[str, int], *, compartment: int = 1) -> Endpoint:
         """``0.0.0.0`` and ``::`` are the wildcards; ``::`` takes IPv4 too (dual-stack)."""
-        return self.net.listener(process, local)
+        return self.net.listener(process, local, compartment)
 
-    def udp(self, process: Process, local: tuple[str, int], remote: tuple[str, int] | None = None) -> Endpoint:
-        return self.net.udp(process, local, remote)
+    def udp(
+        self,
+        process: Process,
+        local: tuple[str, int],
+        remote: tuple[str, int] | None = None,
+        *,
+        compartment: int = 1,
+    ) -> Endpoint:
+        return self.net.udp(process, local, remote, compartment)
 
     def take_port(self, protocol: str, port: int) -> None:
         """Mark a port as taken although nothing takes it."""

@@ -48,6 +48,7 @@ class Endpoint:
     bucket: int = 0
     created_ns: int = 0
     alive: bool = True
+    compartment: int = 1
 
 
 class Net:
@@ -65,6 +66,7 @@ class Net:
         self._chains: dict[tuple[str, int], list[Endpoint]] = {}
         self._partition_table()
         self._bitmaps: dict[str, int] = {}
+        self._sets: dict[str, int] = {}
         self._pools = {name: self._compartments(name) for name in ("tcp", "udp")}
         self._assignments: dict[tuple[str, int], int] = {}
 
@@ -151,7 +153,7 @@ class Net:
         self.living.append(found)
         return found
 
-    def listener(self, process: Process, local: tuple[str, int]) -> Endpoint:
+    def listener(self, process: Process, local: tuple[str, int], compartment: int) -> Endpoint:
         kernel, at = self.kernel, self.layout
         body = bytearray(LISTENER_SIZE)
         for offset, value in (
@@ -164,9 +166,12 @@ class Net:
         struct.pack_into(">H", body, at["_TCP_LISTENER.Port"], local[1])
         va = kernel.nonpaged.take(b"TcpL", bytes(body))
         found = Endpoint(va, "tcp", "TcpL", process, local, None, "LISTEN", created_ns=kernel.now_ns)
+        found.compartment = compartment
         return self._chain(found)
 
-    def udp(self, process: Process, local: tuple[str, int], remote: tuple[str, int] | None) -> Endpoint:
+    def udp(
+        self, process: Process, local: tuple[str, int], remote: tuple[str, int] | None, compartment: int
+    ) -> Endpoint:
         kernel, at = self.kernel, self.layout
         body = bytearray(UDP_SIZE)
         for offset, value in (
@@ -186,7 +191,9 @@ class Net:
             struct.pack_into("<Q", body, 0x120, kernel.nonpaged.take(b"IPpa", bytes(far)))
         va = kernel.nonpaged.take(b"UdpA", bytes(body))
         state = "CLOSE" if remote is None else "ESTABLISHED"
-        return self._chain(Endpoint(va, "udp", "UdpA", process, local, remote, state, created_ns=kernel.now_ns))
+        found = Endpoint(va, "udp", "UdpA", process, local, remote, state, created_ns=kernel.now_ns)
+        found.compartment = compartment
+        return self._chain(found)
 
     def take_port(self, protocol: str, port: int) -> None:
         self._bit(protocol, port, on=True)
@@ -331,21 +338,41 @@ class Net:
     # -- port pools --
 
     def _compartments(self, protocol: str) -> int:
-        """Set, compartment, protocol compartment, port pool; the pool's address."""
+        """The set of compartments, and the first of them; the address of its port pool."""
+        kernel = self.kernel
+        compartment, pool = self._compartment(protocol, protocol)
+        outer = bytearray(0x180)
+        struct.pack_into("<Q", outer, self.layout["_INET_COMPARTMENT_SET.InetCompartment"], compartment)
+        symbol = "TcpCompartmentSet" if protocol == "tcp" else "UdpCompartmentSet"
+        place = kernel.tcpip.base + kernel.tcpip_symbols.symbol(symbol)
+        kernel.set_u64(place, kernel.nonpaged.take(b"InCS", bytes(outer)))
+        self._sets[protocol] = kernel.u64(place)
+        return pool
+
+    def _compartment(self, protocol: str, name: str) -> tuple[int, int]:
+        """Compartment, protocol compartment, port pool: the addresses of the first and the last."""
         kernel, at, take = self.kernel, self.layout, self.kernel.nonpaged.take
         pool = kernel.nonpaged.take_pages(at.size("_INET_PORT_POOL"))
-        bitmap = kernel.nonpaged.take_pages(65536 // 8)
+        bitmap = self._bitmaps[name] = kernel.nonpaged.take_pages(65536 // 8)
         where = pool + at["_INET_PORT_POOL.PortBitMap"]
         kernel.space.write(where, kernel.types.pack("_RTL_BITMAP", {"SizeOfBitMap": 65536, "Buffer": bitmap}))
-        inner, middle, outer = bytearray(0x40), bytearray(0x60), bytearray(0x180)
+        inner, middle = bytearray(0x40), bytearray(0x60)
         struct.pack_into("<Q", inner, at["_PROTOCOL_COMPARTMENT.PortPool"], pool)
-        protocol_va = take(b"TcCo" if protocol == "tcp" else b"UdCo", bytes(inner))
-        struct.pack_into("<Q", middle, at["_INET_COMPARTMENT.ProtocolCompartment"], protocol_va)
-        struct.pack_into("<Q", outer, at["_INET_COMPARTMENT_SET.InetCompartment"], take(b"InCo", bytes(middle)))
-        symbol = "TcpCompartmentSet" if protocol == "tcp" else "UdpCompartmentSet"
-        kernel.set_u64(kernel.tcpip.base + kernel.tcpip_symbols.symbol(symbol), take(b"InCS", bytes(outer)))
-        self._bitmaps[protocol] = bitmap
-        return pool
+        inside = take(b"TcCo" if protocol == "tcp" else b"UdCo", bytes(inner))
+        struct.pack_into("<Q", middle, at["_INET_COMPARTMENT.ProtocolCompartment"], inside)
+        return take(b"InCo", bytes(middle)), pool
+
+    def _pool_of(self, endpoint: Endpoint) -> str:
+        """The name of the port pool of an endpoint. Further compartments are pointed to behind the first of a set."""
+        protocol, number = endpoint.protocol, endpoint.compartment
+        if number == 1:
+            return protocol
+        name = f"{protocol}/{number}"
+        if name not in self._pools:
+            compartment, self._pools[name] = self._compartment(protocol, name)
+            at = self.layout["_INET_COMPARTMENT_SET.InetCompartment"] + 8 * (number - 1)
+            self.kernel.set_u64(self._sets[protocol] + at, compartment)
+        return name
 
     def _bit(self, protocol: str, port: int, *, on: bool) -> None:
         at = self._bitmaps[protocol] + port // 8
@@ -369,7 +396,7 @@ class Net:
 
     def _chain(self, endpoint: Endpoint) -> Endpoint:
         """The newest object of a port is first; each points at the one before it, inside, at its own Next field."""
-        protocol, port = endpoint.protocol, endpoint.local[1]
+        protocol, port = self._pool_of(endpoint), endpoint.local[1]
         chain = self._chains.setdefault((protocol, port), [])
         entry, next_at = self._entry(protocol, port), self._next(endpoint)
         if chain:
@@ -381,7 +408,7 @@ class Net:
         return endpoint
 
     def _unchain(self, endpoint: Endpoint) -> None:
-        protocol, port = endpoint.protocol, endpoint.local[1]
+        protocol, port = self._pool_of(endpoint), endpoint.local[1]
         chain, next_at = self._chains[protocol, port], self._next(endpoint)
         index = chain.index(endpoint)
         before = chain[index - 1].va + next_at if index else 0
