@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.windows import pools
+from appliance.guest.windows.addresses import tag_of
 from appliance.guest.windows.crossview import Placed
 from appliance.guest.windows.endpoints import Kind, RawSocket, key_of
 from appliance.guest.windows.kernel import WindowsKernel
@@ -35,6 +36,7 @@ MARGIN_NS: Final = 1_000_000_000
 OLD_NS: Final = 1_000_000_000  # a connection of this age is in a table, if it is in any
 REST_NS: Final = 200_000_000
 AROUND: Final = 1 << 16  # bytes of a neighbourhood
+SETTLE: Final = 2  # how often what no table has is looked at again
 NEIGHBOURS: Final = 64  # neighbourhoods looked through at once
 
 
@@ -188,20 +190,36 @@ class Modern:
         gap = Gap("connection tables", 0, f"{odd} of {every} connections are in one of two only: not compared")
         return [_without(socket, Flag.ONE_TABLE_ONLY) for socket in sockets], [gap]
 
-    def _judged(self, blocks: Iterable[Placed]) -> list[tuple[RawSocket, RawProcess | None, Flag | None]]:
+    def _judged(self, placed: Iterable[Placed]) -> list[tuple[RawSocket, RawProcess | None, Flag | None]]:
         """The sockets in pool blocks that no table has, and whether each lives; None: it is as it should be."""
         sockets, step = self._sockets, self._header.size
-        bodies = {va + step: block for va, block in blocks if block.tag in self.tags}
+        bodies = {va + step: block for va, block in placed if block.tag in self.tags}
         raws = self._parse(bodies)
-        if self._live:  # what is being made or torn down is neither here nor there for a moment
+        for _ in range(SETTLE if self._live and raws else 0):
+            # What is being made or torn down is neither here nor there for a moment: it must stay as it is, off the
+            # tables, while these are read anew.
             sockets.refresh_connections()
             sockets.refresh_ports()
+            if sockets.connections.gaps or sockets.ports.gaps:
+                return []  # they contradict themselves: nothing follows from what they do not have
+            linked = {raw.va for raw in (*sockets.connections, *sockets.ports)}
+            bodies = self._again([raw.va for raw in raws if raw.va not in linked])
             again = {raw.va: raw for raw in self._parse(bodies)}
             raws = [raw for raw in raws if again.get(raw.va) == raw]
         linked = {raw.va for raw in (*sockets.connections, *sockets.ports)}
         taken = sockets.ports.taken()
         owned = sockets.own([raw for raw in raws if raw.va not in linked])
         return [(raw, owner, self._judge(raw, owner, bodies[raw.va], taken)) for raw, owner in owned]
+
+    def _again(self, bodies: Sequence[int]) -> dict[int, Block]:
+        """The blocks of these bodies by what their headers say now."""
+        step = self._header.size
+        found: dict[int, Block] = {}
+        for va, raw in zip(bodies, self._kernel.space.readv([(va - step, step) for va in bodies]), strict=True):
+            block = self._header.parse(raw, 0, va - step, tag_of(raw)) if raw is not None else None
+            if block is not None:
+                found[va] = block
+        return found
 
     def _parse(self, bodies: dict[int, Block]) -> list[RawSocket]:
         connections = self._sockets.connections

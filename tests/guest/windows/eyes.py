@@ -3,6 +3,7 @@
 import json
 from functools import cache
 
+from appliance.errors import UnsupportedGuest
 from appliance.guest.windows.attach import attach
 from appliance.guest.windows.eye import WindowsEye
 from appliance.guest.windows.isf import PdbId, SymbolTable, parse_isf
@@ -21,16 +22,16 @@ class Store:
     """The symbols of all invented families."""
 
     def find(self, pdb: PdbId) -> SymbolTable:
+        if pdb not in _tables():
+            raise UnsupportedGuest((f"no symbols for {pdb}",))
         return _tables()[pdb]
 
 
-class Dead:
-    """The RAM of a machine that stands still: as a file gives it."""
+class As:
+    """The RAM of a machine, as that of a running guest or of one that stands still."""
 
-    live = False
-
-    def __init__(self, memory) -> None:
-        self._memory = memory
+    def __init__(self, memory, *, live: bool) -> None:
+        self._memory, self.live = memory, live
 
     def __getattr__(self, name):
         return getattr(self._memory, name)
@@ -38,8 +39,8 @@ class Dead:
 
 def eye_of(machine: Machine, *, live: bool = True, thorough: bool = True, memory=None, **options) -> WindowsEye:
     """The eye on a machine, attached as to any guest."""
-    memory = memory or machine.memory()
-    return WindowsEye(attach(memory if live else Dead(memory), symbols=Store()), thorough=thorough, **options)
+    memory = As(memory or machine.memory(), live=live)
+    return WindowsEye(attach(memory, symbols=Store()), thorough=thorough, **options)
 
 
 def odd_sockets(snapshot: Snapshot) -> dict[tuple[str, int], set[Flag]]:

@@ -1,0 +1,92 @@
+"""What a person sees of a Windows guest: an image of a machine made of bytes, opened by the commands."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from appliance.cli.main import app
+from tests.worlds.windows import Machine
+from tests.worlds.windows.scene import plant
+
+HOME, PEER = "10.0.0.5", "203.0.113.9"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with symbols, an image with everything odd in it, and one with nothing odd."""
+    folder = tmp_path_factory.mktemp("windows")
+    with Machine("20348") as machine:
+        machine.write_symbols(folder)
+        plant(machine)
+        machine.write_elf(folder / "odd.elf")
+    with Machine("20348") as machine:
+        machine.tcp(machine["explorer.exe"], (HOME, 50000), (PEER, 443))
+        machine.write_elf(folder / "plain.elf")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A command that finds nothing of ours but what it is told of."""
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("PARASIGHT_SYMBOLS", "PARASIGHT_SYMBOL_SHARE"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_connections_of_an_image_are_told_with_owner_user_and_flags(run, places):
+    done = run("connections", f"file:{places / 'odd.elf'}", "--symbols", places, "-o", "json")
+    rows = {(row["protocol"], row["local"]["port"]): row for row in json.loads(done.stdout)}
+    assert done.exit_code == 0
+    assert {port: row["flags"] for (_, port), row in rows.items() if row["flags"]} == {
+        49720: ["unlinked-endpoint"],
+        49721: ["one-table-only"],
+        49722: ["one-table-only"],
+        49730: ["hidden-process"],
+        49731: ["owner-exited"],
+        49741: ["stale"],
+    }
+    usual = rows["tcp", 49701]
+    assert (usual["state"], usual["remote"], usual["netns"]) == ("ESTABLISHED", {"ip": "93.184.216.34", "port": 443}, 1)
+    (owner,) = usual["owners"]
+    assert (owner["name"], owner["path"]) == ("browser.exe", "C:\\Program Files\\Browser\\browser.exe")
+    assert (owner["sid"][:9], owner["session"], owner["uid"], owner["flags"]) == ("S-1-5-21-", 1, None, [])
+
+
+def test_processes_of_an_image_are_told_with_session_service_and_flags(run, places):
+    done = run("processes", f"file:{places / 'odd.elf'}", "--symbols", places, "-o", "json")
+    rows = json.loads(done.stdout)
+    assert [row["name"] for row in rows if "hidden-process" in row["flags"]] == ["hidden.exe"]
+    assert ["Dnscache"] in [row["services"] for row in rows]
+    assert {row["session"] for row in rows} >= {0, 1}
+
+
+def test_flags_have_a_column_only_where_there_are_any(run, places):
+    odd = run("connections", f"file:{places / 'odd.elf'}", "--symbols", places).stdout
+    plain = run("connections", f"file:{places / 'plain.elf'}", "--symbols", places).stdout
+    assert "FLAGS" in odd and "unlinked-endpoint" in odd
+    assert "FLAGS" not in plain and "explorer.exe" in plain
+    assert "NETNS" not in plain
+    assert "SESSION" in run("processes", f"file:{places / 'plain.elf'}", "--symbols", places).stdout
+
+
+def test_symbols_that_were_found_once_are_remembered(run, places):
+    first = run("connections", f"file:{places / 'plain.elf'}", "--symbols", places, "-o", "jsonl")
+    again = run("connections", f"file:{places / 'plain.elf'}", "-o", "jsonl")
+    assert (again.exit_code, again.stdout) == (0, first.stdout)
+
+
+def test_where_symbols_are_lacking_the_error_is_the_command_that_gets_them(run, places):
+    done = run("connections", f"file:{places / 'plain.elf'}")
+    message = str(done.exception)
+    assert done.exit_code != 0
+    assert "pdbconv -p ntkrnlmp.pdb -g" in message
+    assert "--symbols" in message
+
+
+def test_an_image_of_neither_system_is_said_to_be_neither(run, tmp_path):
+    (tmp_path / "empty.raw").write_bytes(bytes(4 << 20))
+    message = str(run("connections", f"file:{tmp_path / 'empty.raw'}").exception)
+    assert "Linux" in message and "Windows" in message
