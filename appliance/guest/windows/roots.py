@@ -11,6 +11,7 @@ x64 entry 1EDh up to Windows 8.1 and a random one of the upper half later; MSRC,
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -28,6 +29,7 @@ NEAR = 32 << 20  # where the boot's own page tables usually lie
 MAX_VCPUS = 64
 MAX_ROOTS = 4096  # candidates of one search
 CHUNK = 4 << 20
+_ZEROS = bytes(CHUNK)
 _VERSIONS = {5: range(4), 6: range(4), 10: range(1)}  # NtMajorVersion: NtMinorVersion
 _STUB, _STUB_MASK = 0x00000001_000600E9, 0xFFFFFFFF_FFFF00FF
 _STUB_SIZE, _TARGET_AT, _CR3_AT = 0xA8, 0x70, 0xA0
@@ -36,7 +38,9 @@ _KPCR32, _VERSION_BLOCK_AT, _KERNEL_BASE_AT = 0xFFDF_F000, 0x34, 0x10
 _VECTORS = (0, 14, 3, 13)  # divide error, page fault, breakpoint, general protection
 _SELF32, _SELF_PAE = 0x300, 3
 _SHARED_ENTRY4, _SHARED_ENTRY5 = 0x1EF, 0x1FF  # of the root: what maps KUSER_SHARED_DATA
-_FLAGS, _IS = 0x000F_0000_0000_0007, 0x3  # present, writable, not user; no address bits above 47
+# The lowest byte of an entry that leads to the kernel's own tables: present, writable, not user, not large.
+_KERNEL_TABLE = re.compile(b"[%s]" % re.escape(bytes(flags for flags in range(128) if flags & 7 == 3)), re.DOTALL)
+_TOO_HIGH = 0x000F_0000_0000_0000  # address bits above 47
 MAX_SEARCHES = 4  # times that all of RAM is searched for the top of PAE tables
 
 
@@ -189,7 +193,7 @@ def find_by_tables(
     for gpa, data in _chunks(memory, NEAR if near else None):
         if expired():
             raise OutOfTime("searching the guest's memory for page tables took too long")
-        for table, mode in _self_referencing(gpa, data):
+        for table, mode in _self_referencing(gpa, data) if data else ():
             root = _find_top(memory, table, tops, expired) if mode is Mode.PAE else table
             shared = None if root is None else check_root(memory, root, mode)
             if root is not None and shared:
@@ -201,7 +205,7 @@ def find_by_tables(
 
 
 def _chunks(memory: GuestMemory, end: int | None) -> Iterator[tuple[int, bytes]]:
-    """RAM without its holes, page by page in large pieces."""
+    """RAM without its holes, whole pages in large pieces; empty where all of one is zero."""
     data_regions = getattr(memory, "data_regions", None)
     regions: Iterable[Region] = data_regions() if data_regions else memory.regions
     for region in regions:
@@ -210,24 +214,29 @@ def _chunks(memory: GuestMemory, end: int | None) -> Iterator[tuple[int, bytes]]
             size = min(CHUNK, min(stop, end or stop) - gpa)
             data = memory.readv([(gpa, size)])[0]
             if data is not None and len(data) == size:
-                yield gpa, data
+                yield gpa, b"" if data == (_ZEROS if size == CHUNK else _ZEROS[:size]) else data
 
 
 def _self_referencing(gpa: int, data: bytes) -> Iterator[tuple[int, Mode]]:
     """Pages that look like a root (under PAE: the last page directory), by one entry of each, then by the others."""
     quads, words = memoryview(data).cast("Q"), memoryview(data).cast("I")
     for entry_at, mode in ((_SHARED_ENTRY4, Mode.LONG4), (_SHARED_ENTRY5, Mode.LONG5)):
-        for number, entry in enumerate(quads[entry_at::512].tolist()):
-            if entry & _FLAGS == _IS:
+        for found in _KERNEL_TABLE.finditer(data[8 * entry_at :: PAGE]):  # one byte of each page
+            number = found.start()
+            if not quads[number * 512 + entry_at] & _TOO_HIGH:
                 page, upper = gpa + number * PAGE, quads[number * 512 + 256 : number * 512 + 512].tolist()
                 if [entry for entry in upper if entry & ADDRESS == page and entry & PRESENT]:
                     yield page, mode
-    for number, entry in enumerate(words[_SELF32::1024].tolist()):
-        if entry & 0xFFFF_F001 == (gpa + number * PAGE | PRESENT):
-            yield gpa + number * PAGE, Mode.LEGACY
-    for number, entry in enumerate(quads[_SELF_PAE::512].tolist()):
-        if entry & (ADDRESS | PRESENT) == (gpa + number * PAGE | PRESENT):
-            yield gpa + number * PAGE, Mode.PAE
+    # An entry that names its own page has the page's upper bits, which are the same for many pages.
+    tops = re.compile(b"[%s]" % re.escape(bytes({gpa >> 24 & 0xFF, gpa + len(data) - 1 >> 24 & 0xFF})))
+    for found in tops.finditer(data[4 * _SELF32 + 3 :: PAGE]):
+        page = gpa + found.start() * PAGE
+        if words[found.start() * 1024 + _SELF32] & 0xFFFF_F001 == page | PRESENT:
+            yield page, Mode.LEGACY
+    for found in tops.finditer(data[8 * _SELF_PAE + 3 :: PAGE]):
+        page = gpa + found.start() * PAGE
+        if quads[found.start() * 512 + _SELF_PAE] & (ADDRESS | PRESENT) == page | PRESENT:
+            yield page, Mode.PAE
 
 
 def _find_top(memory: GuestMemory, last: int, tops: Iterator[int], expired: Callable[[], bool]) -> int | None:

@@ -54,8 +54,8 @@ def by_runs(ram: bytes, head: bytes, runs: Sequence[tuple[int, int]]) -> bytes:
 
 def by_bitmap(ram: bytes, head: bytes, *, signature: bytes = b"FDMP", keep_zeros: bool = False) -> bytes:
     """A dump of the pages that hold something."""
-    count = len(ram) // PAGE
-    pages = [number for number in range(count) if keep_zeros or any(ram[number * PAGE : (number + 1) * PAGE])]
+    count, zeros = len(ram) // PAGE, bytes(PAGE)
+    pages = [number for number in range(count) if keep_zeros or ram[number * PAGE : (number + 1) * PAGE] != zeros]
     bitmap = bytearray(-(-count // 8))
     for number in pages:
         bitmap[number // 8] |= 1 << number % 8
