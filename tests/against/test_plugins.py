@@ -32,16 +32,63 @@ main()"""
 
 
 @pytest.fixture(scope="module")
-def vol(tmp_path_factory):
-    """Stock Volatility as a person runs it. It makes an index of its own tables once, in its cache."""
-    cache = tmp_path_factory.mktemp("vol")
+def symbols(tmp_path_factory) -> Path:
+    """One folder for all machines: Volatility makes an index of its tables and of these, anew for each folder."""
+    return tmp_path_factory.mktemp("symbols")
 
-    def run(location: Path | str, symbols: Path, plugin: str, *words: str, ours: bool = True) -> list[dict]:
+
+@pytest.fixture(scope="module")
+def world(symbols):
+    """A server with 1,000 connections in shared buckets, and all that is odd."""
+    with Machine("20348", path=symbols / "memory.raw", partitions=4) as machine:
+        scene = plant(machine)
+        for number in range(1000):
+            remote = (f"203.0.113.{number % 250}", 1024 + number)
+            machine.tcp(scene.browser, ("10.0.0.5", 10000 + number), remote, bucket=number % 100)
+        machine.write_symbols(symbols)
+        machine.write_elf(symbols / "memory.elf")
+        yield scene, symbols
+
+
+@pytest.fixture(scope="module")
+def deep(symbols):
+    """A server whose tables have a second level."""
+    with Machine("19041", path=symbols / "deep.raw", table_size=700, partitions=1) as machine:
+        for number in range(900):
+            machine.tcp(machine["lsass.exe"], ("10.0.0.5", 10000 + number), ("203.0.113.1", 443))
+        machine.write_symbols(symbols)
+        yield machine
+
+
+XP = {"xp-sp3": (True, True), "2003-sp2": (False, False)}  # with PAE, with symbols of tcpip.sys
+
+
+@pytest.fixture(scope="module")
+def old(symbols):
+    """What is true of XP and Server 2003, by their eras."""
+    truth = {}
+    for era, (pae, named) in XP.items():
+        machine = XpMachine(era, pae=pae, path=symbols / f"{era}.raw")
+        for number in range(40):
+            machine.tcp(machine.explorer, ("172.16.112.128", 1038 + number), ("41.168.5.140", 8080))
+        machine.listener(machine.svchost, ("0.0.0.0", 135))
+        machine.udp(machine.svchost, ("0.0.0.0", 137))
+        machine.write_symbols(symbols, tcpip=named)
+        truth[era] = machine.truth()
+        machine.close()
+    return truth
+
+
+@pytest.fixture(scope="module")
+def vol(symbols, world, deep, old):
+    """Stock Volatility as a person runs it."""
+
+    def run(location: Path | str, plugin: str, *words: str, ours: bool = True) -> list[dict]:
         command = [sys.executable, "-P", "-c", SCRIPT, "-q", "--offline", "-r", "json", "-s", str(symbols)]
         command += ["-p", str(ROOT / "plugins")] if ours else []
         done = subprocess.run(
             [*command, "-f", str(location), plugin, *words],
-            env={"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache)},
+            env={"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(symbols / ".cache")},
             cwd=symbols,
             capture_output=True,
             text=True,
@@ -55,23 +102,10 @@ def vol(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A server with 1,000 connections in shared buckets, and all that is odd."""
-    folder = tmp_path_factory.mktemp("server")
-    with Machine("20348", path=folder / "memory.raw", partitions=4) as machine:
-        scene = plant(machine)
-        for number in range(1000):
-            remote = (f"203.0.113.{number % 250}", 1024 + number)
-            machine.tcp(scene.browser, ("10.0.0.5", 10000 + number), remote, bucket=number % 100)
-        machine.write_symbols(folder)
-        yield scene, folder
-
-
-@pytest.fixture(scope="module")
 def rows(world, vol):
     """What our netstat says of it, with a scan."""
     _, folder = world
-    return vol(folder / "memory.raw", folder, "windows.netchains", "--scan")
+    return vol(folder / "memory.raw", "windows.netchains", "--scan")
 
 
 def seen(rows: list[dict], kind: str = "TCP") -> dict[tuple, str]:
@@ -110,7 +144,7 @@ def test_every_connection_of_a_thousand_in_shared_buckets_is_listed(world, rows)
 
 def test_what_stock_netstat_sees_is_seen_alike_and_it_sees_less_than_half(world, rows, vol):
     _, folder = world
-    stock = vol(folder / "memory.raw", folder, "windows.netstat", ours=False)
+    stock = vol(folder / "memory.raw", "windows.netstat", ours=False)
     assert 100 < len(stock) < len(rows) / 2
     ours = {tuple(row[name] for name in SAME) for row in rows}
     assert {tuple(row[name] for name in SAME) for row in stock} <= ours
@@ -130,13 +164,9 @@ def test_what_was_unlinked_is_flagged_and_nothing_else(world, rows):
     assert not (flagged.keys() - expected.keys()) & living  # what was freed and not poisoned may be found by a scan
 
 
-def test_tables_of_which_the_directory_has_a_second_level_are_read_whole(tmp_path, vol):
-    with Machine("19041", path=tmp_path / "memory.raw", table_size=700, partitions=1) as machine:
-        for number in range(900):
-            machine.tcp(machine["lsass.exe"], ("10.0.0.5", 10000 + number), ("203.0.113.1", 443))
-        machine.write_symbols(tmp_path)
-        found = seen(vol(tmp_path / "memory.raw", tmp_path, "windows.netchains"))
-        assert found == {key(one): "" for one in machine.truth().connections}
+def test_tables_of_which_the_directory_has_a_second_level_are_read_whole(symbols, deep, vol):
+    found = seen(vol(symbols / "deep.raw", "windows.netchains"))
+    assert found == {key(one): "" for one in deep.truth().connections}
 
 
 def test_the_owner_of_a_hidden_process_is_named(world, rows):
@@ -147,33 +177,25 @@ def test_the_owner_of_a_hidden_process_is_named(world, rows):
 
 def test_a_memory_of_ours_is_a_layer_of_stock_volatility(world, vol):
     _, folder = world
-    plain = vol(folder / "memory.raw", folder, "windows.pslist")
+    plain = vol(folder / "memory.raw", "windows.pslist")
     assert len(plain) > 10
-    assert vol(f"parasight:file:{folder / 'memory.raw'}", folder, "windows.pslist") == plain
+    assert vol(f"parasight:file:{folder / 'memory.raw'}", "windows.pslist") == plain
 
 
 def test_a_core_with_holes_in_it_is_one_too(world, vol):
-    scene, folder = world
-    scene.machine.write_elf(folder / "memory.elf")
-    assert len(vol(f"parasight:file:{folder / 'memory.elf'}", folder, "windows.pslist")) > 10
+    _, folder = world
+    assert len(vol(f"parasight:file:{folder / 'memory.elf'}", "windows.pslist")) > 10
 
 
-def test_a_place_that_is_none_is_refused_with_a_reason(tmp_path, vol):
+def test_a_place_that_is_none_is_refused_with_a_reason(vol):
     with pytest.raises(AssertionError, match="parasight:nonsense:7"):
-        vol("parasight:nonsense:7", tmp_path, "windows.pslist")
+        vol("parasight:nonsense:7", "windows.pslist")
 
 
-@pytest.mark.parametrize(("era", "pae", "named"), [("xp-sp3", True, True), ("2003-sp2", False, False)])
-def test_connections_of_xp_and_2003_are_listed_with_and_without_symbols_of_tcpip(vol, tmp_path, era, pae, named):
-    machine = XpMachine(era, pae=pae, path=tmp_path / "memory.raw")
-    for number in range(40):
-        machine.tcp(machine.explorer, ("172.16.112.128", 1038 + number), ("41.168.5.140", 8080))
-    machine.listener(machine.svchost, ("0.0.0.0", 135))
-    machine.udp(machine.svchost, ("0.0.0.0", 137))
-    machine.write_symbols(tmp_path, tcpip=named)
-    truth = machine.truth()
-    machine.close()
-    found = vol(f"parasight:file:{tmp_path / 'memory.raw'}", tmp_path, "windows.connections")
+@pytest.mark.parametrize("era", XP)
+def test_connections_of_xp_and_2003_are_listed_with_and_without_symbols_of_tcpip(symbols, old, vol, era):
+    truth = old[era]
+    found = vol(f"parasight:file:{symbols / f'{era}.raw'}", "windows.connections")
     linked = [row for row in found if row["ForeignPort"]]
     assert sorted(
         ((row["LocalAddr"], row["LocalPort"]), (row["ForeignAddr"], row["ForeignPort"]), row["PID"]) for row in linked
