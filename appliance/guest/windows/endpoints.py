@@ -147,6 +147,11 @@ class Connections:
         """Chains and endpoints that contradicted themselves, since the start."""
         return self._hashes.torn + self._torn
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no table leads anywhere."""
+        return not self._bits
+
     def __iter__(self) -> Iterator[RawSocket]:
         yield from self._connections.values()
         yield from {raw.va: raw for raw in self._waiting.values()}.values()

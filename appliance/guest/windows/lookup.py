@@ -93,20 +93,22 @@ class Lookup:
         sockets.refresh_connections()
         raw = sockets.connection(key)
         checked = sockets.check(raw) if raw is not None else None
-        if checked is None and self._is_rested():
-            began = self._clock_ns()
-            sockets.walk()
-            ended = self._clock_ns()
-            self._rested_ns = ended + max(REST_NS, REST_TIMES * (ended - began))
+        if checked is None and self._look_at_everything():
             raw = sockets.connection(key)
             checked = sockets.check(raw) if raw is not None else None
         if checked is None and raw is not None:
             raise _TornError
         return checked
 
-    def _is_rested(self) -> bool:
-        """Whether everything may be read again: an object that was used again at once shows in no table's head."""
-        return self._clock_ns() >= self._rested_ns
+    def _look_at_everything(self) -> bool:
+        """Read all sockets afresh, after a rest: an object that was used again at once shows in no table's head."""
+        began = self._clock_ns()
+        if began < self._rested_ns:
+            return False
+        self._sockets.walk()
+        ended = self._clock_ns()
+        self._rested_ns = ended + max(REST_NS, REST_TIMES * (ended - began))
+        return True
 
     def _of_listener(self, flow: Flow, raw: RawSocket | None) -> Finding | None:
         """The listener that an incoming connection goes to; None when there is none."""
@@ -152,6 +154,8 @@ class Lookup:
         if known is not None and known[:3] == (match, first, process) and known[3] == sockets.looks:
             return known[4]
         if not sockets.is_trusted(first):
+            if self._look_at_everything() and sockets.is_trusted(first):
+                raise _TornError  # what was read before may have been read in the wrong places
             evidence = Evidence(
                 "where this build of Windows keeps owners is not verified", "unverified-layout", first.va
             )

@@ -29,6 +29,7 @@ STATE_PLACES: Final = range(0x28, 0x90, 4)
 FAMILY_PLACES: Final = range(0x40)
 LINKS: Final = range(0x80)
 SHIFTS: Final = (0, 8, 16, -8)  # by which a newer build may have moved what is bound
+ENOUGH: Final = 8  # connections that fit nothing are no accident any more
 MOST: Final = 0.9  # of a live guest's objects some are always being torn down
 
 
@@ -90,12 +91,18 @@ class Measure:
         samples, links = self._samples(entries, base.tcp.links)
         if not samples:
             return base
+        tcp: Tcp | None
         fitting = next((row for row in rows if self._fits(row, links, samples)), None)
         if fitting is not None:
             base = replace(base, family=fitting.family, remote=fitting.remote, local_data=fitting.local_data)
             tcp = fitting.tcp._replace(links=links, owner=base.tcp.owner)
         else:
             tcp = self._search(base, links, samples)
+        if tcp is None:
+            if not base.known or len(samples) >= ENOUGH:
+                raise UnsupportedGuest((f"a layout of tcpip's connections for build {self._kernel.build}",))
+            self.doubts.append("too few connections to verify where they keep what")
+            return base
         owner = self._owner(base, samples)
         if owner is not None:
             verified.add(Kind.TCP)
@@ -156,7 +163,7 @@ class Measure:
             size = self._header + OWNERS.stop
             for va, raw in zip(best, self._longest(best, size), strict=True):
                 found[va] = _Sample(va, raw)
-        return [each for each in found.values() if each.raw][:SAMPLES], (links[0], links[1])
+        return [each for each in found.values() if tag_of(each.raw) in TCP_TAGS][:SAMPLES], (links[0], links[1])
 
     def _longest(self, vas: Sequence[int], size: int) -> list[bytes]:
         """Objects and what follows them: as much as can be read, since the next page may not be there."""
@@ -181,7 +188,7 @@ class Measure:
 
         return number(tcp.state, 4) in STATES and number(tcp.local_port, 2) != 0 and number(tcp.remote_port, 2) != 0
 
-    def _search(self, base: Layout, links: tuple[int, int], samples: list[_Sample]) -> Tcp:
+    def _search(self, base: Layout, links: tuple[int, int], samples: list[_Sample]) -> Tcp | None:
         """No row fits: search for the address family by its pool tag, for the state by what it can be."""
         addresses = Addresses(self._kernel, base)
         places = []
@@ -197,7 +204,7 @@ class Measure:
             and any(self._at(each, at) & 0xFFFFFFFF for each in samples)
         ]
         if len(places) != 1 or len(states) != 1:
-            raise UnsupportedGuest((f"a layout of tcpip's connections for build {self._kernel.build}",))
+            return None
         inet_af, state = places[0], states[0]
         return Tcp(inet_af, inet_af + self._pointer, links, state, state + 4, state + 6, base.tcp.owner)
 

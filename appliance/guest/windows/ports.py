@@ -97,6 +97,11 @@ class Ports:
                 return entries[port & 255] & self._mask if entries else 0
         return 0
 
+    def kinds(self) -> dict[Kind, bool]:
+        """Of each kind whether anything at all is in the lists that it is in."""
+        there = {pool.pool.transport for pool in self._pools for entries in pool.entries.values() if any(entries)}
+        return {kind: transport in there for transport, (kind, _, _) in _KINDS.items()}
+
     def agreement(self) -> tuple[int, int]:
         """How many entries there are whose port the bitmap calls taken, and how many that it calls free."""
         taken = free = 0

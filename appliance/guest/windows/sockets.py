@@ -23,7 +23,8 @@ from appliance.guest.windows.processes import Processes, RawProcess
 from appliance.model import Flag, Gap, GuestProcess, GuestSocket, Owner, Transport
 
 TCPIP: Final = "tcpip.sys"
-OWNED: Final = frozenset((Kind.TCP, Kind.LISTENER, Kind.UDP))
+TRIES: Final = 3
+MAX_PATIENCE: Final = 64  # looks
 MAX_OWNERS: Final = 1 << 16  # processes remembered as owners
 
 
@@ -51,6 +52,9 @@ class Sockets:
         self._header = 2 * kernel.pointer_size
         self._measured: Measured | None = None
         self.looks = 0  # whole ones
+        self._doubted: frozenset[Kind] = frozenset()  # what was there and not verified when it was measured last
+        self._patience = 1  # looks until the next try
+        self._next_look = 0
         self._owners: dict[int, RawProcess] = {}
         self._pair = struct.Struct("<QQ" if kernel.pointer_size == 8 else "<II")
         self._space = kernel.space
@@ -84,13 +88,21 @@ class Sockets:
         """Read every socket afresh. Raises GuestError where not even the tables can be found."""
         self.looks += 1
         self._kernel.forget()
-        measured = self._measure(again=True)
+        measured = self._measure()
+        torn = self._read()
+        if self._is_due(measured):
+            measured = self._measure(again=True)
+            torn = self._read()
+        gaps = [*self.connections.gaps, *self.ports.gaps]
+        gaps += [Gap("layout of tcpip.sys", self._base, doubt) for doubt in measured.doubts]
+        return SocketList([*self.connections, *self.ports], gaps, torn)
+
+    def _read(self) -> int:
+        """Read everything with the layout in use; how much of it contradicted itself."""
         before = self.torn
         self.connections.walk()
         self.ports.walk()
-        gaps = [*self.connections.gaps, *self.ports.gaps]
-        gaps += [Gap("layout of tcpip.sys", self._base, doubt) for doubt in measured.doubts]
-        return SocketList([*self.connections, *self.ports], gaps, self.torn - before)
+        return self.torn - before
 
     def refresh_connections(self) -> None:
         """Bring the connections up to date."""
@@ -231,17 +243,47 @@ class Sockets:
         )
 
     def _measure(self, *, again: bool = False) -> Measured:
-        """Find the layout; ``again``: when it is not verified yet, there may be more to verify it with by now."""
+        """Find the layout; ``again``: there may be more to verify it with by now."""
         measured = self._measured
-        if measured is not None and (not again or measured.verified >= OWNED):
+        if measured is not None and not again:
             return measured
-        listed = [each.va for each in self._processes.walk().processes]
-        fresh = Measure(self._kernel, self.symbol, listed, self._processes.is_process).measure()
+        fresh = self._try_to_measure(measured)
         if measured is None or fresh.layout != measured.layout:
             self._use(fresh.layout)
         self._trusted = tuple(kind for kind in Kind if fresh.is_trusted(kind))
         self._measured = fresh
         return fresh
+
+    def _try_to_measure(self, known: Measured | None) -> Measured:
+        """A busy guest's connections may be torn just then: some tries, then what was found before."""
+        for tries in range(1, TRIES + 1):
+            listed = [each.va for each in self._processes.walk().processes]
+            try:
+                return Measure(self._kernel, self.symbol, listed, self._processes.is_process).measure()
+            except UnsupportedGuest:
+                if known is not None:
+                    return known
+                if tries == TRIES:
+                    raise
+        raise AssertionError
+
+    def _is_due(self, measured: Measured) -> bool:
+        """Whether to measure again: there is something that is not verified; ever more seldom if that is of no use."""
+        there = frozenset(
+            kind
+            for kind, has in ((Kind.TCP, not self.connections.is_empty), *self.ports.kinds().items())
+            if has and kind not in measured.verified
+        )
+        if not there:
+            return False
+        if not there <= self._doubted:
+            self._doubted, self._patience = there, 1
+            self._next_look = 0
+        if self.looks < self._next_look:
+            return False
+        self._next_look = self.looks + self._patience
+        self._patience = min(2 * self._patience, MAX_PATIENCE)
+        return True
 
     def _renew(self, raw: RawSocket, body: bytes) -> RawSocket | None:
         """State and owner as they are now; None when they cannot be."""

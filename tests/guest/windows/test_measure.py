@@ -105,6 +105,16 @@ def test_an_unknown_build_without_connections_names_nobody_until_there_are_some(
         assert {row(socket)[4] for socket in eye.walk()} == {"explorer.exe", "services.exe", "lsass.exe"}
 
 
+def test_an_unknown_build_is_measured_by_look_ups_too():
+    with Machine("26100") as machine:
+        eye, asked = Eye(machine), flow("tcp", (US, 50000))
+        assert eye.lookup.find(asked).match is Match.NONE
+        populate(machine)
+        eye.now_ns += 10**9
+        finding = eye.lookup.find(asked)
+        assert finding.match is Match.EXACT and finding.owners[0].process.name == "explorer.exe"
+
+
 def test_a_known_build_whose_only_connection_is_a_hidden_processes_is_told_with_it():
     with Machine("20348") as machine:
         ghost = machine.process("ghost.exe", hidden=True)
@@ -129,7 +139,7 @@ def test_what_is_bound_is_found_when_all_of_it_has_moved(moved_by):
 
 def test_connections_that_fit_no_layout_are_refused_by_name():
     with Machine("20348") as machine:
-        for number in range(3):
+        for number in range(10):
             made = machine.tcp(machine["explorer.exe"], (US, 50001 + number), (THEM, 443))
             machine.kernel.space.write(made.va + 0x58, b"\xaa" * 0x40)  # no state anywhere
         with pytest.raises(UnsupportedGuest, match="a layout of tcpip's connections for build 20348"):
