@@ -16,6 +16,7 @@ from tests.guest.windows.machines import ALL, OLD, kernel_of, make, peek, plante
 from tests.guest.windows.real import REAL, needs_real
 from tests.worlds.windows import Machine
 from tests.worlds.windows.paging import NX, PAGE, PRESENT, WRITABLE
+from tests.worlds.windows.wow64 import NTDLL32
 
 ALICE = "S-1-5-21-1-2-3-1001"
 NOTEPAD = "C:\\Windows\\System32\\notepad.exe"
@@ -593,32 +594,11 @@ def test_code_that_its_file_asks_to_be_writable_is_unusual_only(machine, notepad
 
 # -- 32-bit processes --
 
-NTDLL32_VA = 0x77B0_0000
-
-
 def old_program(machine, *, no_execute: bool = True):
-    """A 32-bit process with the 32-bit ntdll.dll, listed by its own second loader."""
+    """A 32-bit process, and the 32-bit ntdll.dll that its second loader lists."""
     process = machine.process("old.exe", path="C:\\Program Files (x86)\\Old\\old.exe", sid=ALICE, session=1)
-    region = machine.region(process, 0x4000, "RW", start=0x40_0000)
-    module = machine.all.module(process, "C:\\Windows\\SysWOW64\\ntdll.dll", NTDLL32_VA, in_ldr=False)
-    header = bytearray(machine.kernel.ram.read(module.file.pages[0], PAGE))
-    at = int.from_bytes(header[0x3C:0x40], "little")
-    header[at + 4 : at + 6] = struct.pack("<H", 0x14C)
-    machine.kernel.ram.write(module.file.pages[0], bytes(header))
-    peb, ldr, entry, text = (region.start + offset for offset in (0, 0x800, 0x1000, 0x2000))
-    space = process.user.space
-    space.write(text, "C:\\Windows\\SysWOW64\\ntdll.dll".encode("utf-16-le"))
-    space.write(peb + 8, struct.pack("<II", 0x77_0000, ldr))
-    for at, link in ((0xC, 0), (0x14, 8), (0x1C, 0x10)):
-        space.write(ldr + at, struct.pack("<II", entry + link, entry + link))
-        space.write(entry + link, struct.pack("<II", ldr + at, ldr + at))
-    names = struct.pack("<HHIHHI", 58, 60, text, 18, 20, text + 40)
-    space.write(entry + 0x18, struct.pack("<III", NTDLL32_VA, NTDLL32_VA + 0x1000, module.size) + names)
-    wow64 = machine.kernel.nonpaged.take(b"Wow6", types_of(machine).size("_EWOW64PROCESS"))
-    poke(machine, wow64, "_EWOW64PROCESS.Peb", peb)
-    poke(machine, process.va, "_EPROCESS.WoW64Process", wow64)
     poke(machine, process.va, "_EPROCESS.Pcb.Flags.ExecuteOptions", 1 if no_execute else 2)
-    return process, module
+    return process, next(module for module in process.modules if module.path == NTDLL32)
 
 
 def test_a_32_bit_process_with_two_loaders_has_nothing_foreign(machine) -> None:

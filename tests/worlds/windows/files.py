@@ -46,6 +46,11 @@ class File:
         return VOLUME + self.path
 
 
+def is_32_bit(path: str) -> bool:
+    """Whether a program or DLL of this path is one, as Windows keeps them apart."""
+    return "\\syswow64\\" in path.lower() or " (x86)\\" in path.lower()
+
+
 class Files:
     """Every file once, whoever maps it."""
 
@@ -137,6 +142,7 @@ class Files:
             name=name,
             dll=not name.lower().endswith(".exe"),
             tables=CONSTANTS * PAGE,
+            wide=not is_32_bit(path),
         )
         code = b"".join(hashlib.sha256(digest.digest() + bytes([n])).digest() for n in range(256))
         return image | {TEXT * PAGE: code, WRITABLE_PAGES * PAGE: digest.digest()}

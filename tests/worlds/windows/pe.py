@@ -41,6 +41,7 @@ def build(
     base: int = 0x140000000,
     entry: int = 0x1000,
     tables: int = 0x2000,
+    wide: bool = True,
 ) -> dict[int, bytes]:
     """Pieces of an image, by RVA. What it describes lies from ``tables`` on: debug, exports, version, a page each."""
     directories = [(0, 0)] * 16
@@ -56,7 +57,7 @@ def build(
     if version is not None:
         pieces[tables + 2 * PAGE] = _resources(version, tables + 2 * PAGE, name)
         directories[2] = (tables + 2 * PAGE, len(pieces[tables + 2 * PAGE]))
-    pieces[0] = _headers(size, sections, directories, dll=dll, stamp=stamp, base=base, entry=entry)
+    pieces[0] = _headers(size, sections, directories, dll=dll, stamp=stamp, base=base, entry=entry, wide=wide)
     return pieces
 
 
@@ -69,6 +70,7 @@ def _headers(
     stamp: int,
     base: int,
     entry: int,
+    wide: bool,
 ) -> bytes:
     dos = bytearray(0x80)
     dos[0:2] = b"MZ"
@@ -78,12 +80,16 @@ def _headers(
             :0x38
         ]
     )
-    coff = struct.pack("<4sHHIIIHH", b"PE\0\0", 0x8664, len(sections), stamp, 0, 0, 0xF0, 0x2022 if dll else 0x22)
+    machine, size_of_optional, flags = (0x8664, 0xF0, 0x22) if wide else (0x14C, 0xE0, 0x102)
+    flags |= 0x2000 if dll else 0
+    coff = struct.pack("<4sHHIIIHH", b"PE\0\0", machine, len(sections), stamp, 0, 0, size_of_optional, flags)
+    code = (0x20B if wide else 0x10B, 14, 20, 0x1000, 0x1000, 0, entry, 0x1000)
+    where = (base,) if wide else (0x2000, base & 0xFFFF_FFFF)
+    versions = (10, 0, 10, 0, 10, 0, 0)
+    stacks = (0x40000, 0x1000, 0x100000, 0x1000)
     optional = struct.pack(
-        "<HBBIIIIIQIIHHHHHHIIIIHHQQQQII",
-        0x20B, 14, 20, 0x1000, 0x1000, 0, entry, 0x1000, base, 0x1000, 0x200,
-        10, 0, 10, 0, 10, 0, 0, size, 0x400, 0, 1 if dll else 3, 0x4160,
-        0x40000, 0x1000, 0x100000, 0x1000, 0, 16,
+        "<HBBIIIIIQIIHHHHHHIIIIHHQQQQII" if wide else "<HBBIIIIIIIIIHHHHHHIIIIHHIIIIII",
+        *code, *where, 0x1000, 0x200, *versions, size, 0x400, 0, 1 if dll else 3, 0x4160, *stacks, 0, 16,
     )  # fmt: skip
     optional += b"".join(struct.pack("<II", *directory) for directory in directories)
     table = b"".join(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
+from tests.worlds.windows import wow64
 from tests.worlds.windows.boot import KUSER_USER_VA, Kernel, filetime
-from tests.worlds.windows.files import File, Files
+from tests.worlds.windows.files import File, Files, is_32_bit
 from tests.worlds.windows.memory import Memory, Region
 from tests.worlds.windows.paging import PAGE, Space
 
@@ -75,6 +76,7 @@ class Process:
     threads: list[Thread] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
     next_handle: int = 4
+    second: wow64.Second | None = None  # the loader of a 32-bit process
 
     @property
     def exited(self) -> bool:
@@ -271,12 +273,16 @@ class Processes:
     ) -> Module:
         """A DLL: mapped, and in the loader's three lists; ``in_ldr`` may name some of them."""
         file = self.files.open(path)
-        where = base if base is not None else process.user.place("dll", DLL_VA, file.size)
+        kind, first = ("dll32", wow64.DLL_VA) if is_32_bit(path) else ("dll", DLL_VA)
+        where = base if base is not None else process.user.place(kind, first, file.size)
         region = process.user.image(file, where) if in_vad else None
         module = Module(name or file.name, file.dos, where, file.size, region, file)
         process.modules.append(module)
         lists = LISTS if in_ldr is True else tuple(in_ldr or ())
-        if lists:
+        if process.second is not None and is_32_bit(path):
+            if lists:
+                module.entry_va = process.second.load(module.path, where, file.size)
+        elif lists:
             self._load(process, module, lists)
         return module
 
@@ -391,20 +397,24 @@ class Processes:
         main = self.files.open(process.path)
         kernel.set(process.va, "_EPROCESS.ImageFilePointer", main.va)
         kernel.set(process.va, "_EPROCESS.SectionObject", self.files.section(main))
-        kernel.set(process.va, "_EPROCESS.SectionBaseAddress", IMAGE_VA + shift)
+        base = wow64.PROGRAM_VA if is_32_bit(process.path) else IMAGE_VA + shift
+        kernel.set(process.va, "_EPROCESS.SectionBaseAddress", base)
         kernel.set(process.va, "_EPROCESS.Peb", process.peb)
         process.ldr = self._heap(process, types.size("_PEB_LDR_DATA"))
         memory.space.write(process.ldr, types.pack("_PEB_LDR_DATA", {"Length": 0x58, "Initialized": 1}))
         for name in LISTS:
             head = process.ldr + types.offset(f"_PEB_LDR_DATA.{name}ModuleList")
             memory.space.write(head, struct.pack("<QQ", head, head))
-        self.module(process, process.path, IMAGE_VA + shift, in_ldr=LISTS[:2])
+        self.module(process, process.path, base, in_ldr=LISTS[:2])
         self.module(process, NTDLL, NTDLL_VA)
-        self.module(process, KERNEL32, KERNEL32_VA)
+        if is_32_bit(process.path):
+            self._second_half(process, main.dos)
+        else:
+            self.module(process, KERNEL32, KERNEL32_VA)
         memory.view(self.files.open("C:\\Windows\\System32\\locale.nls", image=False), VIEW_VA)
         process.params = self._parameters(process, main)
         values: dict[str, int | bytes] = {
-            "ImageBaseAddress": IMAGE_VA + shift,
+            "ImageBaseAddress": base,
             "Ldr": process.ldr,
             "ProcessParameters": process.params,
             "ProcessHeap": HEAP_VA,
@@ -416,6 +426,16 @@ class Processes:
             "SessionId": process.session or 0,
         }
         memory.space.write(process.peb, types.pack("_PEB", values))
+
+    def _second_half(self, process: Process, path: str) -> None:
+        """What a 32-bit process has besides."""
+        for name in wow64.EMULATION:
+            self.module(process, f"C:\\Windows\\System32\\{name}")
+        program = process.modules[0]
+        process.second = wow64.Second(self.kernel, process.user, program.base, path, process.command or path)
+        process.second.load(program.path, program.base, program.size, lists=2)
+        for dll, base in ((wow64.NTDLL32, wow64.NTDLL32_VA), (wow64.KERNEL32, wow64.KERNEL32_VA)):
+            self.module(process, dll, base)
 
     def _parameters(self, process: Process, main: File) -> int:
         types, space = self.kernel.types, process.user.space
