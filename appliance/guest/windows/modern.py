@@ -17,7 +17,7 @@ from appliance.errors import UnreadableMemory
 from appliance.guest.windows import pools
 from appliance.guest.windows.addresses import tag_of
 from appliance.guest.windows.crossview import Placed
-from appliance.guest.windows.endpoints import Kind, RawSocket, key_of
+from appliance.guest.windows.endpoints import BOTH, Kind, RawSocket, key_of
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.lookup import Lookup
 from appliance.guest.windows.pools import Block, PoolHeader, find_blocks
@@ -31,7 +31,7 @@ UNDER_WAY: Final = frozenset((2, 3, 4, 7))  # SYN_SENT, SYN_RECV, ESTABLISHED, C
 CLOSING: Final = frozenset((5, 6, 8, 9))  # FIN_WAIT1 and 2, CLOSING, LAST_ACK: it lives if its port is still taken
 RESERVED: Final = 8  # ports side by side
 MAX_STALE: Final = 1024
-FEW, PART = 3, 4  # connections in one table only: so many, or this part of all, are an exception
+RULE: Final = 3  # connections in both tables for each that is in one only
 MARGIN_NS: Final = 1_000_000_000
 OLD_NS: Final = 1_000_000_000  # a connection of this age is in a table, if it is in any
 REST_NS: Final = 200_000_000
@@ -63,7 +63,6 @@ class Modern:
         self._lookup = Lookup(self._sockets)
         self._raws: list[RawSocket] = []  # of the last look, those without a table included
         self._unlinked: dict[bytes, RawSocket] = {}  # by their ends
-        self._alike = True  # whether the two tables hold the same in this build
         self._next, self._rested_ns = 0, 0
 
     # -- looks --
@@ -113,8 +112,9 @@ class Modern:
         """
         finding = self._lookup.find(flow)
         young = self._live and self._clock_ns() - flow.started_ns < OLD_NS  # a new one is linked to one after the other
-        if finding.socket is not None and (young or not self._alike):
-            finding = replace(finding, socket=_without(finding.socket, Flag.ONE_TABLE_ONLY))
+        socket = finding.socket
+        if socket is not None and Flag.ONE_TABLE_ONLY in socket.flags and (young or not self._is_alike()):
+            finding = replace(finding, socket=_without(socket, Flag.ONE_TABLE_ONLY))
         if finding.match is Match.NONE and finding.reason is None and flow.tuple.protocol is Transport.TCP:
             return self._find_unlinked(flow) or finding
         return finding
@@ -183,12 +183,16 @@ class Modern:
     def _agreeing(self, sockets: list[GuestSocket]) -> tuple[list[GuestSocket], list[Gap]]:
         """Where the two tables disagree about many connections, that is how this build is, and no finding."""
         odd = sum(Flag.ONE_TABLE_ONLY in socket.flags for socket in sockets)
-        every = sum(socket.protocol is Transport.TCP and socket.remote is not None for socket in sockets)
-        self._alike = odd <= max(FEW, every // PART)
-        if self._alike:
+        if not odd or self._is_alike():
             return sockets, []
-        gap = Gap("connection tables", 0, f"{odd} of {every} connections are in one of two only: not compared")
+        gap = Gap("connection tables", 0, f"{odd} connections are in one of two only, too many to be odd: not compared")
         return [_without(socket, Flag.ONE_TABLE_ONLY) for socket in sockets], [gap]
+
+    def _is_alike(self) -> bool:
+        """Whether this guest's two tables hold the same as a rule."""
+        tables = [raw.tables for raw in self._sockets.connections if raw.kind is Kind.TCP]
+        both = tables.count(BOTH)
+        return both >= RULE * (len(tables) - both) > 0
 
     def _judged(self, placed: Iterable[Placed]) -> list[tuple[RawSocket, RawProcess | None, Flag | None]]:
         """The sockets in pool blocks that no table has, and whether each lives; None: it is as it should be."""

@@ -4,6 +4,7 @@ import pytest
 
 from appliance.model import Flag
 from tests.guest.windows.eyes import eye_of, odd_processes, odd_sockets, row, truth
+from tests.guest.windows.network import flow
 from tests.worlds.windows import FAMILIES, Machine
 from tests.worlds.windows.scene import plant
 
@@ -139,3 +140,15 @@ def test_where_the_two_tables_never_agree_they_are_not_held_against_each_other()
         assert odd_sockets(snapshot) == {}
         assert [gap.what for gap in snapshot.gaps] == ["connection tables"]
         assert len(snapshot.sockets) == 20
+
+
+def test_on_the_wire_too_the_tables_are_compared_only_where_they_agree_as_a_rule():
+    with Machine("20348") as machine:
+        machine.tcp(machine["explorer.exe"], (HOME, 50000), (PEER, 443), tables=(1,))
+        eye = eye_of(machine, clock_ns=lambda: 10**12)
+        asked = flow("tcp", (HOME, 50000), (PEER, 443))
+        assert eye.find_owner(asked).socket.flags == ()
+        for number in range(3):
+            machine.tcp(machine["explorer.exe"], (HOME, 50001 + number), (PEER, 443))
+        eye.read_snapshot()
+        assert eye.find_owner(asked).socket.flags == (Flag.ONE_TABLE_ONLY,)
