@@ -21,7 +21,6 @@ from appliance.guest.windows.isf import PdbId, SymbolTable
 from appliance.guest.windows.kernel import BUILDS, KUSER32, KUSER64, SymbolSource, UserShared, WindowsKernel
 from appliance.guest.windows.roots import (
     Root,
-    by_kpcr,
     check_root,
     find_by_stub,
     find_by_tables,
@@ -30,6 +29,7 @@ from appliance.guest.windows.roots import (
     looks_like_windows,
 )
 from appliance.guest.windows.space import PAGE, AddressSpace, Mode
+from appliance.guest.windows.xp_kpcr import find_by_kpcr
 from appliance.ports import GuestMemory
 
 __all__ = ["attach", "looks_like_windows"]
@@ -37,7 +37,7 @@ __all__ = ["attach", "looks_like_windows"]
 KERNELS = frozenset(("ntoskrnl.pdb", "ntkrnlmp.pdb", "ntkrnlpa.pdb", "ntkrpamp.pdb", "ntkrla57.pdb"))
 SPAN = 64 << 20  # how far below an address in it the kernel's image begins at most
 SYSTEM_PID = 4
-_DEBUGGER_LIST_AT, _TAG_AT = 0x20, 0x10  # in _DBGKD_GET_VERSION64, in _KDDEBUGGER_DATA64
+_TAG_AT = 0x10  # in _KDDEBUGGER_DATA64
 MAX_PAGES = 1 << 20  # mapped pages that are looked at for the beginning of an image
 MAX_KERNELS = 8  # in one RAM
 PULSE_S = 0.1  # a running kernel's clock moves every 15.6 ms at least
@@ -255,13 +255,9 @@ def _types(located: Located, symbols: SymbolSource | None) -> SymbolTable:
 def _find_kdbg(located: Located) -> int | None:
     """The kernel's debugger data: what _KPCR of CPU 0 leads to (x86), else in a section it may write to."""
     space = located.space
-    for version in by_kpcr(space) if space.pointer_size == 4 else ():
-        try:
-            kdbg = space.u32(space.u32(version + _DEBUGGER_LIST_AT))
-            if _is_kdbg(located, space.read(kdbg + _TAG_AT, 16)):
-                return kdbg
-        except UnreadableMemory:
-            continue
+    view = find_by_kpcr(space)
+    if view is not None and view.base == located.base and view.kdbg:
+        return view.kdbg
     for section in located.headers.sections:
         if section.flags & pe.WRITE:
             pages = range(located.base + section.rva, located.base + section.rva + min(section.size, 4 << 20), PAGE)

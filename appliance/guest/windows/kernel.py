@@ -26,6 +26,7 @@ EPOCH = 116_444_736_000_000_000  # 1970 in 100 ns since 1601
 BUILDS = range(2195, 100_000)  # Windows 2000 and later
 MAX_MODULES = 4096
 _TEXT = 1024  # bytes of a module's path
+_HEAD = 0x200  # bytes of an image that tell one build and one place of it from others
 
 
 class KernelModule(NamedTuple):
@@ -110,6 +111,7 @@ class WindowsKernel:
         self._module_tables: dict[PdbId, SymbolTable] = {}
         self.build = shared.build or self._build()
         self.revision: int | None = None  # the last part of the file's version, where it is known ("UBR")
+        self._head: bytes | None = None  # of the image: its headers, without what they say of sections
         self.describe = ""
 
     @property
@@ -176,8 +178,17 @@ class WindowsKernel:
         return parse_user_shared(raw)
 
     def read_pulse(self) -> int:
-        """InterruptTime: it grows while this kernel runs, and starts anew with each boot. Raises UnreadableMemory."""
-        return int.from_bytes(self.space.read(self._shared_va + INTERRUPT_TIME, 8), "little")
+        """InterruptTime: it grows while this kernel runs. Raises UnreadableMemory, Implausible: another one runs now.
+
+        Page tables and image are looked up afresh, and the image's headers must be those of before: after a reboot
+        page tables may lie where they did.
+        """
+        fresh = self.space.other(self.space.root)
+        head, clock = fresh.readv([(self.base, _HEAD), (self._shared_va + INTERRUPT_TIME, 8)])
+        if head is None or clock is None or (self._head is not None and head != self._head):
+            raise Implausible("the kernel that was attached to is not there any more: the guest has rebooted")
+        self._head = head
+        return int.from_bytes(clock, "little")
 
     def modules(self) -> Modules:
         """The loaded modules, in load order. Their list is followed forwards, each link checked backwards.

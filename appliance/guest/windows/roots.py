@@ -3,10 +3,10 @@
 A root is believed when KUSER_SHARED_DATA lies where Windows always maps it. Each comes with addresses that lie in the
 kernel's image, where there are any. Searching all of RAM comes last, skips holes, and ends when its time is up.
 Sources: Intel SDM vol. 3A (IDT gates, CR0, CR4); PROCESSOR_START_BLOCK of the boot loader (near jump and
-CompletionFlag, LmTarget 70h, Cr3 A0h: Ionescu, "Getting Physical", REcon 2017; MemProcFS); _KPRCB.KernelDirectoryTable-
-Base (in _KPCR's page at 7000h to C000h, by build), _KPCR of x86 at fs:0 (KdVersionBlock 34h, of CPU 0 only),
-_DBGKD_GET_VERSION64.KernBase 10h; self-map: PDE 300h (x86), PDEs 600h..603h (PAE, in the last page directory), on
-x64 entry 1EDh up to Windows 8.1 and a random one of the upper half later; MSRC, "KVA Shadow".
+CompletionFlag, LmTarget 70h, Cr3 A0h: Ionescu, "Getting Physical", REcon 2017; MemProcFS);
+_KPRCB.KernelDirectoryTableBase (in the page of _KPCR at 6000h to C000h, by build); self-map: entry 300h (x86), entries
+0 to 3 of the last page directory (PAE), on x64 entry 1EDh up to Windows 8.1 and a random one of the upper half later;
+MSRC, "KVA Shadow: Mitigating Meltdown on Windows".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from appliance.errors import OutOfTime, UnreadableMemory
 from appliance.guest.paging import PRESENT
 from appliance.guest.windows.kernel import KUSER32, KUSER64, KUSER_SIZE, UserShared, parse_user_shared
 from appliance.guest.windows.space import ADDRESS, PAGE, AddressSpace, Mode
+from appliance.guest.windows.xp_kpcr import find_by_kpcr
 from appliance.model import Region, VcpuState
 from appliance.ports import GuestMemory
 
@@ -34,7 +35,6 @@ _VERSIONS = {5: range(4), 6: range(4), 10: range(1)}  # NtMajorVersion: NtMinorV
 _STUB, _STUB_MASK = 0x00000001_000600E9, 0xFFFFFFFF_FFFF00FF
 _STUB_SIZE, _TARGET_AT, _CR3_AT = 0xA8, 0x70, 0xA0
 _KERNEL_ROOT_AT = (0x9000, 0x7000, 0xA000, 0x8000, 0xB000, 0xC000, 0x6000)  # in _KPCR
-_KPCR32, _VERSION_BLOCK_AT, _KERNEL_BASE_AT = 0xFFDF_F000, 0x34, 0x10
 _VECTORS = (0, 14, 3, 13)  # divide error, page fault, breakpoint, general protection
 _SELF32, _SELF_PAE = 0x300, 3
 _SHARED_ENTRY4, _SHARED_ENTRY5 = 0x1EF, 0x1FF  # of the root: what maps KUSER_SHARED_DATA
@@ -126,7 +126,7 @@ def _entries(space: AddressSpace, cpu: VcpuState) -> Iterator[int]:
     """Addresses where the CPU enters the kernel, of the kernel's half only."""
     lowest = 1 << 63 if space.pointer_size == 8 else 0x8000_0000
     told = getattr(space.memory, "kernel_va", 0)  # a crash dump's
-    for va in (cpu.lstar, told, *_handlers(space, cpu.idt_base), *_kernel_bases(space, cpu.fs_base), cpu.rip):
+    for va in (cpu.lstar, told, *_handlers(space, cpu.idt_base), *_by_kpcr(space, cpu.fs_base), cpu.rip):
         if lowest <= va < 1 << 8 * space.pointer_size:
             yield va
 
@@ -141,23 +141,10 @@ def _handlers(space: AddressSpace, idt: int) -> Iterator[int]:
             yield int.from_bytes(raw[6:8], "little") << 16 | int.from_bytes(raw[:2], "little")
 
 
-def by_kpcr(space: AddressSpace, fs_base: int = _KPCR32) -> Iterator[int]:
-    """x86: FS -> _KPCR -> KdVersionBlock, a _DBGKD_GET_VERSION64; only CPU 0 has one."""
-    for pcr in dict.fromkeys((fs_base, _KPCR32)):
-        try:
-            version = space.u32(pcr + _VERSION_BLOCK_AT)
-        except UnreadableMemory:
-            continue
-        if version:
-            yield version
-
-
-def _kernel_bases(space: AddressSpace, fs_base: int = _KPCR32) -> Iterator[int]:
-    for version in by_kpcr(space, fs_base) if space.pointer_size == 4 else ():
-        try:
-            yield space.u32(version + _KERNEL_BASE_AT)
-        except UnreadableMemory:
-            continue
+def _by_kpcr(space: AddressSpace, fs_base: int = 0) -> Iterator[int]:
+    found = find_by_kpcr(space, fs_base)
+    if found is not None:
+        yield found.base
 
 
 # -- the low stub --
@@ -198,7 +185,7 @@ def find_by_tables(
             shared = None if root is None else check_root(memory, root, mode)
             if root is not None and shared:
                 space = AddressSpace(memory, root, mode)
-                yield Root(space, shared, tuple(_kernel_bases(space)), "by page tables that name themselves")
+                yield Root(space, shared, tuple(_by_kpcr(space)), "by page tables that name themselves")
                 left -= 1
                 if not left:
                     return

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from appliance.errors import GuestError, OutOfTime, UnsupportedGuest
+from appliance.errors import GuestError, Implausible, OutOfTime, UnsupportedGuest
 from appliance.guest.windows.attach import attach, looks_like_windows
 from appliance.guest.windows.space import Mode
 from appliance.guest.windows.symbols import SymbolStore
@@ -331,6 +331,18 @@ def test_the_clock_of_the_guest_goes_on(machine, tables):
     machine.tick(1.5)
     assert kernel.read_pulse() - before == 15_000_000
     assert kernel.read_shared().epoch_ns == machine.kernel.now_ns // 100 * 100
+
+
+def test_after_a_reboot_the_pulse_of_the_old_kernel_is_gone(machine, tables):
+    """The new boot's page tables lie where the old one's did; its kernel lies elsewhere, or is another."""
+    kernel = attach(machine.memory(), symbols=tables)
+    kernel.read_pulse()
+    machine.kernel.space.write(machine.kernel.base + 0x100, b"another")
+    with pytest.raises(Implausible, match="rebooted"):
+        kernel.read_pulse()
+    machine.kernel.space.entry(machine.kernel.base, 0)
+    with pytest.raises(Implausible, match="rebooted"):
+        kernel.read_pulse()
 
 
 def test_a_kernel_address_is_one_of_the_upper_half(machine, tables):
