@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.worlds.windows import pe, symbols
-from tests.worlds.windows.paging import LARGE_PAGE, PAGE, Ram, Space
+from tests.worlds.windows.paging import LARGE_PAGE, PAGE, SELF, Ram, Space
 from tests.worlds.windows.pool import NONPAGED, PAGED, Pool
 
 MB = 1 << 20
@@ -21,6 +21,7 @@ LOW_STUB_GPA, ROOT_GPA, KERNEL_GPA = 0x1000, 0x1AD000, 16 * MB
 KUSER_VA, KUSER_USER_VA = 0xFFFF_F780_0000_0000, 0x7FFE_0000
 NONPAGED_VA, PAGED_VA = 0xFFFF_E10C_4000_0000, 0xFFFF_B00D_8000_0000
 DRIVERS_VA, CPU_VA = 0xFFFF_F803_2800_0000, 0xFFFF_F803_2000_0000
+DIRECTORY_AT = 0x9000  # KernelDirectoryTableBase of the processor, in a KPCR: what the shadow's entry code switches to
 BUILDS = {"17763": (17763, 5820), "19041": (19041, 5129), "20348": (20348, 1970), "26100": (26100, 2033)}
 PROTECT = (0x01, 0x02, 0x10, 0x20, 0x04, 0x08, 0x40, 0x80)  # PAGE_* of the low three bits, winnt.h
 TYPES = (
@@ -72,6 +73,7 @@ class Kernel:
         now_ns: int,
         large_pages: bool,
         la57: bool,
+        kva_shadow: bool = False,
     ) -> None:
         self.family, self.now_ns, self.boot_ns = family, now_ns, now_ns - 3_600_000_000_000
         self.build, self.revision = BUILDS[family]
@@ -85,6 +87,7 @@ class Kernel:
         self.ram.offer(3 * MB, 5 * MB)
         self.ram.offer(11 * MB, KERNEL_GPA)
         self.space = Space(self.ram, ROOT_GPA, 5 if la57 else 4)
+        self.kva_shadow = kva_shadow
         for va in (KUSER_VA, NONPAGED_VA, PAGED_VA, DRIVERS_VA):
             self.space.prepare(va)
         self.nonpaged = Pool(self.space, NONPAGED_VA, NONPAGED)
@@ -291,6 +294,9 @@ class Kernel:
     def _processor(self) -> None:
         """Processor 0: its KPCR, and an interrupt table whose handlers lie in the kernel."""
         self.space.map(CPU_VA, self.ram.page(4), 4)
+        if self.kva_shadow:
+            self.space.map(CPU_VA + DIRECTORY_AT & -PAGE, self.ram.page())
+            self.set_u64(CPU_VA + DIRECTORY_AT, ROOT_GPA)
         self.gs_base, self.idt = CPU_VA, CPU_VA + 3 * PAGE
         for offset, value in ((0x18, CPU_VA), (0x20, CPU_VA + 0x180), (0x38, self.idt)):
             self.set_u64(CPU_VA + offset, value)
@@ -301,6 +307,14 @@ class Kernel:
             self.space.write(self.idt + 16 * vector, gate)
         self.set_u64(self.va("KiProcessorBlock"), CPU_VA + 0x180)
         self.set_u64(self.va("KeNumberProcessors"), 1)
+
+    def shadow(self) -> int:
+        """A top table that maps processor 0 and the page where system calls begin, and nothing else of the kernel."""
+        seen = Space(self.ram, self.ram.page(), self.space.levels)
+        self.ram.write(seen.root + 8 * SELF, bytes(8))
+        for va in (CPU_VA, self.idt, CPU_VA + DIRECTORY_AT & -PAGE, self.va("KiSystemCall64") & -PAGE):
+            seen.map(va, self.space.gpa(va), execute=va != CPU_VA)
+        return seen.root
 
     def _debugger(self) -> None:
         lab = f"{self.build}.1.amd64fre.invented.260101-0000"

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from appliance.errors import UnreadableMemory
 from appliance.model import Region, VcpuState
 from tests.worlds.windows.boot import Kernel
+from tests.worlds.windows.processes import Process
 
 CR0, CR4, LA57 = 0x80050033, 0x3506F8, 1 << 12
 STATE_SIZE = 440  # QEMUCPUState: version, size, 18 registers, ten segments of 24 bytes, cr0 to cr4, kernel_gs_base
@@ -25,8 +27,8 @@ class MachineMemory:
     name = "made of bytes"
     live = True
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel, self._ram = kernel, kernel.ram
+    def __init__(self, kernel: Kernel, running: Process | None = None) -> None:
+        self._kernel, self._ram, self._running = kernel, kernel.ram, running
         self.instance = f"{kernel.family}.{id(kernel):x}"
 
     @property
@@ -55,7 +57,7 @@ class MachineMemory:
         return [data[gpa : gpa + size] if gpa >= 0 <= size and gpa + size <= end else None for gpa, size in spans]
 
     def vcpus(self) -> tuple[VcpuState, ...]:
-        return (registers(self._kernel),)
+        return (registers(self._kernel, self._running),)
 
     def check_alive(self) -> None:
         """It lives as long as the test."""
@@ -64,17 +66,22 @@ class MachineMemory:
         """The machine is closed by whoever made it."""
 
 
-def registers(kernel: Kernel) -> VcpuState:
-    """Processor 0, in the kernel."""
-    return VcpuState(
+def registers(kernel: Kernel, running: Process | None = None) -> VcpuState:
+    """Processor 0, in the kernel or in a program."""
+    space = running.user.space if running is not None else kernel.space
+    state = VcpuState(
         cr0=CR0,
-        cr3=kernel.space.root,
+        cr3=space.shadow or space.root,
         cr4=CR4 | (LA57 if kernel.space.levels == 5 else 0),
         rip=kernel.va("KiSystemCall64") + 0x40,
         idt_base=kernel.idt,
         lstar=kernel.va("KiSystemCall64"),
         gs_base=kernel.gs_base,
     )
+    if running is None:
+        return state
+    rip, teb = running.modules[0].base + 0x1234, running.threads[0].teb
+    return replace(state, rip=rip, gs_base=teb, kernel_gs_base=kernel.gs_base)
 
 
 def write_elf(kernel: Kernel, path: Path) -> Path:

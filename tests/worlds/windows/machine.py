@@ -68,6 +68,7 @@ class Machine:
         table_size: int = 128,
         large_pages: bool = False,
         la57: bool = False,
+        kva_shadow: bool = False,
         endpoint_tag: bytes | None = None,
         now_ns: int = NOW_NS,
     ) -> None:
@@ -82,6 +83,7 @@ class Machine:
             now_ns=now_ns,
             large_pages=large_pages,
             la57=la57,
+            kva_shadow=kva_shadow,
         )
         self.files = Files(self.kernel)
         self.all = Processes(self.kernel, self.files)
@@ -279,9 +281,9 @@ class Machine:
 
     # -- what others need --
 
-    def memory(self) -> MachineMemory:
-        """The living RAM as the appliance reads it."""
-        return MachineMemory(self.kernel)
+    def memory(self, *, running: Process | None = None) -> MachineMemory:
+        """The living RAM as the appliance reads it; ``running``: the processor is in the program of that process."""
+        return MachineMemory(self.kernel, running)
 
     def write_symbols(self, folder: Path | str) -> Path:
         """Write both symbol tables where engines look for them; ``folder`` then contains ``windows/``."""

@@ -60,10 +60,14 @@ class Ram:
 
 
 class Space:
-    """One address space: its tables in RAM, and what it maps, by page. A process shares the kernel's half."""
+    """One address space: its tables in RAM, and what it maps, by page. A process shares the kernel's half.
 
-    def __init__(self, ram: Ram, root: int, levels: int, kernel: Space | None = None) -> None:
-        self.ram, self.root, self.levels, self.kernel = ram, root, levels, kernel
+    ``shadow``: a second top table, for the time that the process itself runs (KVA shadow): it has the user's half and
+    next to nothing of the kernel's; the first one then lets nothing of the user's half be executed.
+    """
+
+    def __init__(self, ram: Ram, root: int, levels: int, kernel: Space | None = None, shadow: int = 0) -> None:
+        self.ram, self.root, self.levels, self.kernel, self.shadow = ram, root, levels, kernel, shadow
         self.pages: dict[int, int] = {}
         if kernel is not None:
             ram.write(root + PAGE // 2, ram.read(kernel.root + PAGE // 2, PAGE // 2))
@@ -152,6 +156,9 @@ class Space:
             if not entry & PRESENT:
                 fresh = self.ram.page()
                 entry = fresh | PRESENT | WRITABLE | ACCESSED | DIRTY | (USER if user else 0)
+                if table == self.root and self.shadow and at < table + PAGE // 2:
+                    self.ram.write(at - table + self.shadow, struct.pack("<Q", entry))
+                    entry |= NX
                 self.ram.write(at, struct.pack("<Q", entry))
             table = entry & 0x000F_FFFF_FFFF_F000
         return table

@@ -123,7 +123,8 @@ class Processes:
         kernel, types = self.kernel, self.kernel.types
         pid = self._number(pid)
         root = kernel.space.root if pid == 4 else kernel.ram.page()
-        space = kernel.space if pid == 4 else Space(kernel.ram, root, kernel.space.levels, kernel.space)
+        shadow = kernel.shadow() if kernel.kva_shadow and user else 0
+        space = kernel.space if pid == 4 else Space(kernel.ram, root, kernel.space.levels, kernel.space, shadow)
         va = kernel.object("Process", b"Proc", types.pack("_EPROCESS", {}))
         process = Process(va, pid, parent, name, root, path, command, sid, session, created_ns, exited_ns, hidden)
         process.memory = Memory(kernel, space, va) if user else None
@@ -131,7 +132,7 @@ class Processes:
             "Pcb.Header.Type": 3,
             "Pcb.Header.Size": types.size("_KPROCESS") // 4 & 0xFF,
             "Pcb.DirectoryTableBase": root,
-            "Pcb.UserDirectoryTableBase": 1,
+            "Pcb.UserDirectoryTableBase": shadow or 1,
             "Pcb.BasePriority": 8,
             "UniqueProcessId": pid,
             "InheritedFromUniqueProcessId": parent,
