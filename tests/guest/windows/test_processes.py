@@ -268,6 +268,17 @@ def test_the_name_of_an_account_is_told_for_processes_that_were_seen_before_it_w
     assert processes.describe(processes.read(silent.va)).user == "DESKTOP-7\\alice"
 
 
+def test_the_earliest_process_of_an_account_names_it_and_no_process_names_a_service(server):
+    honest, liar = (server.process(name, session=1, sid=ALICE) for name in ("honest.exe", "liar.exe"))
+    service = server.process("service.exe", session=0, sid="S-1-5-80-1-2-3-4-5")
+    environment = server.kernel.types.offset("_RTL_USER_PROCESS_PARAMETERS.Environment")
+    block = server.region(liar, 0x1000, "RW", "USERNAME=root\0\0".encode("utf-16-le"))
+    user(liar).write(liar.params + environment, block.start.to_bytes(8, "little"))
+    processes = Processes(kernel_of(server))
+    found = processes.describe_all([processes.read(each.va) for each in (liar, service, honest)])
+    assert [process.user for process in found] == ["DESKTOP-7\\alice", None, "DESKTOP-7\\alice"]
+
+
 def test_what_the_guest_calls_itself_is_bounded(server):
     made = server.process("long.exe", session=1, sid=ALICE)
     types, space = server.kernel.types, user(made)
@@ -379,6 +390,15 @@ def test_a_hidden_process_is_no_listed_one_and_yet_a_process(machine):
     assert processes.describe(raw).flags == ()
 
 
+def test_one_that_took_the_place_of_a_listed_one_is_not_listed(server):
+    made = server.process("notepad.exe", session=1)
+    processes = Processes(kernel_of(server))
+    processes.walk()
+    server.hide(made)
+    poke(server, made.va, "_EPROCESS.CreateTime", peek(server, made.va, "_EPROCESS.CreateTime") + 10)
+    assert not processes.is_listed(processes.read(made.va))
+
+
 def test_what_the_id_table_knows_and_the_list_does_not_is_hidden_and_nothing_else_is(machine):
     hidden = machine.process("hidden.exe", pid=600, hidden=True)
     machine.process("gone.exe", pid=604, hidden=True, exited=True)
@@ -464,6 +484,14 @@ def test_one_that_is_unlinked_in_one_direction_only_is_found_by_the_other(machin
     listing = Processes(kernel_of(machine)).walk()
     assert made[1].pid in {raw.pid for raw in listing.processes}
     assert listing.gaps and listing.gaps[0].address == made[2].va + links(machine) != node
+
+
+def test_the_last_process_is_found_though_the_one_before_it_leads_past_it(machine):
+    made = [machine.process(f"p{number}.exe") for number in range(3)]
+    head = peek(machine, made[2].va, "_EPROCESS.ActiveProcessLinks.Flink")
+    poke(machine, made[1].va, "_EPROCESS.ActiveProcessLinks.Flink", head)
+    listing = Processes(kernel_of(machine)).walk()
+    assert made[2].pid in {raw.pid for raw in listing.processes} and listing.gaps
 
 
 def test_a_circle_in_the_list_ends_the_walk(machine):
