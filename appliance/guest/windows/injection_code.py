@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+from appliance.errors import Implausible, UnreadableMemory
 from appliance.guest.budget import Budget
 from appliance.guest.windows.injection_bytes import find_image, find_shellcode, looks_wiped
 from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge
@@ -81,6 +82,7 @@ def judge_code(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) ->
         found = _judge(patch, scene, pages, budget)
         evidence.append(found)
         suspects.append(_suspect(patch, found.weight))
+        evidence += _unseen(patch, pages)
     return evidence, Suspects(suspects)
 
 
@@ -124,6 +126,18 @@ def _judge(patch: Patch, scene: Scene, pages: Pages, budget: Budget) -> Evidence
     where = f"path {file.path}" if file else "no file" if patch.view.private else "shared memory of no file"
     detail = f"{patch.protection}; {digest}; {where}"
     return Evidence(claim, kind, patch.start, patch.end - patch.start, digest.sha256, detail, weight)
+
+
+def _unseen(patch: Patch, pages: Pages) -> Iterator[Evidence]:
+    """What of it is not in memory."""
+    try:
+        count = pages.count_paged_out(patch.start, patch.end)
+    except (UnreadableMemory, Implausible) as error:
+        yield Evidence(f"executable memory at {patch.start:#x} could not be seen in full: {error}", "gap", patch.start)
+        return
+    if count:
+        claim = f"executable memory at {patch.start:#x} could not be seen in full: paged out: {count} of its pages"
+        yield Evidence(claim, "gap", patch.start, count * PAGE)
 
 
 def _weigh(patch: Patch, scene: Scene, digest: Digest, contents: Sequence[tuple[int, bytes]]) -> tuple[str, int, str]:

@@ -166,6 +166,16 @@ class Pages:
         for start, end in inside.within(page.base, size):
             yield Leaf(start, gpa + start - page.base, end - start, not page.nx, page.writable, True)
 
+    def count_paged_out(self, start: int, end: int) -> int:
+        """How many of the first `MAX_HASHED` pages from ``start`` on are in a paging file, or merged with equal ones.
+
+        A page that was never touched has no entry, or one that says its protection only. Raises GuestError.
+        """
+        end = min(end, start + MAX_HASHED * PAGE)
+        shift = 32 if self._entry == 8 else 12  # _MMPTE_SOFTWARE.PageFileHigh
+        entries = (pte.raw for pte in self.space.walk_pages(start, end) if not pte.present and not pte.gpa)
+        return sum(1 for raw in entries if raw >> shift or raw & PROTOTYPE)
+
     def digest(
         self, leaves: Sequence[Leaf], start: int, end: int, budget: Budget
     ) -> tuple[Digest, list[tuple[int, bytes]]]:

@@ -69,7 +69,7 @@ class Texts:
             yield Evidence(f"{told} pages of code were changed in memory", "modified-text")
         if quiet:
             names = ", ".join(sorted(quiet)[:8])
-            claim = f"{quiet.total()} pages of code were written to by the loader only (addresses): {names}"
+            claim = f"pages of code that only the loader has written addresses to: {quiet.total()}, in {names}"
             yield Evidence(claim, "modified-text")
 
     def _changes(self, budget: Budget) -> Iterator[Change]:

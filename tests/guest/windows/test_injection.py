@@ -174,11 +174,21 @@ def test_pages_out_of_the_working_set_are_read_all_the_same(machine, notepad) ->
     assert "1 of 1 pages resident" in (found.detail or "")
 
 
-def test_pages_that_are_not_in_memory_are_counted(machine, notepad) -> None:
+def test_pages_that_are_not_in_memory_are_a_gap(machine, notepad) -> None:
     region = machine.region(notepad, 3 * PAGE, "RWX", PLAIN)
     notepad.user.space.page_out(region.start)
-    found = only(look(machine, notepad), "anon-exec")
-    assert "2 of 3 pages resident" in (found.detail or "")
+    found = look(machine, notepad)
+    assert "2 of 3 pages resident" in (only(found, "anon-exec").detail or "")
+    gap = only(found, "gap")
+    assert (gap.address, gap.size, gap.weight) == (region.start, PAGE, 0)
+    assert gap.claim.endswith("paged out: 1 of its pages")
+
+
+def test_pages_that_were_never_touched_are_no_gap(machine, notepad) -> None:
+    machine.region(notepad, 3 * PAGE, "RWX", backed=False)
+    space = notepad.user.space
+    space.entry(machine.region(notepad, 2 * PAGE, "RWX", PLAIN).start + PAGE, 6 << 5)  # its protection only
+    assert {one.kind for one in look(machine, notepad)} == {"anon-exec"}
 
 
 def test_an_image_is_found_at_any_page_and_behind_a_wiped_header(machine, notepad) -> None:
@@ -570,7 +580,7 @@ def test_import_addresses_that_the_loader_writes_into_code_are_no_change(machine
     change(machine, notepad, module, b"\x11" * 0x40)
     found = look(machine, notepad)
     assert kinds(found) == [("modified-text", 0)]
-    assert found[0].claim == "1 pages of code were written to by the loader only (addresses): a.dll"
+    assert found[0].claim == "pages of code that only the loader has written addresses to: 1, in a.dll"
     change(machine, notepad, module, b"\x11" * 0x41)
     assert only(look(machine, notepad), "modified-text").weight == 2
 
@@ -593,6 +603,7 @@ def test_code_that_its_file_asks_to_be_writable_is_unusual_only(machine, notepad
 
 
 # -- 32-bit processes --
+
 
 def old_program(machine, *, no_execute: bool = True):
     """A 32-bit process, and the 32-bit ntdll.dll that its second loader lists."""
