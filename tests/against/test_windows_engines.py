@@ -1,16 +1,23 @@
 """The command `parasight connections` on a Windows machine, against what is true and against two other engines."""
 
+import time
+
 import pytest
 
+from appliance.guest.windows.attach import attach
+from appliance.guest.windows.eye import WindowsEye
+from appliance.guest.windows.symbols import SymbolStore
 from tests.against import memprocfs_oracle, windows_oracle
 from tests.against.test_windows_memprocfs import symbol_folder
 from tests.worlds.command import parasight
 from tests.worlds.windows import FAMILIES, Machine
+from tests.worlds.windows.live import Busy
 from tests.worlds.windows.net import Endpoint
 from tests.worlds.windows.scene import Scene, plant
 from tests.worlds.windows.symbols import REAL
 
 CROWD = 1000
+LOOKS = 40
 
 
 def told(folder, what: str = "connections") -> list[dict]:
@@ -90,3 +97,17 @@ def test_both_engines_say_the_same_of_every_endpoint_that_they_know(tmp_path, fa
         other = ours[row["va"]]
         owner = 0 if row["va"] == scene.of_hidden.va else other["owners"][0]["pid"]
         assert (row["pid"], row["local"]) == (owner, [other["local"]["ip"], other["local"]["port"]])
+
+
+def test_while_connections_come_and_go_nobody_is_named_who_does_not_own_them(tmp_path):
+    with Machine() as machine:
+        programs = [machine.process(f"program-{number}.exe", parent=machine["explorer.exe"]) for number in range(5)]
+        kernel = attach(machine.memory(), symbols=SymbolStore([machine.write_symbols(tmp_path)]))
+        eye = WindowsEye(kernel, time.time_ns, time.monotonic)
+        with Busy(machine, programs) as busy:
+            looks = [eye.read_snapshot() for _ in range(LOOKS)]
+        assert busy.steps > LOOKS
+    for look in looks:
+        assert len(look.sockets) + look.torn > busy.alive / 2
+        for socket in look.sockets:
+            assert [owner.process.pid for owner in socket.owners] == [busy.owner_of(socket.local.port).pid]

@@ -220,3 +220,19 @@ def stacks(endpoint: Endpoint) -> list[tuple]:
         far = "*:0" if endpoint.protocol == "udp" else "0.0.0.0:0"
         return [row, (row[0].replace("v6", "v4"), local, far, *row[3:])]
     return [row]
+
+
+def test_it_takes_a_machine_with_large_pages_shadowed_tables_and_32_bit_programs(tmp_path):
+    options = {"ram": 96 << 20, "large_pages": True, "kva_shadow": True}
+    with Machine("19041", path=tmp_path / "memory.raw", **options) as machine:
+        explorer = machine["explorer.exe"]
+        old = machine.process("old.exe", parent=explorer, path="C:\\Program Files (x86)\\Old\\old.exe", session=1)
+        endpoint = machine.tcp(old, ("10.0.0.5", 49701), ("93.184.216.34", 443))
+        machine.write_symbols(tmp_path)
+        answers = ask(tmp_path / "memory.raw", tmp_path, {"pslist": {}, "netstat": {}, "dlllist": {"pid": [old.pid]}})
+        assert [row["PID"] for row in answers["pslist"]] == [each.pid for each in machine.truth().processes]
+        assert [row["PID"] for row in answers["pslist"] if row["Wow64"]] == [old.pid]
+        assert rows_of(answers["netstat"]) == [row_of(endpoint)]
+        assert {(row["Base"], row["Path"]) for row in answers["dlllist"]} == {
+            (each.base, each.path) for each in old.modules
+        }
