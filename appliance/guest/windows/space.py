@@ -119,6 +119,8 @@ class AddressSpace:
         self._entry_size = mode.value[1]
         self._deadline = deadline or _Deadline()
         self._pages: dict[int, int] = {}  # page number to guest-physical address
+        self._tables: dict[int, int] = {}  # the upper bits of page numbers to the table that speaks of them
+        self._table_bits = self._levels[-1].mask.bit_length()
         self._read_physical = memory.read
 
     # -- reads --
@@ -143,13 +145,14 @@ class AddressSpace:
         if deadline.until != math.inf:
             deadline.check()
         pages = self._pages
-        physical = []
-        for va, size in spans:
-            offset = va & 0xFFF
-            gpa = pages.get(va >> 12)
-            if gpa is None or not 0 <= size <= PAGE - offset:
-                return self._read_walked(spans)
-            physical.append((gpa + offset, size))
+        try:
+            physical = [
+                (pages[va >> 12] + (va & 0xFFF), size) for va, size in spans if 0 <= size <= PAGE - (va & 0xFFF)
+            ]
+        except KeyError:
+            return self._read_walked(spans)
+        if len(physical) != len(spans):
+            return self._read_walked(spans)
         return self.memory.readv(physical) if physical else []
 
     def pointer(self, va: int) -> int:
@@ -202,6 +205,7 @@ class AddressSpace:
     def forget(self) -> None:
         """Drop remembered translations; call at the start of each look."""
         self._pages.clear()
+        self._tables.clear()
 
     @contextmanager
     def limit(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
@@ -279,20 +283,28 @@ class AddressSpace:
         if total > READ_LIMIT and len(spans) > 1:
             return [self._read_walked((span,))[0] for span in spans]
         known = self._pages
-        if len(known) > CACHE_LIMIT:
-            known.clear()
-        wanted = {
-            number
-            for va, size in spans
-            if 0 < size <= READ_LIMIT
-            for number in range(va >> 12, (va + size - 1 >> 12) + 1)
-            if number not in known
-        }
+        if max(len(known), len(self._tables)) > CACHE_LIMIT:
+            self.forget()
+        wanted: set[int] = set()
+        for va, size in spans:
+            if 0 < size <= READ_LIMIT:
+                first, end = va >> 12, (va + size - 1 >> 12) + 1
+                if end - first > 1:
+                    wanted.update([number for number in range(first, end) if number not in known])
+                elif first not in known:
+                    wanted.add(first)
         if wanted:
             self._resolve(wanted)
         parts: list[tuple[int, int]] = []
-        counts: list[int] = []
+        counts: list[int] = []  # of the pieces of each span; -1: not mapped
         for va, size in spans:
+            offset = va & 0xFFF
+            if 0 < size <= PAGE - offset:
+                gpa = known.get(va >> 12)
+                if gpa is not None:
+                    parts.append((gpa + offset, size))
+                counts.append(-1 if gpa is None else 1)
+                continue
             runs = _runs(va, size, known) if 0 <= size <= READ_LIMIT else None
             counts.append(-1 if runs is None else len(runs))
             parts += runs or ()
@@ -308,34 +320,59 @@ class AddressSpace:
         return found
 
     def _resolve(self, numbers: Iterable[int]) -> None:
-        """Find where pages lie, one batched read for each level."""
-        root, size, last = self.root, self._entry_size, len(self._levels) - 1
-        pending = [(number, root) for number in numbers if self._is_canonical(number << 12)]
-        for depth, (shift, mask, large) in enumerate(self._levels):
-            if not pending:
-                break
-            low = shift - 12
-            entries = self._read_entries([table + size * (number >> low & mask) for number, table in pending])
-            following = []
-            for (number, _), entry in zip(pending, entries, strict=True):
+        """Find where pages lie: one batched read for each level, of each entry once. Tables are remembered, too."""
+        last, pages, tables = self._levels[-1], self._pages, self._tables
+        canonical = [number for number in numbers if self._is_canonical(number << 12)]
+        unknown = {number >> self._table_bits for number in canonical} - tables.keys()
+        large = self._find_tables(unknown) if unknown else {}
+        size, bits = self._entry_size, self._table_bits
+        below = [number for number in canonical if number >> bits in tables]
+        gpas = [tables[number >> bits] + size * (number & last.mask) for number in below]
+        for number, entry in zip(below, self._read_entries(gpas), strict=True):
+            if entry & PRESENT:
+                pages[number] = entry & ADDRESS
+            elif entry & (TRANSITION | PROTOTYPE) == TRANSITION:
+                pages[number] = entry & TRANSITION_ADDRESS
+        if large:
+            for number in canonical:
+                for shift, bases in large.items():
+                    base = bases.get(number >> (shift - 12))
+                    if base is not None:
+                        pages[number] = base + ((number & (1 << (shift - 12)) - 1) << 12)
+
+    def _find_tables(self, wanted: set[int]) -> dict[int, dict[int, int]]:
+        """Find the last tables, by the upper bits of page numbers; large pages are returned by shift and upper bits."""
+        size, bits = self._entry_size, self._table_bits
+        large: dict[int, dict[int, int]] = {}
+        tables: dict[int, int] = {}
+        before = 0
+        for depth, (shift, mask, may_be_large) in enumerate(self._levels[:-1]):
+            low = shift - 12 - bits
+            keys = list({key >> low for key in wanted})
+            if depth:
+                keys = [key for key in keys if key >> before - shift in tables]
+            above = [tables[key >> before - shift] if depth else self.root for key in keys]
+            entries = self._read_entries([table + size * (key & mask) for table, key in zip(above, keys, strict=True)])
+            tables = {}
+            for key, entry in zip(keys, entries, strict=True):
                 if entry & PRESENT:
-                    if depth == last:
-                        self._pages[number] = entry & ADDRESS
-                    elif not entry & LARGE:
-                        following.append((number, entry & ADDRESS))
-                    elif large:
-                        self._pages[number] = _large(entry, shift, size) + ((number & (1 << low) - 1) << 12)
+                    if not entry & LARGE:
+                        tables[key] = entry & ADDRESS
+                    elif may_be_large:
+                        large.setdefault(shift, {})[key] = _large(entry, shift, size)
                 elif entry & (TRANSITION | PROTOTYPE) == TRANSITION:
-                    gpa = entry & TRANSITION_ADDRESS
-                    if depth == last:
-                        self._pages[number] = gpa
-                    else:
-                        following.append((number, gpa))
-            pending = following
+                    tables[key] = entry & TRANSITION_ADDRESS
+            before = shift
+            if not tables:
+                return large
+        self._tables.update(tables)
+        return large
 
     def _read_entries(self, gpas: list[int]) -> list[int]:
         """Page-table entries, 0 where one is unreadable."""
         size = self._entry_size
+        if not gpas:
+            return []
         if len(gpas) == 1:
             raw = self.memory.readv([(gpas[0], size)])[0]
             return [int.from_bytes(raw or b"", "little")]
