@@ -285,6 +285,7 @@ def _types32(era: Era) -> Types:
         }
     else:
         node = {
+            "u1": (0, "_VAD_PARENT"),
             "LeftChild": Field(4, 4, type="*_MMVAD"),
             "RightChild": Field(8, 4, type="*_MMVAD"),
             "StartingVpn": (12, 4),
@@ -297,6 +298,7 @@ def _types32(era: Era) -> Types:
         "_KTHREAD": _kthread(era, 4),
         "_MMVAD_SHORT": (0x18, node | {"u": (0x14, "_VAD_U")}),
         "_MMVAD": (0x28, node | {"u": (0x14, "_VAD_U"), "ControlArea": Field(0x18, 4, type="*_CONTROL_AREA")}),
+        "_VAD_PARENT": (4, {"Balance": _bits(0, 4, 0, 2), "Parent": (0, 4)}),
         "_VAD_U": (4, {"LongFlags": (0, 4), "VadFlags": (0, "_MMVAD_FLAGS")}),
         "_MMVAD_FLAGS": (4, flags),
         "_LIST_ENTRY": (8, {"Flink": (0, 4), "Blink": (4, 4)}),
@@ -395,6 +397,7 @@ def _types32(era: Era) -> Types:
 
 def _types64(era: Era) -> Types:
     node: Members = {
+        "u1": (0, "_VAD_PARENT"),
         "LeftChild": Field(8, 8, type="*_MMVAD"),
         "RightChild": Field(0x10, 8, type="*_MMVAD"),
         "StartingVpn": (0x18, 8),
@@ -412,6 +415,7 @@ def _types64(era: Era) -> Types:
         "_MM_AVL_TABLE": (0x40, {"BalancedRoot": (0, "_MMADDRESS_NODE"), "NodeHint": (0x30, 8)}),
         "_MMVAD_SHORT": (0x30, node | {"u": (0x28, "_VAD_U")}),
         "_MMVAD": (0x50, node | {"u": (0x28, "_VAD_U"), "ControlArea": Field(0x30, 8, type="*_CONTROL_AREA")}),
+        "_VAD_PARENT": (8, {"Balance": _bits(0, 8, 0, 2), "Parent": (0, 8)}),
         "_VAD_U": (8, {"LongFlags": (0, 8), "VadFlags": (0, "_MMVAD_FLAGS")}),
         "_MMVAD_FLAGS": (
             8,

@@ -478,7 +478,7 @@ def test_with_bytes_changed_at_random_nothing_is_raised_but_a_guests_error(era, 
     watched = Overlay(machine.memory())
     kernel = attach(machine.memory())
     pages = sorted(
-        {gpa // PAGE for va, gpa in machine.space.pages.items() if gpa >= 0x1000000 or va == machine.base + 0x82000}
+        {gpa // PAGE for va, gpa in machine.space.pages.items() if gpa >= 0x800000 or va == machine.base + 0x82000}
     )
     chance = random.Random(7)
     names = {each.pid: each.name.lower() for each in machine.processes}

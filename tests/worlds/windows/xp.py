@@ -295,7 +295,7 @@ class XpMachine:
         self.pointer = self.kind.pointer_size
         self.variables = variables or VARIABLES[era]
         self.ram = Ram(ram, path)
-        self.ram.offer(0x0100_0000, ram)
+        self.ram.offer(0x0080_0000, ram)
         self.types: SymbolTable = xp_types.table(self.kind, SYMBOLS)
         self.base = 0xFFFFF80001000000 if self.wide else 0x804D7000
         self.image_size = 0x214000
@@ -554,6 +554,32 @@ class XpMachine:
             path.write_bytes(lzma.compress(json.dumps(self._isf(pdb, symbols, types)).encode(), preset=1))
         return folder
 
+    def write_dump(self, path: Path) -> Path:
+        """The RAM as a crash dump of x86: _DUMP_HEADER in 4 KiB (ntiodump.h), then the pages that anything lies in."""
+        head, at = bytearray(b"PAGE" * (PAGE // 4)), SYMBOLS
+        lists = (self.base + at[name] for name in ("PsLoadedModuleList", "PsActiveProcessHead"))
+        struct.pack_into("<4s4s6I", head, 0, b"PAGE", b"DUMP", 0xF, self.kind.build, self.root, 0, *lists)
+        struct.pack_into("<3I", head, 0x20, self._machine(), 1, 0xE2)
+        head[0x5C] = int(self.pae)
+        struct.pack_into("<I", head, 0x60, self.base + at["KdDebuggerDataBlock"])
+        runs: list[list[int]] = []
+        for page in range(self.ram.size // PAGE):
+            if self.ram.data[page * PAGE : page * PAGE + PAGE].strip(b"\0"):
+                if runs and page - runs[-1][1] < 16:
+                    runs[-1][1] = page + 1
+                else:
+                    runs.append([page, page + 1])
+        assert len(runs) < 80, "the header has no room for more"
+        struct.pack_into("<II", head, 0x64, len(runs), sum(end - start for start, end in runs))
+        for number, (start, end) in enumerate(runs):
+            struct.pack_into("<II", head, 0x6C + 8 * number, start, end - start)
+        struct.pack_into("<I", head, 0xF88, 1)
+        with path.open("wb") as file:
+            file.write(head)
+            for start, end in runs:
+                file.write(self.ram.data[start * PAGE : end * PAGE])
+        return path
+
     # -- private: the kernel --
 
     def _pdb(self) -> str:
@@ -561,7 +587,7 @@ class XpMachine:
 
     def _make_space(self) -> None:
         if self.wide:
-            self.root = 0x0034_0000
+            self.root = 0x001A_D000
             self.space: AnySpace = Space(self.ram, self.root, 4)
             for va in range(0xFFFF_F000_0000_0000 + (1 << 43), 1 << 64, 1 << 39):
                 self.space.prepare(va)
@@ -1002,6 +1028,9 @@ class XpMachine:
             "size": 0x20 if wide else 0x10,
             "fields": {"Name": {"offset": 8 if wide else 4, "type": text}},
         }
+        for name, (size, numbers) in OPEN_TYPES.items():
+            plain = {member: {"offset": at, "type": _base(WORDS[length])} for member, (at, length) in numbers.items()}
+            types[name] = {"kind": "struct", "size": size, "fields": plain}
         for name in STUBS:
             types.setdefault(name, {"kind": "struct", "size": 0x40, "fields": {}})
         return types
@@ -1045,6 +1074,25 @@ BASE = {
     "double": (8, True, "float"),
 }
 WORDS = {1: "unsigned char", 2: "unsigned short", 4: "unsigned long", 8: "unsigned long long", 16: "double"}
+OPEN_TYPES: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {  # the same in every Windows
+    "_DBGKD_GET_VERSION64": (
+        0x28,
+        {
+            "MajorVersion": (0, 2),
+            "MinorVersion": (2, 2),
+            "ProtocolVersion": (4, 1),
+            "Flags": (6, 2),
+            "MachineType": (8, 2),
+            "KernBase": (0x10, 8),
+            "PsLoadedModuleList": (0x18, 8),
+            "DebuggerDataList": (0x20, 8),
+        },
+    ),
+    "_KUSER_SHARED_DATA": (
+        0x338,
+        {"NtProductType": (0x264, 4), "NtMajorVersion": (0x26C, 4), "NtMinorVersion": (0x270, 4)},
+    ),
+}
 STUBS = (
     "_ERESOURCE",
     "_DEVICE_OBJECT",
