@@ -120,6 +120,7 @@ class Addresses:
             home = known.get((local, family))
             if home is not None:
                 found[index] = Home(family, home[0], home[1])
+        self._take_empty([each for each in named if found[each[0]] is None], found, 0 if direct else None)
         return found
 
     def is_object(self, va: int) -> bool:
@@ -127,6 +128,15 @@ class Addresses:
         return not va % self._pointer and self._is_kernel(va)
 
     # -- private --
+
+    def _take_empty(self, named: list[tuple[int, int, int]], found: list[Home | None], at: int | None) -> None:
+        """An address whose own pointer is null is any address, too."""
+        offset = self._layout.local_data if at is None else at
+        empty = bytes(self._pointer)
+        raws = self._readv([(local + offset, self._pointer) for _, _, local in named])
+        for (index, family, local), raw in zip(named, raws, strict=True):
+            if raw == empty:
+                found[index] = Home(family, ANY[ADDRESS_SIZE[family]], ((local + offset, empty),))
 
     def _join(self, count: int, ends: Sequence[tuple[int, int, int, int, Piece | None]]) -> list[Pair | None]:
         known = self._locals({(local, family) for _, family, local, _, _ in ends})

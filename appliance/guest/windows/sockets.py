@@ -136,8 +136,8 @@ class Sockets:
     def check(self, raw: RawSocket) -> tuple[RawSocket, RawProcess | None] | None:
         """Read a remembered socket again, with its links and its owner; None when it is not the same any more.
 
-        First what it is, then in a second batch its addresses, its owner, the links that lead to it, and it again:
-        what was freed keeps its bytes for a while, but nothing leads to it.
+        First what it is, then in a second batch its owner, its addresses, the links that lead to it, and it again,
+        in this order: what was freed keeps its bytes for a while, but nothing leads to it.
         """
         span = raw.va - self._header, self._sizes[raw.kind.value]
         try:
@@ -150,26 +150,26 @@ class Sockets:
         fresh = self._renew(raw, body)
         if fresh is None:
             return None
+        known = self._owners.get(fresh.owner) or (self.find_owner(fresh.owner) if fresh.owner else None)
         told_by = raw.pieces + (self._neighbours(raw, body) if raw.kind is Kind.TCP else self._proof(raw))
-        known = self._owners.get(fresh.owner)
-        spans = [(va, len(told)) for va, told in told_by]
+        spans = [] if known is None else [self._processes.span(known.va)]
+        spans += [(va, len(told)) for va, told in told_by]
         spans.append(span)
-        if known is not None:
-            spans.append(self._processes.span(fresh.owner))
         found = self._space.readv(spans)
+        owner = None
+        if known is not None:
+            seen_owner = found.pop(0)
+            owner = self._processes.parse(known.va, seen_owner) if seen_owner is not None else None
+            if owner is None or owner.key != known.key or not self._processes.is_sound(owner):
+                self._owners.pop(known.va, None)
+                return None
         for seen, (_, told) in zip(found, told_by, strict=False):
             if seen != told:
                 return None
-        if found[len(told_by)] != body and not self._is_still(raw, fresh, found[len(told_by)]):
+        again = found[-1]
+        if again != body and not self._is_still(raw, fresh, again):
             return None
-        if not fresh.owner:
-            return fresh, None
-        owner_raw = found[-1]
-        if known is not None and owner_raw is not None:
-            owner = self._processes.parse(fresh.owner, owner_raw)
-            if owner.pid == known.pid and owner.created == known.created and self._processes.is_sound(owner):
-                return fresh, owner
-        return fresh, self.find_owner(fresh.owner)
+        return fresh, owner
 
     def find_owner(self, va: int) -> RawProcess | None:
         """The process at an address, None when there is none: then nobody is told."""

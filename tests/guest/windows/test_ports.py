@@ -44,15 +44,14 @@ def test_a_connected_udp_socket_is_told_with_its_far_end(family):
         }
 
 
-@pytest.mark.parametrize("port", [1, 255, 256, 445, 5353, 49151, 55000, 65535])
-def test_no_port_is_beyond_reach(port):
+def test_no_port_is_beyond_reach():
+    every = {1, 255, 256, 445, 5353, 49151, 55000, 65535}
     with Machine() as machine:
-        machine.listener(machine["services.exe"], ("0.0.0.0", port))
-        machine.udp(machine["services.exe"], ("0.0.0.0", port))
-        assert {(socket.protocol, socket.local.port) for socket in Eye(machine).walk()} == {
-            ("tcp", port),
-            ("udp", port),
-        }
+        for port in every:
+            machine.listener(machine["services.exe"], ("0.0.0.0", port))
+            machine.udp(machine["services.exe"], ("0.0.0.0", port))
+        found = {(socket.protocol, socket.local.port) for socket in Eye(machine).walk()}
+        assert found == {(protocol, port) for protocol in ("tcp", "udp") for port in every}
 
 
 def test_all_that_share_a_port_are_told():
@@ -138,6 +137,17 @@ def test_without_port_pools_the_rest_is_told_and_the_lack_is_named():
         eye = Eye(machine)
         assert {row(socket)[1] for socket in eye.walk()} == {"ESTABLISHED"}
         assert {gap.what for gap in eye.sockets.walk().gaps} == {"tcp port pool", "udp port pool"}
+
+
+def test_an_address_that_leads_nowhere_is_any_address():
+    with Machine() as machine:
+        bound = machine.listener(machine["services.exe"], (US, 135))
+        sent = machine.udp(machine["services.exe"], (US, 500))
+        layout, kernel = machine.net.layout, machine.kernel
+        kernel.set_u64(machine.net._local(US)[0] + layout["_LOCAL_ADDRESS.pData"], 0)
+        kernel.set_u64(kernel.u64(sent.va + layout["_UDP_ENDPOINT.LocalAddr"]), 0)
+        assert bound.alive
+        assert {str(raw.local) for raw in Eye(machine).sockets.walk().sockets} == {"0.0.0.0:135", "0.0.0.0:500"}
 
 
 def test_what_repeats_another_port_than_that_of_its_chain_is_not_believed():
