@@ -3,11 +3,12 @@
 import json
 from functools import cache
 
-from appliance.errors import UnsupportedGuest
 from appliance.guest.windows.attach import attach
 from appliance.guest.windows.eye import WindowsEye
 from appliance.guest.windows.isf import PdbId, SymbolTable, parse_isf
+from appliance.guest.windows.symbols import SymbolStore
 from appliance.model import Flag, GuestSocket, Snapshot
+from tests.guest.windows.real import REAL
 from tests.worlds.windows import FAMILIES, Machine
 from tests.worlds.windows.symbols import invented
 
@@ -19,12 +20,10 @@ def _tables() -> dict[PdbId, SymbolTable]:
 
 
 class Store:
-    """The symbols of all invented families."""
+    """The symbols of all invented families, and real ones where there are any."""
 
     def find(self, pdb: PdbId) -> SymbolTable:
-        if pdb not in _tables():
-            raise UnsupportedGuest((f"no symbols for {pdb}",))
-        return _tables()[pdb]
+        return _tables()[pdb] if pdb in _tables() else SymbolStore([REAL]).find(pdb)
 
 
 class As:

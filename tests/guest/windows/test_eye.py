@@ -8,7 +8,7 @@ import pytest
 from appliance.errors import GuestGone
 from appliance.model import Direction, Flag, Match, ProcessKey, Reason, Transport
 from tests.guest.windows.eyes import eye_of, odd_processes, odd_sockets
-from tests.guest.windows.machines import OLD, make
+from tests.guest.windows.machines import OLD, REAL, make
 from tests.guest.windows.network import Meddled, flow
 from tests.worlds.windows import FAMILIES, Machine
 
@@ -22,7 +22,7 @@ def old_flow(eye_now_ns, *args, **kwargs):
     return replace(flow(*args, **kwargs), started_ns=eye_now_ns - 10 * S)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *OLD])
+@pytest.mark.parametrize("name", [*FAMILIES, *OLD, *REAL])
 def test_every_era_is_opened_by_looking_and_tells_processes_connections_and_owners(name):
     machine = make(name)
     server = machine.process("server.exe")
@@ -51,7 +51,7 @@ def test_every_era_is_opened_by_looking_and_tells_processes_connections_and_owne
     machine.close()
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *OLD])
+@pytest.mark.parametrize("name", [*FAMILIES, *OLD, *REAL])
 def test_what_is_taken_out_of_its_table_or_list_is_told_in_every_era(name):
     machine = make(name)
     server, hidden = machine.process("server.exe"), machine.process("hidden.exe", hidden=True)
