@@ -39,12 +39,13 @@ class OtherViews:
         self._kernel, self._processes = kernel, processes
         types, path = kernel.types, "_HANDLE_TABLE_ENTRY.ObjectPointerBits"
         self._bits = types.field(path) if types.has(path) else None
-        self._entry_size = types.size("_HANDLE_TABLE_ENTRY") if types.has("_HANDLE_TABLE_ENTRY") else 0
+        known = types.has("_HANDLE_TABLE_ENTRY") and types.has("_HANDLE_TABLE.TableCode")
+        self._entry_size = types.size("_HANDLE_TABLE_ENTRY") if known else 0
 
     def find_hidden(self, listing: ProcessList) -> tuple[list[Sighting], list[Gap]]:
         """Living processes that the list does not lead to, although other views know them.
 
-        Each is read twice and must be off the list both times: a process that has just begun or ended is in motion.
+        One that ended while it was looked at is none; one that has just begun may not be on the list yet.
         """
         known = {raw.va for raw in listing.processes}
         gaps: list[Gap] = []
@@ -60,7 +61,7 @@ class OtherViews:
         hidden = []
         for va, names in views.items():
             raw = self._processes.find(va)
-            if raw is None or raw.exited or self._processes.is_listed(raw):
+            if raw is None or raw.exited or self._processes.is_listed(raw) or self._processes.is_young(raw):
                 continue
             again = self._processes.find(va)
             if again is not None and again.key == raw.key and not again.exited:
@@ -122,7 +123,7 @@ class OtherViews:
 
     def _by_handle_tables(self, _: ProcessList) -> set[int]:
         types, head = self._kernel.types, self._kernel.find("HandleTableListHead")
-        if head is None or not types.has("_HANDLE_TABLE.QuotaProcess"):
+        if head is None or not all(types.has(f"_HANDLE_TABLE.{name}") for name in ("QuotaProcess", "HandleTableList")):
             return set()
         links = types.offset("_HANDLE_TABLE.HandleTableList")
         owner = types.offset("_HANDLE_TABLE.QuotaProcess")

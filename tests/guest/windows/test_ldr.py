@@ -90,6 +90,21 @@ def test_a_32_bit_process_has_the_modules_of_both_its_loaders(server):
     ]
 
 
+def test_a_list_that_runs_in_a_circle_or_does_not_lead_back_ends_and_is_named(server):
+    process = server.process("notepad.exe", session=1)
+    _, second, third = (each.entry_va for each in process.modules)
+    links, space = server.kernel.types.offset("_LDR_DATA_TABLE_ENTRY.InLoadOrderLinks"), user(process)
+    space.write(third + links, struct.pack("<Q", second + links))
+    found = look(server, process)
+    assert [each.rings[0] for each in found.modules] == [True, True, True]
+    assert [gap.what for gap in found.gaps] == ["loader's list InLoadOrder"] and found.gaps[0].address == second + links
+    space.write(third + links, struct.pack("<Q", third + links))
+    space.write(second + links + 8, struct.pack("<Q", 0x5_0000))
+    found = look(server, process)
+    assert [each.rings[0] for each in found.modules] == [True, False, False]
+    assert found.gaps[0].why == "a module does not point back to the one before it"
+
+
 def test_a_loader_that_cannot_be_read_is_a_gap_and_no_empty_list(server):
     process = server.process("notepad.exe", session=1)
     server.kernel.set(process.va, "_EPROCESS.Peb", 0x5_0000)

@@ -409,6 +409,14 @@ def test_what_the_id_table_knows_and_the_list_does_not_is_hidden_and_nothing_els
     assert gaps == []
 
 
+def test_an_entry_of_the_id_table_counts_only_for_the_process_that_has_this_id(machine):
+    hidden = machine.process("hidden.exe", pid=600, hidden=True)
+    poke(machine, hidden.va, "_EPROCESS.UniqueProcessId", 604)
+    kernel = kernel_of(machine)
+    processes = Processes(kernel)
+    assert OtherViews(kernel, processes).find_hidden(processes.walk())[0] == []
+
+
 def test_a_process_hidden_with_care_is_still_in_its_session(server):
     hidden = server.process("hidden.exe", session=1, hidden=True)
     kernel = kernel_of(server)
