@@ -115,7 +115,7 @@ class Injection:
         scene = Scene.of(
             views,
             _modules(loaded),
-            lists_whole=loaded.loaded and not loaded.gaps,
+            lists_whole=bool(raw.peb) and not loaded.gaps,
             program=_place_of(program.file or main, process),
             sid=process.sid,
             bits=32 if raw.wow64 or self._kernel.pointer_size == 4 else 64,

@@ -26,7 +26,7 @@ from appliance.model import Evidence
 
 MAX_HASHED: Final = 4 << 20  # bytes of an image that are hashed
 MAX_TOLD: Final = 32  # of one kind
-NTDLL: Final = "ntdll.dll"
+FIRST_IMAGES: Final = 3  # that the kernel maps before there is a loader: the program, ntdll.dll, WOW64's ntdll.dll
 
 
 class Program(NamedTuple):
@@ -64,7 +64,11 @@ def judge_places(scene: Scene, pages: Pages, budget: Budget) -> Iterator[Evidenc
 def judge_lists(scene: Scene, pages: Pages, budget: Budget) -> Iterator[Evidence]:
     """Images that the loader does not know, and modules of the loader that are no images."""
     if not scene.modules:
-        return  # the process has just begun, or has lost its loader's lists; the latter is told as a gap
+        images = sum(view.image for view in scene.views)
+        if images > FIRST_IMAGES and scene.lists_whole:
+            claim = f"none of {images} mapped images is in the loader's lists, which are empty"
+            yield Evidence(claim, "unlisted-module", weight=1)
+        return
     listed = {module.base: module for module in scene.modules}
     told = 0
     for view in scene.views:

@@ -388,6 +388,16 @@ def test_lists_that_cannot_be_read_to_their_ends_accuse_nobody_and_are_told(mach
     assert "gap" in {one.kind for one in found}
 
 
+def test_a_process_without_its_loaders_lists_is_unusual_once_it_has_more_images_than_at_its_start(
+    machine, notepad
+) -> None:
+    ldr = notepad.peb + types_of(machine).offset("_PEB.Ldr")
+    notepad.user.space.write(ldr, bytes(8))
+    assert look(machine, notepad) == ()
+    machine.module(notepad, "C:\\Program Files\\Vendor\\a.dll", in_ldr=False)
+    assert kinds(look(machine, notepad)) == [("unlisted-module", 1)]
+
+
 # -- the program itself --
 
 
