@@ -42,6 +42,7 @@ from appliance.guest.windows.xp_tables import (
 from appliance.model import (
     Direction,
     Endpoint,
+    Evidence,
     Finding,
     Flag,
     Flow,
@@ -101,6 +102,7 @@ class XpNetwork:
         self._tables: Tables | None = None
         self._born: dict[int, tuple[RawConnection, int]] = {}  # when each connection was first seen
         self._by_key: dict[Key, RawConnection] = {}
+        self._taken_out: dict[Key, RawConnection] = {}  # that live and are in no chain, by the last sweep
         self._by_port: dict[tuple[int, int], list[RawSocket]] = {}
         self._by_local: dict[int, list[RawConnection]] = {}
         self._built: dict[int, tuple[RawConnection | RawSocket, Owner | None, GuestSocket]] = {}
@@ -172,9 +174,27 @@ class XpNetwork:
         tcpip.sys keeps closed connections for later use, so one that no chain leads to is over (STALE) unless the
         socket that it was made from, of the same process and port, still exists and has no other connection: then it
         was taken out (UNLINKED_ENDPOINT). Sockets are given back to the pool when they are closed: one whose block is
-        in use was taken out. Call after `walk` or `refresh`. Raises GuestError.
+        in use was taken out. Of a running guest only what lives is told, if it is the same at two moments. Call after
+        `walk`. Raises GuestError.
         """
-        if self._connections is None or self._sockets is None:
+        found = self._loose(blocks := list(blocks))
+        if self._kernel.memory.live:
+            lives = {va: told for va, told in found.items() if Flag.UNLINKED_ENDPOINT in told[1].flags}
+            again = self._loose(blocks) if lives else {}
+            found = {
+                va: (raw, told)
+                for va, (raw, told) in again.items()
+                if va in lives and lives[va][0].identity == raw.identity
+            }
+        self._taken_out = {
+            _key(raw): raw
+            for raw, told in found.values()
+            if isinstance(raw, RawConnection) and Flag.UNLINKED_ENDPOINT in told.flags
+        }
+        return tuple(told for _, told in found.values())
+
+    def _loose(self, blocks: Iterable[tuple[int, Block]]) -> dict[int, tuple[RawConnection | RawSocket, GuestSocket]]:
+        if self._kernel.memory.live or self._connections is None:
             self.refresh()
         assert self._connections is not None and self._sockets is not None
         parser = self._parser
@@ -194,15 +214,17 @@ class XpNetwork:
                 socket = parser.socket(body, raw) if raw is not None else None
                 if socket is not None:
                     sockets.append(socket)
-        found = [self._told_unlinked(*each, sockets) for each in connections]
-        covered = {(raw.local_port, raw.pid) for raw, _ in connections}
+        found: dict[int, tuple[RawConnection | RawSocket, GuestSocket]] = {}
+        for connection, in_use in connections:
+            found[connection.va] = connection, self._told_unlinked(connection, in_use, sockets)
+        covered = {(each.local_port, each.pid) for each, _ in connections}
         for socket in sockets:
             holder = self._holder(socket)
             if socket.protocol == TCP and (socket.port, socket.pid) in covered:
                 continue
             flag = Flag.UNLINKED_ENDPOINT if _lives(holder) else Flag.STALE
-            found.append(self._build(socket, holder, _socket_state(socket), flag))
-        return tuple(found)
+            found[socket.va] = socket, self._build(socket, holder, _socket_state(socket), flag)
+        return found
 
     # -- one tuple --
 
@@ -240,14 +262,23 @@ class XpNetwork:
 
     def _find_tcp(self, flow: Flow, *, fresh: bool) -> Finding | None:
         near, far = flow.tuple.local, flow.tuple.remote
-        connection = self._by_key.get((near.ip.packed, near.port, far.ip.packed, far.port))
+        key = (near.ip.packed, near.port, far.ip.packed, far.port)
+        connection = self._by_key.get(key)
         if connection is not None:
             return self._of_connection(connection)
+        if fresh and (taken := self._taken_out.get(key)) is not None:
+            found = self._of_connection(taken)
+            if found is not None and found.owners and found.socket is not None:
+                claim = "a connection that lives lies in the kernel's pool and in none of its chains"
+                flag = Flag.UNLINKED_ENDPOINT
+                socket = replace(found.socket, flags=(flag, *found.socket.flags))
+                evidence = Evidence(claim, flag.value, taken.va, weight=2)
+                return replace(found, socket=socket, evidence=(*found.evidence, evidence))
         if flow.direction is Direction.IN or flow.midstream:
             listening = [each for each in self._bound(TCP, near) if self._state(each) == "LISTEN"]
-            found = self._of_sockets(listening, Match.LISTENER) if fresh else None
-            if found is not None:
-                return found
+            heard = self._of_sockets(listening, Match.LISTENER) if fresh else None
+            if heard is not None:
+                return heard
         return self._nobody(flow, fresh=fresh)
 
     def _of_connection(self, known: RawConnection) -> Finding | None:
@@ -358,7 +389,7 @@ class XpNetwork:
         born = self._born
         self._born = {}
         for raw in self._connections:
-            self._by_key[raw.local, raw.local_port, raw.remote, raw.remote_port] = raw
+            self._by_key[_key(raw)] = raw
             self._by_local.setdefault(raw.local_port, []).append(raw)
             before = born.get(raw.va)
             same = before is not None and before[0].identity == raw.identity
@@ -471,6 +502,10 @@ def _headers_of(kernel: WindowsKernel, module: KernelModule) -> pe.Headers | Non
         return pe.read_headers(kernel.space, module.base)
     except (Implausible, UnreadableMemory):
         return None
+
+
+def _key(raw: RawConnection) -> Key:
+    return raw.local, raw.local_port, raw.remote, raw.remote_port
 
 
 def _lives(holder: Holder) -> bool:

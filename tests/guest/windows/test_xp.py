@@ -9,6 +9,7 @@ import pytest
 from appliance.errors import GuestError, Implausible, UnsupportedGuest
 from appliance.guest.windows import xp_types
 from appliance.guest.windows.attach import attach
+from appliance.guest.windows.eye import WindowsEye
 from appliance.guest.windows.pools import PoolHeader, Sweep
 from appliance.guest.windows.processes import Processes
 from appliance.guest.windows.space import AddressSpace, Mode
@@ -438,6 +439,59 @@ def test_what_was_taken_out_of_the_tables_is_told_from_what_is_over(era):
         server.va: (Flag.UNLINKED_ENDPOINT,),
     }
     assert all(each.owners[0].process.pid == browser.pid for each in loose.values())
+
+
+def test_the_owner_of_a_connection_that_was_taken_out_is_named_once_a_sweep_has_found_it():
+    machine, browser, _ = busy()
+    machine.tcp(browser, (HERE, 1060), ("193.104.41.75", 80), linked=False)
+    kernel = attach(machine.memory())
+    network = XpNetwork(kernel, Processes(kernel))
+    network.walk()
+    asked = flow((HERE, 1060), ("193.104.41.75", 80))
+    assert network.find(asked).match is Match.NONE
+    network.unlinked(connections_in_ram(machine, network, kernel))
+    finding = network.find(asked)
+    assert (finding.match, finding.owners[0].process.pid) == (Match.EXACT, browser.pid)
+    assert finding.socket is not None
+    assert finding.socket.flags == (Flag.UNLINKED_ENDPOINT,)
+    assert [(claim.kind, claim.weight) for claim in finding.evidence] == [("unlinked-endpoint", 2)]
+
+
+def test_of_a_running_guest_what_is_over_is_not_told_nor_what_is_linked_meanwhile():
+    machine, browser, _ = busy()
+    over = machine.tcp(browser, (HERE, 1062), ("193.104.41.77", 80), socket=False)
+    machine.tcp_close(over, poison=False)
+    taken = machine.tcp(browser, (HERE, 1060), ("193.104.41.75", 80), linked=False)
+    late = machine.tcp(browser, (HERE, 1061), ("193.104.41.76", 80), linked=False, socket=False)
+    memory = machine.memory()
+    memory.live = True
+    kernel = attach(memory)
+    network = XpNetwork(kernel, Processes(kernel))
+    network.walk()
+    blocks = connections_in_ram(machine, network, kernel)
+    machine._push(late)
+    assert [each.address for each in network.unlinked(blocks)] == [taken.va]
+
+
+@pytest.mark.parametrize(
+    ("era", "pae"), [("xp-sp2", False), ("xp-sp3", True), ("2003-sp2", True), ("2003-sp2-x64", True)]
+)
+def test_the_eye_sees_a_foreign_connection_its_host_and_what_was_put_into_it(era, pae):
+    machine, _, hidden = busy(era, pae=pae)
+    region = machine.inject(machine.explorer)
+    module = machine.foreign_dll(machine.explorer)
+    taken = machine.tcp(machine.explorer, (HERE, 1060), ("193.104.41.75", 80), linked=False)
+    eye = WindowsEye(attach(machine.memory()))
+    snapshot = eye.read_snapshot()
+    assert {each.pid for each in snapshot.processes} == {each.pid for each in machine.processes}
+    odd = {each.pid: each.flags for each in snapshot.processes if each.flags}
+    assert odd == {hidden.pid: (Flag.HIDDEN_PROCESS,)}
+    flagged = {(each.remote.port, each.local.port): each.flags for each in snapshot.sockets if each.flags}
+    assert flagged == {(80, 1040): (Flag.HIDDEN_PROCESS,), (80, taken.local[1]): (Flag.UNLINKED_ENDPOINT,)}
+    (host,) = eye.find_owner(flow((HERE, 1038), (THERE, 8080))).owners
+    assert host.process.pid == machine.explorer.pid
+    evidence = {(claim.kind, claim.address & -PAGE) for claim in eye.find_foreign(host.process) if claim.weight == 2}
+    assert {("injected-pe", region.start), ("foreign-thread", region.start), ("unlisted-module", module)} <= evidence
 
 
 @pytest.mark.parametrize("era", ["xp-sp2", "2003-sp1"])
