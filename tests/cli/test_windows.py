@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from scapy.layers.inet import IP, TCP
+from scapy.layers.l2 import Ether
+from scapy.utils import wrpcap
 from typer.testing import CliRunner
 
 from appliance.cli.main import app
@@ -90,3 +93,37 @@ def test_an_image_of_neither_system_is_said_to_be_neither(run, tmp_path):
     (tmp_path / "empty.raw").write_bytes(bytes(4 << 20))
     message = str(run("connections", f"file:{tmp_path / 'empty.raw'}").exception)
     assert "Linux" in message and "Windows" in message
+
+
+def conversation(local_port, peer, peer_port):
+    """A TCP connection that the guest begins, and that lives on for three seconds."""
+    out = IP(src=HOME, dst=peer), {"sport": local_port, "dport": peer_port}
+    back = IP(src=peer, dst=HOME), {"sport": peer_port, "dport": local_port}
+    steps = [(0.0, out, "S"), (0.001, back, "SA"), (0.002, out, "A")]
+    steps += [(0.003 + number / 4, (out, back)[number % 2], "PA") for number in range(12)]
+    for at, (ip, ports), flags in steps:
+        packet = Ether() / ip / TCP(**ports, flags=flags) / (b"x" * 20 if "P" in flags else b"")
+        packet.time = 1_780_315_200 + at
+        yield packet
+
+
+def test_a_recorded_capture_is_judged_by_the_image_and_what_the_guest_conceals_is_an_alert(run, places, tmp_path):
+    wanted = {49701: "93.184.216.34", 49720: "203.0.113.99", 49730: "203.0.113.98"}
+    ports = {49701: 443, 49720: 1337, 49730: 4444}
+    packets = [packet for port, peer in wanted.items() for packet in conversation(port, peer, ports[port])]
+    wrpcap(str(tmp_path / "guest.pcap"), sorted(packets, key=lambda packet: packet.time))
+    done = run(
+        "replay", "--pcap", tmp_path / "guest.pcap", "--memory", places / "odd.elf", "--symbols", places,
+        "--local", HOME, "-o", "jsonl",
+    )  # fmt: skip
+    verdicts = {one["flow"]["local"]["port"]: one for one in map(json.loads, done.stdout.splitlines()) if "flow" in one}
+    names = {port: one["process"] and one["process"]["name"] for port, one in verdicts.items()}
+    assert names == {49701: "browser.exe", 49720: "notepad.exe", 49730: "hidden.exe"}
+    reasons = {port: one["binding"]["reason"] for port, one in verdicts.items()}
+    assert reasons == {49701: None, 49720: None, 49730: "hidden"}
+    assert "the guest's own tables do not have this connection" in verdicts[49720]["because"]
+    assert "unlinked-endpoint" in {item["kind"] for item in verdicts[49720]["evidence"]}
+    assert "is not on the guest's own list of processes" in verdicts[49730]["because"]
+    for port in (49720, 49730):
+        assert (verdicts[port]["alert"], verdicts[port]["severity"] in ("high", "critical")) == (True, True)
+    assert verdicts[49701]["alert"] is False
