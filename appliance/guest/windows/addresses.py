@@ -191,12 +191,8 @@ class Addresses:
 
 
 def tag_of(raw: bytes) -> bytes:
-    """The pool tag in front of an object whose bytes were read from its pool header on (_POOL_HEADER.PoolTag).
-
-    The highest bit of the last character marks a protected allocation (Windows 7 and older).
-    """
-    tag = raw[4:8]
-    return tag[:3] + bytes((tag[3] & 0x7F,)) if len(tag) == 4 else b""
+    """The pool tag in front of an object whose bytes were read from its pool header on (_POOL_HEADER.PoolTag)."""
+    return raw[4:8]
 
 
 @lru_cache(1 << 14)

@@ -70,7 +70,7 @@ class RawSocket(NamedTuple):
 
 def key_of(local: bytes, local_port: int, remote: bytes = b"", remote_port: int = 0) -> bytes:
     """What a connection is found by: addresses in network order, v4-mapped ones as IPv4."""
-    return b"%b%d.%b%d" % (plain(local), local_port, plain(remote), remote_port)
+    return plain(local) + _PORTS.pack(local_port, remote_port) + plain(remote)
 
 
 class Partitions:
@@ -259,7 +259,7 @@ class Connections:
             del self.by_key[gone.key]
 
     def _forget_waiting(self, entries: Iterable[int]) -> None:
-        for entry in entries:
+        for entry in entries if self._waiting else ():
             gone = self._waiting.pop(entry, None)
             if gone is not None and self.by_key.get(gone.key) is gone:
                 del self.by_key[gone.key]
@@ -269,7 +269,8 @@ class Connections:
         wanted = list(vas & self._bits.keys())
         strangers = []
         for va, raw in self._parse(wanted).items():
-            self._drop(va)
+            if va in self._connections:
+                self._drop(va)
             if raw is None:
                 strangers.append(va)
             else:
@@ -305,7 +306,7 @@ class Connections:
             if state in STATES and local_port:
                 sound.append((va, raw, state, local_port, remote_port))
                 pointers.append(self._pair.unpack_from(raw, header + tcp.inet_af))
-        owner_at = header + tcp.owner
+        owner_at, af_at, is_kernel = header + tcp.owner, header + tcp.inet_af, self._kernel.is_kernel
         for (va, raw, state, local_port, remote_port), pair in zip(sound, self._addresses.pairs(pointers), strict=True):
             if pair is None:
                 continue
@@ -317,11 +318,11 @@ class Connections:
                 pair.family,
                 Endpoint(ip_of(pair.local), local_port),
                 Endpoint(ip_of(pair.remote), remote_port),
-                owner if self._kernel.is_kernel(owner) else 0,
-                key_of(pair.local, local_port, pair.remote, remote_port),
+                owner if is_kernel(owner) else 0,
+                plain(pair.local) + raw[ports_at : ports_at + 4] + plain(pair.remote),  # see `key_of`
                 self._bits.get(va, 0),
                 1,
-                marks_of(raw, ((4, 4), (header + tcp.inet_af, header), (ports_at, 4))),
+                ((4, raw[4:8]), (af_at, raw[af_at : af_at + header]), (ports_at, raw[ports_at : ports_at + 4])),
                 pair.pieces,
             )
         return found

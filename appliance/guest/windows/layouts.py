@@ -13,14 +13,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+
+def _tags(*names: bytes) -> frozenset[bytes]:
+    """Pool tags, also as they are when the highest bit of the last character marks a protected allocation."""
+    return frozenset(names) | {name[:3] + bytes((name[3] | 0x80,)) for name in names}
+
+
 # Pool tags (volatility3 plugins/windows/netscan.py, vmmnet; TTcb: since 20348).
-TCP_TAGS: Final = frozenset((b"TcpE", b"TTcb"))
-LISTENER_TAGS: Final = frozenset((b"TcpL",))
-UDP_TAGS: Final = frozenset((b"UdpA",))
-TIME_WAIT_TAGS: Final = frozenset((b"TcTW",))
-FAMILY_TAGS: Final = frozenset((b"InNl",))
-COMPARTMENT_TAGS: Final = frozenset((b"InCo",))
-PATH_TAGS: Final = frozenset((b"IPpa",))
+TCP_TAGS: Final = _tags(b"TcpE", b"TTcb")
+LISTENER_TAGS: Final = _tags(b"TcpL")
+UDP_TAGS: Final = _tags(b"UdpA")
+TIME_WAIT_TAGS: Final = _tags(b"TcTW")
+FAMILY_TAGS: Final = _tags(b"InNl")
+COMPARTMENT_TAGS: Final = _tags(b"InCo")
+PATH_TAGS: Final = _tags(b"IPpa")
 
 AF_INET, AF_INET6 = 2, 23  # ws2def.h
 ADDRESS_SIZE: Final = {AF_INET: 4, AF_INET6: 16}
