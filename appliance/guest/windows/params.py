@@ -20,6 +20,7 @@ from appliance.model import Missing
 LOWEST_USER: Final = 0x1_0000  # below, nothing is mapped in user mode
 HIGHEST_USER: Final = 1 << 56  # with 5 levels of page tables; what else is no user's, the kernel's own range tells
 MAX_ENVIRONMENT: Final = 64 << 10
+MAX_VALUE: Final = 256  # characters of a variable that we keep
 MAX_SESSION: Final = 1 << 24
 
 
@@ -86,7 +87,7 @@ class ParameterReader:
                 break
             name, _, value = entry.partition("=")
             if name.upper() in wanted:
-                found.setdefault(name.upper(), value)
+                found.setdefault(name.upper(), value[:MAX_VALUE])
         return found
 
     def is_user(self, va: int) -> bool:

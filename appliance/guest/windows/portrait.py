@@ -2,8 +2,8 @@ r"""From an ``_EPROCESS`` to a GuestProcess: everything a person wants to know a
 
 The kernel's own view comes first: the name and the path are those that it noted when it made the process
 (SeAuditProcessCreationInfo), the user is that of its token. From the process's own memory, which is the process's to
-change, come its command line, the names of accounts (USERDOMAIN\USERNAME of a process of that very SID) and, where the
-kernel's path is lacking, its path. What cannot be read in it now (paged out, or a process that has just begun) is tried
+change, come its command line and the names of accounts (USERDOMAIN\USERNAME of a process of that very SID). Its own
+idea of its path only serves to learn which drive a volume is. What cannot be read in it now (paged out, or a process that has just begun) is tried
 again with the next look; all else is read once.
 Sources: _SE_AUDIT_PROCESS_CREATION_INFO, _PS_PROTECTION, enum _PS_PROTECTED_SIGNER of ntkrnlmp.pdb; SE_SIGNING_LEVEL_*
 (winnt.h); svchost.exe -k GROUP -s SERVICE.
@@ -30,6 +30,7 @@ from appliance.model import Flag, GuestProcess, Missing
 
 MAX_CACHE: Final = 8192
 SHORT_NAME: Final = 14  # characters of ImageFileName
+MAX_PAUSE: Final = 64  # looks between two tries to read what was unreadable
 WITNESSES: Final = 4  # processes that are asked for the name of one account, in one look
 # SE_SIGNING_LEVEL_*: 0 unchecked, 1 unsigned; 5, 9, 10 and 15 have no fixed meaning
 LEVELS: Final = {
@@ -52,7 +53,8 @@ POOL: Final = re.compile(r'\s-ap\s+(?:"([^"]{1,256})"|(\S{1,256}))', re.IGNORECA
 class _Portrait(NamedTuple):
     vitals: tuple[int, ...]  # what must be unchanged for it to hold
     process: GuestProcess
-    complete: bool
+    failures: int  # how often something of it could not be read; 0: all of it is there
+    due: int  # the look from which on it is worth another try
 
 
 class Portraits:
@@ -75,10 +77,15 @@ class Portraits:
         self._cache: dict[tuple[int, int, int], _Portrait] = {}
         self._accounts: dict[str, str] = {}
         self._asked_drives = False
+        self._looks = 0
 
     def describe(self, raws: Sequence[RawProcess], flags: tuple[Flag, ...] = ()) -> list[GuestProcess]:
         """Describe processes, the ones not seen before together in few batches."""
+        self._looks += 1
         fresh = [raw for raw in raws if not self._holds(raw)]
+        if len(self._cache) + len(fresh) > MAX_CACHE:
+            self._cache.clear()
+            fresh = list(raws)
         if fresh:
             self._describe_fresh(fresh)
         found = [self._cache[raw.va, raw.pid, raw.created].process for raw in raws]
@@ -94,7 +101,9 @@ class Portraits:
 
     def _holds(self, raw: RawProcess) -> bool:
         cached = self._cache.get((raw.va, raw.pid, raw.created))
-        return cached is not None and cached.complete and cached.vitals == self._vitals(raw)
+        if cached is None or cached.vitals != self._vitals(raw):
+            return False
+        return not cached.failures or self._looks < cached.due
 
     def _vitals(self, raw: RawProcess) -> tuple[int, ...]:
         token = self._tokens.pointer(raw.token)
@@ -104,8 +113,6 @@ class Portraits:
         if not self._asked_drives:
             self._asked_drives = True
             self.drives.read(raws[0].va)
-        if len(self._cache) + len(raws) > MAX_CACHE:
-            self._cache.clear()
         paths = self._kernel_paths(raws)
         files = self._files.read([raw.file for raw in raws if raw.file])
         tokens = self._tokens.read([raw.token for raw in raws])
@@ -120,12 +127,21 @@ class Portraits:
             process = self._portray(raw, where, token, parameters)
             if file is not None and file.delete_pending:
                 process = replace(process, deleted=True)
-            complete = token is not None and (raw.exited != 0 or process.command is not Missing.UNREADABLE)
-            self._cache[raw.va, raw.pid, raw.created] = _Portrait(self._vitals(raw), process, complete)
+            readable = raw.exited != 0 or process.command is not Missing.UNREADABLE
+            complete = readable and token is not None and path is not None
+            self._keep(raw, process, complete=complete)
+
+    def _keep(self, raw: RawProcess, process: GuestProcess, *, complete: bool) -> None:
+        """Remember a description; the more often something of it was unreadable, the later it is tried again."""
+        key = raw.va, raw.pid, raw.created
+        before = self._cache.get(key)
+        failures = 0 if complete else 1 + (before.failures if before is not None else 0)
+        due = self._looks + min(1 << failures - 1, MAX_PAUSE) if failures else 0
+        self._cache[key] = _Portrait(self._vitals(raw), process, failures, due)
 
     def _portray(self, raw: RawProcess, path: str, token: Token | None, own: Parameters) -> GuestProcess:
         minimal = not self._parameters.is_user(raw.peb)  # System, Registry, MemCompression: no user mode, no PEB
-        name, where = self._name(raw, path), self._path(path, own.image, minimal=minimal)
+        name, where = self._name(raw, path), self._path(path, minimal=minimal)
         command = Missing.NOT_APPLICABLE if minimal and raw.exited == 0 else own.command
         services = self._services(name, command)
         session = own.session
@@ -153,10 +169,12 @@ class Portraits:
 
     # -- the kernel's view --
 
-    def _kernel_paths(self, raws: Sequence[RawProcess]) -> list[str]:
-        """The path that the kernel noted when it made each process; empty where it did not."""
-        vas = [raw.audit + self._audit_name if self._kernel.is_kernel(raw.audit) else 0 for raw in raws]
-        return [text or "" for text in wide_texts(self._kernel.space, vas, MAX_PATH)]
+    def _kernel_paths(self, raws: Sequence[RawProcess]) -> list[str | None]:
+        """The path that the kernel noted when it made each process; empty where it did not, None: unreadable now."""
+        noted = [self._kernel.is_kernel(raw.audit) for raw in raws]
+        vas = [raw.audit + self._audit_name for raw, there in zip(raws, noted, strict=True) if there]
+        texts = iter(wide_texts(self._kernel.space, vas, MAX_PATH))
+        return [next(texts) if there else "" for there in noted]
 
     def _image_path(self, raw: RawProcess) -> str:
         """The path of the file that is mapped where the kernel mapped the program: for kernels that note no path."""
@@ -173,12 +191,11 @@ class Portraits:
         whole = file_name(path)
         return whole if whole.casefold()[:SHORT_NAME] == raw.name.casefold()[:SHORT_NAME] else raw.name
 
-    def _path(self, path: str, own: str | Missing, *, minimal: bool) -> str | Missing:
+    def _path(self, path: str, *, minimal: bool) -> str | Missing:
+        """The kernel's path with a drive letter. The process's own word for it is not taken."""
         if path.startswith("\\"):
             return self.drives.to_dos(path)
-        if minimal:
-            return Missing.NOT_APPLICABLE
-        return own.removeprefix("\\??\\") if isinstance(own, str) and own else Missing.UNREADABLE
+        return Missing.NOT_APPLICABLE if minimal else Missing.UNREADABLE
 
     def _signer(self, raw: RawProcess) -> str | None:
         """Who signed it: of a protected process the signer that protects it, else the level its image reached."""
@@ -237,4 +254,11 @@ class Portraits:
             found = self._parameters.read_environment(raw, parameters.environment, names)
             if found.get("USERNAME"):
                 domain = found.get("USERDOMAIN")
-                self._accounts[token.sid] = f"{domain}\\{found['USERNAME']}" if domain else found["USERNAME"]
+                self._name_account(token.sid, f"{domain}\\{found['USERNAME']}" if domain else found["USERNAME"])
+
+    def _name_account(self, sid: str, name: str) -> None:
+        """Remember an account's name, also for those that were described before it was known."""
+        self._accounts[sid] = name
+        for key, portrait in self._cache.items():
+            if portrait.process.sid == sid and portrait.process.user is None:
+                self._cache[key] = portrait._replace(process=replace(portrait.process, user=name))

@@ -25,6 +25,7 @@ MAX_PROCESSES: Final = 65_536  # pids are handles of PspCidTable; no guest of ou
 MAX_PID: Final = 1 << 26  # ExMaxHandle bounds a handle table at 2^24 entries, each counts for 4
 TRIES: Final = 3
 SYSTEM_PID: Final = 4
+YOUNG_NS: Final = 1_000_000_000  # nt!PspInsertProcess links a process only after it was made
 
 
 class ProcessList(NamedTuple):
@@ -126,14 +127,26 @@ class Processes:
         return self.find(va) is not None
 
     def is_listed(self, raw: RawProcess) -> bool:
-        """Whether the list leads to a process now. Walks it anew only when its neighbours know it and we do not."""
+        """Whether the list leads to a process now. The list is walked anew unless the last look at it tells enough."""
         listed = self._listed.get(raw.va)
         if listed is not None and listed.key == raw.key:
             return True
-        if not self._has_neighbours(raw.va):
+        if self._is_alone(raw.va):
             return False
-        listed = next((each for each in self.walk().processes if each.va == raw.va), None)
+        listing = self.walk()
+        listed = self._listed.get(raw.va)
+        if listed is None and listing.gaps:
+            return self._has_neighbours(raw.va)
         return listed is not None and listed.key == raw.key
+
+    def is_young(self, raw: RawProcess) -> bool:
+        """Whether a process of a running guest started a moment ago: it may not be on the list yet."""
+        if not self._kernel.memory.live:
+            return False  # nothing will be linked any more
+        try:
+            return 0 <= self._kernel.read_shared().epoch_ns - raw.created < YOUNG_NS
+        except UnreadableMemory:
+            return False
 
     # -- what a person wants to know --
 
@@ -154,13 +167,19 @@ class Processes:
     def _is_object(self, va: int) -> bool:
         return self._kernel.is_kernel(va) and not va % self._pointer
 
+    def _is_alone(self, va: int) -> bool:
+        """Whether a process is in a ring of its own: its links lead to itself."""
+        node = (va + self._links).to_bytes(self._pointer, "little")
+        try:
+            return self._kernel.space.read(va + self._links, 2 * self._pointer) == 2 * node
+        except UnreadableMemory:
+            return True
+
     def _has_neighbours(self, va: int) -> bool:
         """Whether both neighbours of a process in its ring point to it."""
         space, node = self._kernel.space, va + self._links
         try:
             flink, blink = space.pointer(node), space.pointer(node + self._pointer)
-            if node in (flink, blink):
-                return False
             return space.pointer(flink + self._pointer) == node and space.pointer(blink) == node
         except UnreadableMemory:
             return False

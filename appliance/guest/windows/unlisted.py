@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from appliance.errors import GuestGone, OutOfTime, UnreadableMemory
 from appliance.guest.windows.eprocess import PROCESS_OBJECT, RawProcess
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.pools import PROCESS_TAG, Block, PoolHeader
@@ -20,7 +19,6 @@ from appliance.model import Flag
 
 HEADERS = 0x180  # bytes between a block's start and its process: the headers of block and object
 MAX_BLOCKS = 8192
-YOUNG_NS = 1_000_000_000
 
 
 class Unlisted:
@@ -60,16 +58,6 @@ class Unlisted:
         """How a process that was not on the list is to be told; None: not at all, since it is on it by now."""
         if raw.exited:
             return (Flag.STALE,)
-        if self._processes.is_listed(raw) or self._is_young(raw):
+        if self._processes.is_listed(raw) or self._processes.is_young(raw):
             return None
         return (Flag.HIDDEN_PROCESS,)
-
-    def _is_young(self, raw: RawProcess) -> bool:
-        if not self._kernel.memory.live:
-            return False  # nothing will be linked any more
-        try:
-            return self._kernel.read_shared().epoch_ns - raw.created < YOUNG_NS
-        except (GuestGone, OutOfTime):
-            raise
-        except UnreadableMemory:
-            return False

@@ -290,8 +290,8 @@ def protection_name(value: int) -> str:
 
 
 def _take(number: int, field: Field) -> int:
-    """A bit-field's value. ``number`` begins where the bit-field's own storage does."""
-    return number >> field.bit_position & (1 << field.bit_length) - 1
+    """A bit-field's value, of a number that begins where the structure does that holds it."""
+    return number >> 8 * field.offset + field.bit_position & (1 << field.bit_length) - 1
 
 
 def _bits(kernel: WindowsKernel, name: str) -> Field | None:

@@ -390,6 +390,26 @@ def test_a_hidden_process_is_no_listed_one_and_yet_a_process(machine):
     assert processes.describe(raw).flags == ()
 
 
+def test_one_that_was_taken_off_the_list_and_still_points_into_it_is_not_listed(machine):
+    made = [machine.process(f"p{number}.exe") for number in range(3)]
+    processes = Processes(kernel_of(machine))
+    poke(machine, made[0].va, "_EPROCESS.ActiveProcessLinks.Flink", made[2].va + links(machine))
+    poke(machine, made[2].va, "_EPROCESS.ActiveProcessLinks.Blink", made[0].va + links(machine))
+    assert not processes.is_listed(processes.find(made[1].va))
+    assert processes.is_listed(processes.find(made[0].va)) and processes.is_listed(processes.find(made[2].va))
+
+
+def test_where_the_list_is_broken_only_one_that_its_neighbours_do_not_know_is_not_listed(machine):
+    made = [machine.process(f"p{number}.exe") for number in range(5)]
+    for broken in (made[0], made[4]):  # from either end the walk stops here
+        poke(machine, broken.va, "_EPROCESS.ActiveProcessLinks.Flink", 0x0BAD)
+        poke(machine, broken.va, "_EPROCESS.ActiveProcessLinks.Blink", 0x0BAD)
+    processes = Processes(kernel_of(machine))
+    assert processes.is_listed(processes.find(made[2].va))
+    poke(machine, made[1].va, "_EPROCESS.ActiveProcessLinks.Flink", made[3].va + links(machine))
+    assert not processes.is_listed(processes.find(made[2].va))
+
+
 def test_one_that_took_the_place_of_a_listed_one_is_not_listed(server):
     made = server.process("notepad.exe", session=1)
     processes = Processes(kernel_of(server))
