@@ -3,8 +3,6 @@
 What stock netstat sees is compared in the same run: what it sees, ours see, and what it misses is said.
 """
 
-import json
-import os
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from appliance.evidence.volatility import SecondOpinion
+from tests.against import stock
 from tests.worlds.nouns import owner
 from tests.worlds.windows import Machine
 from tests.worlds.windows.scene import Scene, plant
@@ -22,13 +21,6 @@ from tests.worlds.windows.xp import XpMachine
 ROOT = Path(__file__).parents[2]
 OURS = {"parasight", "netchains", "connections"}
 SAME = ("Offset", "Proto", "LocalAddr", "LocalPort", "ForeignAddr", "ForeignPort", "State", "PID", "Owner", "Created")
-
-
-SCRIPT = """import sys
-sys.modules["jsonschema"] = None  # else Volatility checks symbol tables for 20 s
-sys.argv[0] = "vol"
-from volatility3.cli import main
-main()"""
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +75,7 @@ def old(symbols):
 def vol(symbols, world, deep, old):
     """Stock Volatility as a person runs it."""
 
-    def run(location: Path | str, plugin: str, *words: str, ours: bool = True) -> list[dict]:
-        command = [sys.executable, "-P", "-c", SCRIPT, "-q", "--offline", "-r", "json", "-s", str(symbols)]
-        command += ["-p", str(ROOT / "plugins")] if ours else []
-        done = subprocess.run(
-            [*command, "-f", str(location), plugin, *words],
-            env={"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(symbols / ".cache")},
-            cwd=symbols,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
+    return lambda location, *words, **options: stock.vol(location, symbols, *words, **options)
 
 
 @pytest.fixture(scope="module")
