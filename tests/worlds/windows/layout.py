@@ -836,6 +836,7 @@ EXTRA = {
     "20348": "_KQOS_GROUPING_SETS\n  SingleCoreSet u64\n",
     "26100": "_KQOS_GROUPING_SETS\n  SingleCoreSet u64\n",
 }
+SALT = {"17763": 18, "19041": 5, "20348": 5, "26100": 2}  # drawn so that nothing that matters lies where Windows has it
 WITHOUT = {"26100": {"_MM_SESSION_SPACE"}}  # of Windows 11 24H2 on it is named otherwise and its members are untold
 PLAIN_FIELD = re.compile(
     r"^(?P<mark>[|?%] ?)?(?P<name>\w+) (?P<type>.+?)(?: @(?P<at>0x[0-9a-f]+|\d+))?(?: align=(?P<align>\d+))?$"
@@ -846,13 +847,13 @@ PLAIN_FIELD = re.compile(
 def invent(family: str) -> Json:
     """The ``user_types`` and ``enums`` of a family, as an ISF holds them; the same every time."""
     types: Json = {}
-    rng = random.Random(f"layout of {family}")
     without = WITHOUT.get(family, set())
     for text, loose in ((FIXED, False), (LOOSE, True), (EXTRA.get(family, ""), True)):
         for block in text.strip().split("\n\n"):
             if block:
                 name = block.split()[0]
-                definition = _structure(block, types, rng if loose else None, family)
+                rng = random.Random(f"{family}/{SALT[family]}/{name}") if loose else None
+                definition = _structure(block, types, rng, family)
                 if name not in without:
                     types[name] = definition
     enums = {name: {"base": "int", "constants": constants, "size": 4} for name, constants in ENUMS.items()}
@@ -874,6 +875,7 @@ def _structure(block: str, types: Json, rng: random.Random | None, family: str) 
     end = start = bit = 0
     alignment = 1
     unit = -1  # where the bit-fields in hand lie
+    moved = False  # the first field that may be elsewhere is
     fields: Json = {}
     for line in lines:
         match = PLAIN_FIELD.match(line.strip())
@@ -903,7 +905,8 @@ def _structure(block: str, types: Json, rng: random.Random | None, family: str) 
             offset = start
         else:
             if rng is not None and not union:
-                end += rng.choice((0, 0, 0, 8, 8, 16, 24))
+                end += rng.choice((0, 0, 0, 8, 8, 16, 24) if moved else (8, 16, 24, 32))
+                moved = True
             offset = -(-end // align) * align
         fields[match["name"]] = {"offset": offset, "type": kind}
         start, unit, end = offset, -1, max(end, offset + width)
