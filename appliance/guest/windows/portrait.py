@@ -3,8 +3,8 @@ r"""From an ``_EPROCESS`` to a GuestProcess: everything a person wants to know a
 The kernel's own view comes first: the name and the path are those that it noted when it made the process
 (SeAuditProcessCreationInfo), the user is that of its token. From the process's own memory, which is the process's to
 change, come its command line and the names of accounts (USERDOMAIN\USERNAME of a process of that very SID). Its own
-idea of its path only serves to learn which drive a volume is. What cannot be read in it now (paged out, or a process that has just begun) is tried
-again with the next look; all else is read once.
+idea of its path only serves to learn which drive a volume is. What cannot be read in it now (paged out, or a process
+that has just begun) is tried again with later looks; all else is read once.
 Sources: _SE_AUDIT_PROCESS_CREATION_INFO, _PS_PROTECTION, enum _PS_PROTECTED_SIGNER of ntkrnlmp.pdb; SE_SIGNING_LEVEL_*
 (winnt.h); svchost.exe -k GROUP -s SERVICE.
 """

@@ -128,7 +128,6 @@ def test_a_range_outside_the_bounds_that_its_parents_leave_is_torn_and_not_told(
 def test_a_tree_that_leads_back_to_itself_ends(machine):
     process = machine.process("notepad.exe")
     top = peek(machine, process.va, root_of(machine, process))
-    write(machine, top, top.to_bytes(8, "little") * 2 if types_of(machine).pointer_size == 8 else b"")
     for name in ("VadNode.Left", "VadNode.Right", "LeftChild", "RightChild"):
         if types_of(machine).has(f"_MMVAD_SHORT.{name}"):
             poke(machine, top, f"_MMVAD_SHORT.{name}", top)
