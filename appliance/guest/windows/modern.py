@@ -1,9 +1,9 @@
 """The network since Vista, compared with itself: two tables, port pools, their bitmaps, and what lies in the pools.
 
-An endpoint that no table has is called *unlinked* only when everything in it still lives: its header is in use, its
-state is one of a connection under way, its addresses lead somewhere, its owner is a process that has not ended.
-Anything less is *stale*. A port that is taken and that nothing takes is told too; a long run of them is a range that
-an administrator, or Hyper-V, has reserved.
+An endpoint that no table has is called *unlinked* only when it still lives: its addresses lead somewhere, its owner is
+a process that has not ended, its state is one of a connection under way, and its block is in use, or else its port is
+taken and by nothing else. Anything less is *stale*. A port that is taken and that nothing takes is told too; a long run
+of them is a range that an administrator, or Hyper-V, has reserved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from appliance.model import Endpoint, Evidence, Finding, Flag, Flow, Gap, GuestS
 
 TRANSPORTS: Final = {pools.LISTENER_TAG: Transport.TCP, pools.UDP_TAG: Transport.UDP}
 UNDER_WAY: Final = frozenset((2, 3, 4, 7))  # SYN_SENT, SYN_RECV, ESTABLISHED, CLOSE_WAIT: nobody frees it like this
-CLOSING: Final = frozenset((5, 6, 8, 9))  # FIN_WAIT1 and 2, CLOSING, LAST_ACK: it lives if its port is still taken
+CLOSING: Final = frozenset((5, 6, 8, 9))  # FIN_WAIT1 and 2, CLOSING, LAST_ACK: they may be left in what was freed
 RESERVED: Final = 8  # ports side by side
 MAX_STALE: Final = 1024
 RULE: Final = 3  # connections in both tables for each that is in one only
@@ -140,7 +140,8 @@ class Modern:
 
     def _look_around(self) -> None:
         """Look through some of the memory around the connections that are known: pools put like beside like."""
-        around = sorted({raw.va & -AROUND for raw in self._sockets.connections if raw.kind is Kind.TCP})
+        known = {raw.va - self._header.size for raw in (*self._sockets.connections, *self._sockets.ports)}
+        around = sorted({va & -AROUND for va in known})
         if not around:
             return
         self._next %= len(around)
@@ -148,7 +149,6 @@ class Modern:
         self._next += NEIGHBOURS
         pages = [page for start in starts for page in range(start, start + AROUND, PAGE)]
         raws = self._kernel.space.readv([(page, PAGE) for page in pages])
-        known = {raw.va - self._header.size for raw in self._sockets.connections}
         blocks = [
             (block.at, block)
             for page, raw in zip(pages, raws, strict=True)
@@ -239,19 +239,23 @@ class Modern:
         """Whether a socket that no table has lives, or is only what is left of one."""
         if raw.kind is Kind.TIME_WAIT:
             return None if block.in_use else Flag.STALE
-        if not block.in_use or owner is None or owner.exited:
+        if owner is None or owner.exited:
             return Flag.STALE
-        if raw.kind is Kind.TCP and raw.state not in CLOSING:
-            return Flag.UNLINKED_ENDPOINT if raw.state in UNDER_WAY else Flag.STALE
-        transport = Transport.UDP if raw.kind is Kind.UDP else Transport.TCP
+        if raw.kind is Kind.TCP and raw.state in UNDER_WAY and block.in_use:
+            return Flag.UNLINKED_ENDPOINT
+        if raw.kind is Kind.TCP and raw.state not in UNDER_WAY | CLOSING:
+            return Flag.STALE
+        # A header can be forged; a port that is taken by nothing else is taken by this.
+        transport = _transport(raw)
         held = any(raw.local.port in ports for (protocol, _), ports in taken.items() if protocol is transport)
-        others = raw.kind is not Kind.TCP and self._sockets.bound(transport, raw.local.port)
-        return Flag.UNLINKED_ENDPOINT if held and not others else Flag.STALE
+        linked = (*self._sockets.connections, *self._sockets.ports)
+        alone = not any(_transport(one) is transport and one.local.port == raw.local.port for one in linked)
+        return Flag.UNLINKED_ENDPOINT if held and alone else Flag.STALE
 
     def _bare(self) -> set[tuple[Transport, int, int]]:
         used: dict[Transport, set[int]] = {Transport.TCP: set(), Transport.UDP: set()}
         for raw in self._raws:
-            used[Transport.UDP if raw.kind is Kind.UDP else Transport.TCP].add(raw.local.port)
+            used[_transport(raw)].add(raw.local.port)
         ports = self._sockets.ports
         return {
             (transport, compartment, port)
@@ -259,6 +263,10 @@ class Modern:
             for port in _singles(taken - used[transport] - {0})
             if not ports.entry(transport, compartment, port)
         }
+
+
+def _transport(raw: RawSocket) -> Transport:
+    return Transport.UDP if raw.kind is Kind.UDP else Transport.TCP
 
 
 def _flagged(socket: GuestSocket, flag: Flag | None) -> GuestSocket:

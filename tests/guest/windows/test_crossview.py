@@ -152,3 +152,14 @@ def test_on_the_wire_too_the_tables_are_compared_only_where_they_agree_as_a_rule
             machine.tcp(machine["explorer.exe"], (HOME, 50001 + number), (PEER, 443))
         eye.read_snapshot()
         assert eye.find_owner(asked).socket.flags == (Flag.ONE_TABLE_ONLY,)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_connection_whose_block_is_made_to_look_free_is_given_away_by_its_port(live):
+    with Machine("20348") as machine:
+        gone = machine.tcp(machine["explorer.exe"], (HOME, 50000), (PEER, 443))
+        machine.tcp_close(gone, poison=False, reuse=False)
+        concealed = machine.tcp(machine["lsass.exe"], (HOME, 50001), (PEER, 443), tables=())
+        machine.kernel.space.write(concealed.va - 13, b"\0")  # PoolType
+        expected = {("tcp", 50001): {Flag.UNLINKED_ENDPOINT}} | ({} if live else {("tcp", 50000): {Flag.STALE}})
+        assert odd_sockets(eye_of(machine, live=live).read_snapshot()) == expected
