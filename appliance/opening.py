@@ -17,7 +17,7 @@ from appliance.guest.attach import NO_LINUX, attach
 from appliance.guest.linux.eye import LinuxEye
 from appliance.guest.windows.attach import attach as attach_windows
 from appliance.guest.windows.eye import WindowsEye
-from appliance.guest.windows.roots import find_by_stub, find_by_vcpus, is_linux
+from appliance.guest.windows.roots import is_linux, looks_like_windows
 from appliance.guest.windows.symbols import SymbolStore
 from appliance.memory.file import open_file
 from appliance.memory.qemu import open_qemu
@@ -64,8 +64,8 @@ def _open_image(path: Path, symbols: Sequence[Path]) -> GuestEye:
 def _attach_to(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool) -> GuestEye:
     """The eye that fits what runs there; where there is neither Linux nor Windows, both are said to be missing."""
     try:
-        signs = (find_by_vcpus(memory), find_by_stub(memory))  # cheap; a Linux guest must not wait for more
-        if not is_linux(memory) and any(next(roots, None) is not None for roots in signs):
+        # Cheap: a Linux guest must not wait for more; nor may what is left of a Windows that ran before it mislead.
+        if not is_linux(memory) and looks_like_windows(memory, near=False):
             return _open_windows(memory, symbols, thorough=thorough)
         try:
             return _open_linux(memory)

@@ -27,6 +27,7 @@ from appliance.guest.windows.roots import (
     find_by_vcpus,
     is_linux,
     looks_like_windows,
+    runs,
 )
 from appliance.guest.windows.space import PAGE, AddressSpace, Mode
 from appliance.guest.windows.xp_kpcr import find_by_kpcr
@@ -40,7 +41,6 @@ SYSTEM_PID = 4
 _TAG_AT = 0x10  # in _KDDEBUGGER_DATA64
 MAX_PAGES = 1 << 20  # mapped pages that are looked at for the beginning of an image
 MAX_KERNELS = 8  # in one RAM
-PULSE_S = 0.1  # a running kernel's clock moves every 15.6 ms at least
 _EXPORTED = "ntoskrnl.exe"
 _BATCH = 256
 _IMAGES64 = (0xFFFF_F800_0000_0000, 0xFFFF_F880_0000_0000)
@@ -74,7 +74,7 @@ def attach(
     trouble: GuestError = UnsupportedGuest(("no running Windows kernel was found in its memory",))
     for roots, is_sure in _rounds(memory, lambda: clock() > end):
         found = sorted(_locate_all(roots, lambda: clock() > end), key=_age, reverse=True)
-        if not is_sure and not (memory.live and found and _runs(found[0], clock)):
+        if not is_sure and not (memory.live and found and runs(found[0].space, found[0].shared, clock)):
             continue
         for located in found:
             try:
@@ -100,16 +100,6 @@ def _rounds(memory: GuestMemory, expired: Callable[[], bool]) -> Iterator[tuple[
 def _age(located: Located) -> tuple[int, int]:
     """What grows from boot to boot, and within one."""
     return located.shared.system_time, located.shared.interrupt_time
-
-
-def _runs(located: Located, clock: Callable[[], float]) -> bool:
-    """Whether the kernel's clock goes on while we look, for `PULSE_S` at most."""
-    end = clock() + PULSE_S
-    while clock() < end:
-        shared = check_root(located.space.memory, located.space.root, located.space.mode)
-        if shared and shared.interrupt_time != located.shared.interrupt_time:
-            return True
-    return False
 
 
 def _locate_all(roots: Iterator[Root], expired: Callable[[], bool]) -> Iterator[Located]:

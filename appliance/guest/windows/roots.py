@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -29,6 +30,7 @@ LOW_MEMORY = 1 << 20
 NEAR = 32 << 20  # where the boot's own page tables usually lie
 MAX_VCPUS = 64
 MAX_ROOTS = 4096  # candidates of one search
+PULSE_S = 0.1  # a running kernel's clock moves every 15.6 ms, seldom later
 CHUNK = 4 << 20
 _ZEROS = bytes(CHUNK)
 _VERSIONS = {5: range(4), 6: range(4), 10: range(1)}  # NtMajorVersion: NtMinorVersion
@@ -63,10 +65,24 @@ def check_root(memory: GuestMemory, root: int, mode: Mode) -> UserShared | None:
     return shared if shared.minor in _VERSIONS.get(shared.major, ()) else None
 
 
-def looks_like_windows(memory: GuestMemory) -> bool:
-    """Whether a Windows kernel seems to run here: cheap, by registers, the first MiB and the usual places only."""
-    quick = (find_by_vcpus(memory), find_by_stub(memory), find_by_tables(memory, near=True))
-    return any(next(roots, None) is not None for roots in quick)
+def looks_like_windows(memory: GuestMemory, clock: Callable[[], float] = time.monotonic, *, near: bool = True) -> bool:
+    """Whether a Windows kernel runs here: cheap, by registers, the first MiB and (``near``) the usual places only.
+
+    Of a guest that lives its clock must go on (for that `PULSE_S` are waited at most): RAM keeps what ran before.
+    """
+    quick = [find_by_vcpus(memory), find_by_stub(memory), *([find_by_tables(memory, near=True)] if near else [])]
+    found = next((root for roots in quick for root in roots), None)
+    return found is not None and (not memory.live or runs(found.space, found.shared, clock))
+
+
+def runs(space: AddressSpace, shared: UserShared, clock: Callable[[], float]) -> bool:
+    """Whether a kernel's clock goes on from what it was, for `PULSE_S` at most."""
+    end = clock() + PULSE_S
+    while clock() < end:
+        now = check_root(space.memory, space.root, space.mode)
+        if now and now.interrupt_time != shared.interrupt_time:
+            return True
+    return False
 
 
 def is_linux(memory: GuestMemory) -> bool:
