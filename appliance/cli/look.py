@@ -54,7 +54,7 @@ def processes(target: TargetArgument, symbols: SymbolsOption = None, output: Out
         "PPID": lambda body: str(body["parent_pid"]),
         **({"SESSION": lambda body: "" if body["session"] is None else str(body["session"])} if windows else {}),
         "USER": _user,
-        "NAME": lambda body: safe(body["name"], 16 if not windows else 32),
+        "NAME": lambda body: safe(body["name"], 32 if windows else 16),
         "COMMAND": lambda body: safe(body["command"] or body["path"] or "[kernel]"),
         **({} if windows else {"CONTAINER": lambda body: safe(body["container"] or "", 14)}),
     }
@@ -65,8 +65,9 @@ def connections(target: TargetArgument, symbols: SymbolsOption = None, output: O
     """List every socket of one guest with the processes that hold it, like ss -tuanp run from outside."""
     info, os, snapshot = _look(target, symbols)
     bodies = [contract.connection(info.id.target, one) for one in snapshot.sockets]
-    several = os != "windows" or len({body["netns"] for body in bodies}) > 1
-    width = 16 if os != "windows" else 32
+    windows = os == "windows"
+    several = len({body["netns"] for body in bodies}) > 1  # Windows: compartments; usually there is one
+    width = 32 if windows else 16
     columns: dict[str, Column] = {
         "PROTO": lambda body: str(body["protocol"]),
         "STATE": lambda body: str(body["state"]),
@@ -77,7 +78,7 @@ def connections(target: TargetArgument, symbols: SymbolsOption = None, output: O
         ),
         "PATH": lambda body: safe(body["owners"][0]["path"] or "") if body["owners"] else "",
         "USER": lambda body: _user(body["owners"][0]) if body["owners"] else "",
-        **({"NETNS": lambda body: str(body["netns"])} if several else {}),
+        **({"COMPARTMENT" if windows else "NETNS": lambda body: str(body["netns"])} if several or not windows else {}),
     }
     _print(output, bodies, columns)
 

@@ -16,6 +16,7 @@ from appliance import __version__, daemon
 from appliance.assembly import Options
 from appliance.cli import contract, story
 from appliance.cli.duration import parse_duration
+from appliance.cli.look import SymbolsOption
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, Printer
 from appliance.errors import ConfigError, GuestGone, UsageError
@@ -43,10 +44,6 @@ RulesOption = Annotated[
     typer.Option("--rules", metavar="PATH", help="Rule files or folders; the shipped sets if left out."),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the verdicts.")]
-SymbolsOption = Annotated[
-    list[Path] | None,
-    typer.Option("--symbols", metavar="DIR", help="Windows: a folder that holds windows/PDB/GUID-AGE.json.xz."),
-]
 AllOption = Annotated[bool, typer.Option("--all/--alerts", help="Show every verdict, or only those worth an alert.")]
 
 

@@ -51,7 +51,7 @@ class Looked(NamedTuple):
 class Modern:
     """Connections and sockets of one guest since Vista."""
 
-    tags = (*pools.ENDPOINT_TAGS, pools.TIME_WAIT_TAG, *TRANSPORTS)
+    tags: tuple[bytes, ...] = (*pools.ENDPOINT_TAGS, pools.TIME_WAIT_TAG, *TRANSPORTS)
 
     def __init__(
         self, kernel: WindowsKernel, processes: Processes, header: PoolHeader, clock_ns: Callable[[], int]

@@ -64,7 +64,7 @@ class Network(Protocol):
 class Old:
     """Windows XP and Server 2003. A port is held by an address object there, and by nothing else."""
 
-    tags = (XP_CONNECTION_TAG, XP_ADDRESS_TAG)
+    tags: tuple[bytes, ...] = (XP_CONNECTION_TAG, XP_ADDRESS_TAG)
 
     def __init__(self, network: XpNetwork) -> None:
         self._network = network
