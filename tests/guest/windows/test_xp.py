@@ -151,6 +151,17 @@ def test_a_system_process_that_contradicts_a_layout_refuses_it(path, value):
         attach(machine.memory())
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("_ETHREAD.ThreadsProcess", 0x81800008), ("_ETHREAD.Cid.UniqueProcess", 8), ("_ETHREAD.Tcb.Header.Size", 0x6E)],
+)
+def test_a_system_thread_that_contradicts_a_layout_refuses_it(path, value):
+    machine = XpMachine()
+    machine._put(machine.system.threads[0], path, value)
+    with pytest.raises(UnsupportedGuest, match=r"first thread|_KTHREAD"):
+        attach(machine.memory())
+
+
 def test_where_the_kernel_itself_says_otherwise_a_layout_is_refused():
     machine = XpMachine("2003-sp2")
     machine.space.write(machine.base + SYMBOLS["KdDebuggerDataBlock"] + 0x2AA, struct.pack("<H", 0x190))  # Peb
@@ -220,6 +231,19 @@ def test_tables_that_cannot_be_told_are_refused_by_name():
     machine = XpMachine(variables=(0x4A240, 0x40404, 0x49338, 0x49350))  # its size is not behind AddrObjTable
     machine.listener(4, ("0.0.0.0", 445))
     with pytest.raises(UnsupportedGuest, match=r"tcpip\.sys is not known"):
+        network_of(machine).walk()
+
+
+def test_where_two_builds_fit_equally_well_neither_is_believed():
+    machine, *_ = busy("xp-sp3")
+    size, sockets = machine.buckets * 4, machine.socket_buckets * 4
+    for rva, table, length in ((0x49768, machine.tcb_table, size), (0x486E0, machine.address_table, sockets)):
+        copy = machine.pool.take(b"Copy", length)
+        machine.space.write(copy, machine.space.read(table, length))
+        machine._pointer(machine.tcpip + rva, copy)
+    machine.space.write(machine.tcpip + 0x3F73C, struct.pack("<I", machine.buckets))
+    machine.space.write(machine.tcpip + 0x486E4, struct.pack("<I", machine.socket_buckets))
+    with pytest.raises(UnsupportedGuest, match="may be that of XP 3394 as well as of XP SP3 5625"):
         network_of(machine).walk()
 
 
@@ -326,7 +350,9 @@ def test_a_connection_that_was_closed_in_the_middle_of_its_chain_is_found_no_mor
     machine.tcp_close(made[2])
     network.refresh()
     assert network.find(flow((HERE, 1032), (THERE, 80))).match is Match.NONE
-    assert told(network.walk())[0] == machine.truth()["connections"]
+    walk = network.walk()
+    assert told(walk)[0] == machine.truth()["connections"]
+    assert walk.torn == 0  # the refresh has seen it
     assert network.find(flow((HERE, 1033), (THERE, 80))).match is Match.EXACT
 
 
@@ -404,11 +430,24 @@ def test_a_chain_that_leads_astray_ends_and_is_named(shape):
         "user space": 0x00400000,
         "odd": made[5].va + 2,
     }[shape]
+    machine.space.map(0x00400000, machine.ram.page())
+    machine.space.write(0x00400000, machine.space.read(made[5].va, 0x100))
+    machine.space.map(0x003FF000, machine.ram.page())
+    machine.space.write(0x00400000 - 8, machine.space.read(made[5].va - 8, 8))  # a connection as good as any
     machine._pointer(last.va, target)
     walk = network_of(machine).walk()
     found, _ = told(walk)
     assert len(found) == len(set(found)) >= 7
     assert [gap.what for gap in walk.gaps] == ["connection table"]
+
+
+def test_an_object_whose_block_was_given_to_something_else_is_not_believed():
+    machine = XpMachine(buckets=16)
+    made = [machine.tcp(machine.explorer, (HERE, 1030 + number), (THERE, 80)) for number in range(8)]
+    machine.space.write(made[0].va - 4, b"Irp ")
+    walk = network_of(machine).walk()
+    assert len(told(walk)[0]) == 7
+    assert [gap.address for gap in walk.gaps] == [made[0].va]
 
 
 def connections_in_ram(machine, network, kernel):
