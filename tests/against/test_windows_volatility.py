@@ -21,6 +21,8 @@ LONG = [
     "malware.ldrmodules",
     "malware.suspicious_threads",
     "malware.psxview",
+    "malware.hollowprocesses",
+    "malware.processghosting",
     "malware.pebmasquerade",
     "cmdline",
     "sessions",
@@ -156,6 +158,12 @@ def test_the_thread_in_the_injected_region_is_suspicious_and_no_other(seen):
     injected = next(each for each in scene.victim.threads if each.start == scene.injected.start + 0x40)
     hollow = next(each for each in scene.hollowed.threads)
     assert threads == {(scene.victim.pid, injected.tid), (scene.hollowed.pid, hollow.tid)}
+
+
+def test_the_hollowed_program_is_hollow_and_nobody_else(seen):
+    scene, answers = seen("20348")
+    assert {row["PID"] for row in answers["malware.hollowprocesses"]} == {scene.hollowed.pid}
+    assert answers["malware.processghosting"] == []  # nobody was started from a file that was deleted meanwhile
 
 
 def test_psxview_knows_the_hidden_process_by_threads_and_handles(seen):

@@ -580,6 +580,7 @@ _MMSECTION_FLAGS
   File u32:1
   WasPurged u32:1
   UserReference u32:1
+  DeleteOnClose u32:1
 
 __unnamed_section_u union
   LongFlags u32

@@ -223,6 +223,11 @@ class Machine:
         main.region = self.region(process, main.size, "RWX", content, start=main.base)
         return main.region
 
+    def page_out(self, process: Process, va: int, *, standby: bool = False) -> None:
+        """A page of a process leaves it: into the paging file, or on the standby list, where it still is in RAM."""
+        space = process.user.space
+        (space.transition if standby else space.page_out)(va)
+
     def masquerade(self, process: Process, path: str, command: str | None = None) -> None:
         """The process lies in its PEB about its path and command line."""
         self.all.masquerade(process, path, command)
