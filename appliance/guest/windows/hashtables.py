@@ -22,6 +22,7 @@ from appliance.model import Gap
 FIRST_BLOCK: Final = 128  # buckets of the first block, and of a table without a directory of blocks
 MAX_BLOCKS: Final = 16
 MAX_BUCKETS: Final = 1 << 17  # of one table; Windows keeps 128 of them until there are thousands of connections
+MAX_ALL: Final = 1 << 20  # buckets of all tables together
 MAX_ENTRIES: Final = 1 << 18  # of all tables together
 MAX_CHAIN: Final = 1 << 14  # of one bucket
 TRIES: Final = 3
@@ -161,15 +162,17 @@ class HashTables:
         table.header = header
         if (size, directory) == (before[0], before[3]):
             return False
-        table.size = size
-        table.spans = self._spans(size, directory)
+        table.size = 0
+        room = MAX_ALL - sum(each.size for each in self.tables)
+        table.size = size if size <= min(MAX_BUCKETS, room) else 0
+        table.spans = self._spans(table.size, directory)
         table.blocks, table.chains, table.broken, table.walked = [b""] * len(table.spans), {}, set(), 0
         self.is_new = True
         return True
 
     def _spans(self, size: int, directory: int) -> list[tuple[int, int]]:
         """Where the buckets of a table lie."""
-        if not 0 < size <= MAX_BUCKETS or not self._is_kernel(directory):
+        if not size or not self._is_kernel(directory):
             return []
         if size <= FIRST_BLOCK:
             return [(directory, size * self._head)]

@@ -35,6 +35,7 @@ from appliance.model import Endpoint, Gap, Transport
 
 BLOCKS: Final = 256
 ENTRIES: Final = 256
+MAX_LISTS: Final = 2048  # lists of entries of all pools together; 512 are all there are in one compartment
 MAX_CHAIN: Final = 4096  # of what is bound to one port
 MAX_BITMAP: Final = 1 << 13  # bytes
 MAX_BOUND: Final = 1 << 17
@@ -212,6 +213,10 @@ class Ports:
         for (number, _), found in zip(assignments, lists, strict=True):
             if found is not None and self._kernel.is_kernel(va := self._one.unpack(found)[0]):
                 blocks[number] = va
+        room = MAX_LISTS - sum(len(each.blocks) for each in self._pools if each is not pool)
+        if len(blocks) > room:
+            self.gaps.append(Gap(f"{pool.pool.transport} port pool", pool.pool.va, "too many lists of ports"))
+            blocks = dict(list(blocks.items())[: max(room, 0)])
         for number in [each for each in pool.blocks if blocks.get(each) != pool.blocks[each]]:
             pool.contents.pop(number, None)
         pool.blocks = blocks

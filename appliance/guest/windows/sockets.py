@@ -151,7 +151,7 @@ class Sockets:
         if fresh is None:
             return None
         known = self._owners.get(fresh.owner) or (self.find_owner(fresh.owner) if fresh.owner else None)
-        told_by = raw.pieces + (self._neighbours(raw, body) if raw.kind is Kind.TCP else self._proof(raw))
+        told_by = raw.pieces + self._proof(raw, body)
         spans = [] if known is None else [self._processes.span(known.va)]
         spans += [(va, len(told)) for va, told in told_by]
         spans.append(span)
@@ -302,16 +302,16 @@ class Sockets:
             return False
         return self._renew(raw, body) == fresh
 
-    def _neighbours(self, raw: RawSocket, body: bytes) -> tuple[Piece, ...]:
-        """The links of a connection's neighbours, in one of its tables, that lead back to it."""
+    def _proof(self, raw: RawSocket, body: bytes) -> tuple[Piece, ...]:
+        """The links that lead to a socket. None lead to what is in no table; of TIME_WAIT nobody is named anyway."""
+        if raw.kind in (Kind.LISTENER, Kind.UDP):
+            return self.ports.proof(raw)
+        if raw.kind is Kind.TIME_WAIT or not raw.tables:
+            return ()
         link = self._links[0] if raw.tables & FIRST else self._links[1]
         after, before = self._pair.unpack_from(body, self._header + link)
         entry = self._one.pack(raw.va + link)
         return (after + self._kernel.pointer_size, entry), (before, entry)
-
-    def _proof(self, raw: RawSocket) -> tuple[Piece, ...]:
-        """The links to what is bound; of TIME_WAIT there is nothing to be proven: nobody is named."""
-        return () if raw.kind is Kind.TIME_WAIT else self.ports.proof(raw)
 
     def _use(self, layout: Layout) -> None:
         """Read with this layout from now on."""

@@ -209,6 +209,22 @@ def test_a_process_in_the_memory_of_the_owner_is_not_told_for_it():
         assert made.alive
 
 
+def test_a_connection_that_was_taken_out_of_its_tables_can_still_be_checked_where_it_lies():
+    with Machine() as machine:
+        for number in range(3):
+            made = machine.tcp(machine["explorer.exe"], (US, 50000 + number), (THEM, 443), bucket=3)
+        machine.tcp(machine["lsass.exe"], (US, 50003), (THEM, 443), bucket=3)
+        eye = Eye(machine)
+        eye.walk()
+        for table in (1, 2):
+            machine.net._unlink(made, table)  # its own links stay as they were
+        eye.sockets.refresh_connections()
+        raw = eye.sockets.connections.at([made.va])[0]
+        assert raw.tables == 0
+        checked = eye.sockets.check(raw)
+        assert checked is not None and checked[1] is not None and checked[1].name == "explorer.exe"
+
+
 def test_an_owner_that_is_no_process_is_nobody():
     with Machine() as machine:
         machine.tcp(machine["lsass.exe"], (US, 50002), (THEM, 443))
