@@ -27,8 +27,7 @@ __all__ = ["PAGE", "AddressSpace", "Mode", "Pte"]
 
 PROTOTYPE, TRANSITION = 1 << 10, 1 << 11
 ADDRESS = 0x000F_FFFF_FFFF_F000
-# A transition entry may carry a set bit above all RAM (_MMPTE_TRANSITION.SwizzleBit, against L1TF): 45 bits remain.
-TRANSITION_ADDRESS = 0x1FFF_FFFF_F000
+TRANSITION_ADDRESS = 0x1FFF_FFFF_F000  # of a transition entry, where the size of RAM is not known
 READ_LIMIT = 64 << 20  # bytes of one read: no length that a guest names may be larger
 CACHE_LIMIT = 1 << 17  # remembered translations
 MAX_TABLES = 1 << 16  # of one range of addresses
@@ -122,6 +121,9 @@ class AddressSpace:
         self._tables: dict[int, int] = {}  # the upper bits of page numbers to the table that speaks of them
         self._table_bits = self._levels[-1].mask.bit_length()
         self._read_physical = memory.read
+        # A transition entry may carry set bits above all RAM (_MMPTE_TRANSITION.SwizzleBit clear, against L1TF).
+        last = memory.regions[-1:]
+        self.in_ram = ADDRESS & (1 << (last[0].gpa + last[0].size - 1).bit_length()) - 1 if last else 0
 
     # -- reads --
 
@@ -332,7 +334,7 @@ class AddressSpace:
             if entry & PRESENT:
                 pages[number] = entry & ADDRESS
             elif entry & (TRANSITION | PROTOTYPE) == TRANSITION:
-                pages[number] = entry & TRANSITION_ADDRESS
+                pages[number] = entry & self.in_ram
         if large:
             for number in canonical:
                 for shift, bases in large.items():
@@ -361,7 +363,7 @@ class AddressSpace:
                     elif may_be_large:
                         large.setdefault(shift, {})[key] = _large(entry, shift, size)
                 elif entry & (TRANSITION | PROTOTYPE) == TRANSITION:
-                    tables[key] = entry & TRANSITION_ADDRESS
+                    tables[key] = entry & self.in_ram
             before = shift
             if not tables:
                 return large
@@ -416,7 +418,7 @@ class AddressSpace:
             elif transition:
                 protection = entry >> 5 & 7  # MM_EXECUTE 2, MM_READWRITE 4, MM_WRITECOPY 5
                 writable, user, nx = protection >= 4 or not leaf, True, leaf and not protection & 2
-                gpa = entry & TRANSITION_ADDRESS
+                gpa = entry & self.in_ram
             else:
                 writable, user, nx, gpa = False, False, False, 0
             writable, user, nx = writable and table.writable, user and table.user, nx or table.nx
