@@ -120,9 +120,15 @@ class XpNetwork:
     # -- looks --
 
     def walk(self) -> XpWalk:
-        """All connections and sockets with their owners; what changed under the look is left out. Raises GuestError."""
+        """All connections and sockets with their owners; what changed under the look is left out.
+
+        A build of tcpip.sys whose tables cannot be told is a gap. Raises GuestError.
+        """
         torn = self.torn
-        self.refresh(whole=True)
+        try:
+            self.refresh(whole=True)
+        except UnsupportedGuest as error:
+            return XpWalk((), (Gap("connections and sockets", self._module.base, str(error)),), 0)
         self._holders.look()
         assert self._connections is not None and self._sockets is not None
         connections, sockets = self._connections.settled(), self._sockets.settled()
@@ -177,7 +183,10 @@ class XpNetwork:
         in use was taken out. Of a running guest only what lives is told, if it is the same at two moments. Call after
         `walk`. Raises GuestError.
         """
-        found = self._loose(blocks := list(blocks))
+        try:
+            found = self._loose(blocks := list(blocks))
+        except UnsupportedGuest:  # `walk` has said so
+            return ()
         if self._kernel.memory.live:
             lives = {va: told for va, told in found.items() if Flag.UNLINKED_ENDPOINT in told[1].flags}
             again = self._loose(blocks) if lives else {}
@@ -229,7 +238,7 @@ class XpNetwork:
     # -- one tuple --
 
     def find(self, flow: Flow) -> Finding:
-        """Who owns this flow's tuple now. Raises GuestError."""
+        """Who owns this flow's tuple now; NO_MEMORY where its table is not one that we can read. Raises GuestError."""
         local, remote = flow.tuple.local.ip, flow.tuple.remote.ip
         if local.version != 4 or remote.version != 4:
             return Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)  # tcpip6.sys is not read
@@ -242,6 +251,8 @@ class XpNetwork:
                 except Implausible:
                     self.torn += 1
                     continue
+                except UnsupportedGuest:
+                    return Finding(Match.NONE, reason=Reason.NO_MEMORY)
             finding = self._find_once(flow, fresh=fresh)
             if finding is not None:
                 lost = self.torn - torn

@@ -231,7 +231,12 @@ def test_tables_that_cannot_be_told_are_refused_by_name():
     machine = XpMachine(variables=(0x4A240, 0x40404, 0x49338, 0x49350))  # its size is not behind AddrObjTable
     machine.listener(4, ("0.0.0.0", 445))
     with pytest.raises(UnsupportedGuest, match=r"tcpip\.sys is not known"):
-        network_of(machine).walk()
+        network_of(machine).refresh()
+    assert network_of(machine).unlinked([]) == ()
+    walk = network_of(machine).walk()
+    assert (walk.sockets, [gap.what for gap in walk.gaps]) == ((), ["connections and sockets"])
+    finding = network_of(machine).find(flow((HERE, 1038), (THERE, 8080)))
+    assert (finding.match, finding.reason) == (Match.NONE, Reason.NO_MEMORY)
 
 
 def test_where_two_builds_fit_equally_well_neither_is_believed():
@@ -244,7 +249,7 @@ def test_where_two_builds_fit_equally_well_neither_is_believed():
     machine.space.write(machine.tcpip + 0x3F73C, struct.pack("<I", machine.buckets))
     machine.space.write(machine.tcpip + 0x486E4, struct.pack("<I", machine.socket_buckets))
     with pytest.raises(UnsupportedGuest, match="may be that of XP 3394 as well as of XP SP3 5625"):
-        network_of(machine).walk()
+        network_of(machine).refresh()
 
 
 def test_symbols_that_do_not_fit_the_image_are_not_replaced_by_a_guess(tmp_path):
@@ -253,7 +258,7 @@ def test_symbols_that_do_not_fit_the_image_are_not_replaced_by_a_guess(tmp_path)
     machine.write_symbols(tmp_path, kernel=False)
     machine.variables = right
     with pytest.raises(UnsupportedGuest, match="where its symbols say"):
-        network_of(machine, symbols=SymbolStore([tmp_path], None)).walk()
+        network_of(machine, symbols=SymbolStore([tmp_path], None)).refresh()
 
 
 def test_a_guest_without_tcpip_is_said_to_be_one():
