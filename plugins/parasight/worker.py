@@ -166,7 +166,8 @@ def serve(worker: Worker, questions: IO[bytes], answers: IO[bytes]) -> None:
         _grant_cpu()
         question: dict[str, Any] = {}
         try:
-            question = json.loads(line)
+            read = json.loads(line)
+            question = read if isinstance(read, dict) else {}
             reply = worker.answer(question)
         except MemoryError:
             reply = {"error": "out of memory"}

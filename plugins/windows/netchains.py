@@ -33,6 +33,7 @@ MAX_BUCKETS = 1 << 20
 MAX_LINKS = 1 << 18  # of one table
 FIRST_DIRECTORY = 128  # buckets of the first second-level directory; each further one doubles the table
 LINKS = ((8, 0x28), (0x10, 0x40))  # where a partition points to a table, and where its links are in an endpoint
+OLD_PARTITION = 0x80  # bytes, before build 19041
 BUCKET = 0x10  # a LIST_ENTRY on x64
 ENDPOINT_TAGS = (b"TcpE", b"TTcb")  # TTcb: since build 20348
 TIME_WAIT_TAG = b"TcTW"
@@ -117,7 +118,10 @@ class NetChains(interfaces.plugins.PluginInterface):
         if not 0 < count <= MAX_PARTITIONS:
             vollog.error(f"PartitionCount is {count}: not believed")
             return
-        size = self.context.symbol_space.get_type(self._types + constants.BANG + "_PARTITION").size
+        try:
+            size = self.context.symbol_space.get_type(self._types + constants.BANG + "_PARTITION").size
+        except exceptions.SymbolError:  # Volatility's table for this build has no partitions: stock netstat stops here
+            size = OLD_PARTITION
         found: dict[int, set[int]] = {}
         for number in range(count):
             for table, (at, link) in enumerate(LINKS):

@@ -3,6 +3,9 @@
 What stock netstat sees is compared in the same run: what it sees, ours see, and what it misses is said.
 """
 
+import contextlib
+import json
+import os
 import subprocess
 import sys
 import time
@@ -45,8 +48,8 @@ def world(symbols):
 @pytest.fixture(scope="module")
 def deep(symbols):
     """A server whose tables have a second level."""
-    with Machine("19041", path=symbols / "deep.raw", table_size=700, partitions=1) as machine:
-        for number in range(900):
+    with Machine("19041", path=symbols / "deep.raw", table_size=300, partitions=1) as machine:
+        for number in range(350):
             machine.tcp(machine["lsass.exe"], ("10.0.0.5", 10000 + number), ("203.0.113.1", 443))
         machine.write_symbols(symbols)
         yield machine
@@ -65,8 +68,9 @@ def old(symbols):
             machine.tcp(machine.explorer, ("172.16.112.128", 1038 + number), ("41.168.5.140", 8080))
         machine.listener(machine.svchost, ("0.0.0.0", 135))
         machine.udp(machine.svchost, ("0.0.0.0", 137))
+        machine.inject(machine.explorer)
         machine.write_symbols(symbols, tcpip=named)
-        truth[era] = machine.truth()
+        truth[era] = machine.truth(), machine.explorer, machine.svchost
         machine.close()
     return truth
 
@@ -171,7 +175,7 @@ def test_a_place_that_is_none_is_refused_with_a_reason(vol):
 
 @pytest.mark.parametrize("era", XP)
 def test_connections_of_xp_and_2003_are_listed_with_and_without_symbols_of_tcpip(symbols, old, vol, era):
-    truth = old[era]
+    truth, _, _ = old[era]
     found = vol(f"parasight:file:{symbols / f'{era}.raw'}", "windows.connections")
     linked = [row for row in found if row["ForeignPort"]]
     assert sorted(
@@ -192,6 +196,10 @@ def opinion(world, tmp_path_factory):
     made = SecondOpinion(f"file:{folder / 'memory.raw'}", symbols=[folder], cache=tmp_path_factory.mktemp("opinion"))
     yield made
     made.close()
+
+
+def keeper(image: Path, symbols: Path, home: Path) -> SecondOpinion:
+    return SecondOpinion(f"file:{image}", symbols=[symbols], cache=home / "cache")
 
 
 def ask(opinion: SecondOpinion, process, pid: int | None = None):
@@ -257,8 +265,92 @@ def test_other_builds_get_a_second_opinion_too(tmp_path, family):
     with Machine(family, path=tmp_path / "memory.raw") as machine:
         scene: Scene = plant(machine)
         machine.write_symbols(tmp_path)
-        one = SecondOpinion(f"file:{tmp_path / 'memory.raw'}", symbols=[tmp_path], cache=tmp_path / "cache")
-        try:
+        with contextlib.closing(keeper(tmp_path / "memory.raw", tmp_path, tmp_path)) as one:
             assert "malfind" in kinds(ask(one, scene.victim))
-        finally:
-            one.close()
+
+
+@pytest.mark.parametrize("era", XP)
+def test_so_do_xp_and_server_2003(symbols, old, tmp_path, era):
+    _, injected, honest = old[era]
+    with contextlib.closing(keeper(symbols / f"{era}.raw", symbols, tmp_path)) as one:
+        assert {"malfind", "suspicious_threads"} <= kinds(ask(one, injected))
+        assert kinds(ask(one, honest)) == {"nothing"}
+
+
+@pytest.mark.parametrize("family", ["17763", "20348"])
+def test_and_machines_with_the_symbols_of_real_builds(tmp_path, family):
+    real = Path(os.environ.get("PARASIGHT_SYMBOLS") or "/nonexistent")
+    if not (real / "windows").is_dir():
+        pytest.skip("PARASIGHT_SYMBOLS names no folder with symbol tables of real builds")
+    with Machine(family, path=tmp_path / "memory.raw", symbols=real) as machine:
+        scene: Scene = plant(machine)
+        with contextlib.closing(keeper(tmp_path / "memory.raw", real, tmp_path)) as one:
+            assert {"malfind", "ldrmodules", "suspicious_threads"} <= kinds(ask(one, scene.victim))
+            assert kinds(ask(one, scene.browser)) == {"nothing"}
+
+
+def test_a_kernel_without_symbols_is_a_trouble_that_says_what_is_lacking(world, tmp_path):
+    scene, folder = world
+    with contextlib.closing(keeper(folder / "memory.raw", tmp_path, tmp_path)) as one:
+        found = ask(one, scene.victim)
+    assert found.evidence == ()
+    assert "ntkrnlmp.pdb" in found.trouble
+
+
+# -- the worker itself --
+
+
+@pytest.fixture
+def worker(world, tmp_path):
+    """Our worker, for questions that the appliance would not ask."""
+    _, folder = world
+    command = [sys.executable, "-P", "-m", "plugins.parasight.worker", f"file:{folder / 'memory.raw'}", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
+    )
+
+    def say(question: bytes) -> dict:
+        process.stdin.write(question + b"\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    say.process = process
+    yield say
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+def test_a_question_that_is_none_is_answered_with_an_error(worker, world):
+    for question in (b"{}", b"[]", b"nonsense", b'{"os": "linux", "pid": "x", "at": 7, "plugins": []}'):
+        assert worker(question)["error"]
+    scene, _ = world
+    at = f"{scene.victim.va:#x}"
+    plugins = ["os", "windows.pslist; import os", "windows.nosuch", "windows..pslist", "windows.pslist"]
+    body = {"id": 7, "os": "windows", "pid": scene.victim.pid, "at": at, "plugins": plugins}
+    answer = worker(json.dumps(body).encode())
+    assert list(answer["rows"]) == ["windows.pslist"]
+    assert [row["PID"] for row in answer["rows"]["windows.pslist"]] == [scene.victim.pid]
+    assert answer["failed"].keys() == set(plugins[:-1])
+
+
+def test_the_worker_is_held_down_by_the_kernel(worker):
+    worker(b"{}")
+    limits = Path(f"/proc/{worker.process.pid}/limits").read_text()
+    data = next(line for line in limits.splitlines() if line.startswith("Max data size")).split()
+    cpu = next(line for line in limits.splitlines() if line.startswith("Max cpu time")).split()
+    assert int(data[3]) == int(data[4]) <= 3 << 30
+    assert 0 < int(cpu[3]) < 120
+    assert os.getpriority(os.PRIO_PROCESS, worker.process.pid) > 0
+
+
+def test_the_worker_ends_with_its_questions(worker):
+    worker(b"{}")
+    worker.process.stdin.close()
+    assert worker.process.wait(timeout=20) == 0
