@@ -271,7 +271,7 @@ class Measure:
         return bool(owned) and owned >= MOST * len(found) and len(found) >= MOST * (len(found) + refused)
 
     def _read(self, layout: Layout) -> Ports:
-        ports = Ports(self._kernel, Compartments(self._kernel, self._symbol, layout), layout)
+        ports = Ports(self._kernel, Compartments(self._kernel, self._symbol, layout), layout, SAMPLES)
         ports.walk()
         return ports
 
