@@ -1,8 +1,7 @@
 """Guest-physical RAM in a file, and page tables written into it as Windows lays them out.
 
-Sources: Intel SDM vol. 3A chapter 4; that the top table maps itself, at an index drawn at boot: volatility3's automagic
-and "13 Windows 10 kernel pages" (facts); the transition and prototype forms of an entry that is not present:
-_MMPTE_TRANSITION and _MMPTE_PROTOTYPE of ntkrnlmp.pdb.
+Sources: Intel SDM vol. 3A chapter 4; that every top table maps itself, at an index drawn at boot: volatility3
+automagic/windows.py; the forms of an entry that is not present: _MMPTE_TRANSITION, _MMPTE_SOFTWARE of ntkrnlmp.pdb.
 """
 
 from __future__ import annotations
