@@ -26,6 +26,7 @@ MAX_ALL: Final = 1 << 20  # buckets of all tables together
 MAX_ENTRIES: Final = 1 << 18  # of all tables together
 MAX_CHAIN: Final = 1 << 14  # of one bucket
 TRIES: Final = 3
+KNOWN: Final = (0, 1)  # kinds that every build has; what else looks like a table need not be one
 LONG: Final = 3  # from here on an entry can leave without its bucket telling
 
 
@@ -305,7 +306,7 @@ class HashTables:
         return found
 
     def _gaps(self, table: Table) -> Iterable[Gap]:
-        if not table.spans:
+        if not table.spans and table.kind in KNOWN:
             yield Gap("connection table", table.va, "unreadable or implausible")
         for bucket in sorted(table.broken)[:8]:
             yield Gap("connection table", bucket, "a chain contradicted itself three times; told as far as it goes")

@@ -176,6 +176,18 @@ def test_what_is_left_of_a_connection_is_told_without_an_owner():
         assert eye.sockets.walk().gaps == []
 
 
+def test_what_only_looks_like_a_third_table_is_passed_over_and_a_lack_of_the_others_is_named():
+    with Machine(partitions=1) as machine:
+        machine.tcp(machine["explorer.exe"], (US, 50001), (THEM, 443))
+        eye = Eye(machine)
+        size = machine.kernel.types.offset("_RTL_DYNAMIC_HASH_TABLE.TableSize")
+        machine.kernel.space.write(machine.net._headers[0, 0] + size, b"\xff" * 4)
+        assert len(eye.walk()) == 1 and eye.sockets.walk().gaps == []
+        machine.kernel.space.write(machine.net._headers[0, 2] + size, b"\xff" * 4)
+        assert len(eye.walk()) == 1
+        assert [gap.why for gap in eye.sockets.walk().gaps] == ["unreadable or implausible"]
+
+
 def test_a_count_that_does_not_agree_with_the_chains_is_named():
     with Machine(partitions=1) as machine:
         for number in range(5):
