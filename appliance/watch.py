@@ -127,7 +127,7 @@ class GuestWatch:
         self.info, self._tap, self._eye, self.engine = info, tap, eye, engine
         self._report, self.clock, self._tell = report, clock, tell
         self._runs, self._reopen, self._looked = runs, reopen, looked
-        self._other = other
+        self._other, self._unanswered = other, 0
         self._hand, self._hold, self._decoys, self._serve, self._ports = hand, hold, decoys, serve, ports
         self._abandon = abandon
         self._turns = 0
@@ -173,6 +173,8 @@ class GuestWatch:
             self._drop_eye()
             if self._other is not None:
                 self._other.close()
+                self.summary.guest_errors["second opinion: not waited for"] += self._unanswered
+            self.summary.guest_errors += Counter()  # without what counts nothing
             self.summary.cpu_s = time.thread_time() - cpu_start_s
 
     def count_turns(self) -> int:
@@ -203,6 +205,7 @@ class GuestWatch:
     def _hear(self) -> None:
         """Take what the other engine has found out meanwhile."""
         for opinion in self._other.heard() if self._other is not None else ():
+            self._unanswered -= 1
             if opinion.trouble is not None:
                 self.summary.guest_errors["second opinion"] += 1
                 self._complain("second opinion", f"no second opinion, or not all of it: {opinion.trouble}")
@@ -303,6 +306,7 @@ class GuestWatch:
                 return self._find_foreign(command)
             case AskOther(process):
                 if self._other is not None and self._eye is not None and self._other.ask(self._eye.os, process):
+                    self._unanswered += 1
                     return None
                 self.summary.guest_errors["second opinion"] += 1
                 return OpinionFound(process.key, (), self.clock())

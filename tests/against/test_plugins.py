@@ -6,6 +6,7 @@ What stock netstat sees is compared in the same run: what it sees, ours see, and
 import contextlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -295,6 +296,29 @@ def test_a_kernel_without_symbols_is_a_trouble_that_says_what_is_lacking(world, 
         found = ask(one, scene.victim)
     assert found.evidence == ()
     assert "ntkrnlmp.pdb" in found.trouble
+
+
+def test_a_machine_with_bytes_changed_at_random_gets_an_answer_each_time(tmp_path):
+    """In the process's own structures and those around them, 1 to 1,000 bytes at a time."""
+    chance = random.Random(4)
+    with Machine("20348", path=tmp_path / "memory.raw") as machine:
+        victim = plant(machine).victim
+        machine.write_symbols(tmp_path)
+        space, ram = machine.kernel.space, machine.kernel.ram
+        near = [victim.va + offset for offset in (*range(0, 0xA00, 8), *range(-0x4000, 0x8000, 8))]
+        with contextlib.closing(keeper(tmp_path / "memory.raw", tmp_path, tmp_path)) as one:
+            sound = ask(one, victim)
+            for _ in range(20):
+                places = {
+                    space.gpa(chance.choice(near)) + chance.randrange(8) for _ in range(10 ** chance.randrange(4))
+                }
+                before = {place: ram.read(place, 1) for place in places}
+                for place in places:
+                    ram.write(place, chance.randbytes(1))
+                ask(one, victim)
+                for place, byte in before.items():
+                    ram.write(place, byte)
+            assert ask(one, victim) == sound
 
 
 # -- the worker itself --

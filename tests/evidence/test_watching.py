@@ -47,13 +47,15 @@ def test_a_verdict_is_told_before_the_other_engine_answers_and_once_more_then():
     assert other.asked == [("linux", 100)]
     assert [THEIRS in verdict.evidence for verdict in told] == [False, True]
     assert one.summary.verdicts["deny"] == 1
+    assert not one.summary.guest_errors
 
 
 def test_the_other_engine_ends_with_the_watch_and_what_it_did_not_say_is_not_waited_for():
     other = Other(after=1000)
-    _, told, _ = watch(other)
+    one, told, _ = watch(other)
     assert len(told) == 1
     assert other.closed
+    assert one.summary.guest_errors == {"second opinion: not waited for": 1}
 
 
 def test_what_keeps_it_from_answering_is_counted_and_said_once():
