@@ -25,10 +25,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from appliance.errors import ParasightError
-from appliance.guest.attach import attach as attach_linux
-from appliance.guest.windows.attach import attach as attach_windows
-from appliance.guest.windows.symbols import SymbolStore
+from .home import find_appliance
+
+find_appliance()
+
+from appliance.errors import ParasightError  # noqa: E402  found just now
+from appliance.guest.attach import attach as attach_linux  # noqa: E402
+from appliance.guest.windows.attach import attach as attach_windows  # noqa: E402
+from appliance.guest.windows.symbols import SymbolStore  # noqa: E402
 
 if TYPE_CHECKING:
     from appliance.guest.kernel import Kernel

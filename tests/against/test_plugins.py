@@ -103,9 +103,12 @@ def key(endpoint) -> tuple:
     return (*endpoint.local, *endpoint.remote, endpoint.process.pid if endpoint.process else None)
 
 
-def test_all_that_we_add_to_volatility_is_imported():
+@pytest.mark.parametrize("installed", [True, False])
+def test_all_that_we_add_to_volatility_is_imported(installed):
     script = f"""
-import sys, volatility3.plugins
+import sys
+sys.path = [one for one in sys.path if {installed} or one != {str(ROOT)!r}]
+import volatility3.plugins
 from volatility3 import framework
 volatility3.plugins.__path__ = [{str(ROOT / "plugins")!r}, *volatility3.plugins.__path__]
 print(framework.import_files(volatility3.plugins, True))
