@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from appliance.errors import UnreadableMemory, UnsupportedGuest
-from appliance.guest.windows.eprocess import THREAD_OBJECT, time_ns
+from appliance.guest.windows.eprocess import THREAD_OBJECT, is_plausible_time, time_ns
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.record import Record
 from appliance.model import Gap
@@ -115,9 +115,10 @@ class Threads:
         """A thread from the bytes of its span; nothing of it is checked."""
         values = self._record.parse(raw)
         created, exited = values[4:6]
-        # ExitTime shares its place with a list entry while the thread lives (KeyedWaitChain); a FILETIME is no pointer.
-        exited = 0 if self._kernel.is_kernel(exited) else time_ns(exited)
-        times = time_ns(created >> self._shift), exited
+        # ExitTime shares its place with a list entry while the thread lives (LpcReplyChain, KeyedWaitChain): one pointer
+        # of 8 bytes or two of 4, which make no time.
+        ended = time_ns(exited)
+        times = time_ns(created >> self._shift), ended if is_plausible_time(ended) else 0
         return RawThread._make((va, *values[:4], *times, *values[6:14], values[14] or values[15]))
 
     def read(self, va: int) -> RawThread:

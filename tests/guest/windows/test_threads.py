@@ -63,6 +63,20 @@ def test_start_times_are_right_though_old_windows_shifts_them(machine):
     assert abs(thread.created - began_ns(process)) < 3600 * 10**9
 
 
+@pytest.mark.parametrize("machine", ALL, indirect=True)
+def test_a_thread_lives_while_a_list_lies_where_its_end_will_be_noted(machine):
+    process = machine.process("notepad.exe")
+    va, threads = addresses(process)[0], Threads(kernel_of(machine))
+    types = types_of(machine)
+    chain, pointer = va + types.offset("_ETHREAD.ExitTime"), kernel_of(machine).pointer_size
+    for target in (chain, addresses(process)[-1]):  # an empty list leads to itself
+        write(machine, chain, (target.to_bytes(pointer, "little") * 2)[:8])
+        thread = threads.walk(process.va).threads[0]
+        assert (thread.alive, thread.exited) == (True, 0)
+    write(machine, chain, (began_ns(process) // 100 + 116_444_736_000_000_000).to_bytes(8, "little"))
+    assert not threads.walk(process.va).threads[0].alive
+
+
 def test_a_suspended_thread_and_one_in_another_process_are_told_as_they_are(server):
     process, other = server.process("notepad.exe", session=1), server["lsass.exe"]
     made = server.thread(process, 0x7FFB_0000_1000, native=0x7FFB_0000_2000, suspended=2)
