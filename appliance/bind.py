@@ -39,6 +39,7 @@ ACCEPT_RETRIES_NS = (3 * MS, 15 * MS, 100 * MS)
 HELD_RETRIES_NS = (1 * MS, 3 * MS, 10 * MS, 30 * MS, 100 * MS, 300 * MS, 1000 * MS, 2000 * MS, 3000 * MS)
 
 PROMPT_NS = 20 * MS  # an answer that took longer says nothing of the moment it was asked about
+OLD_PROMPT_NS = 100 * MS  # of a connection that lives on for seconds it says enough
 BEHIND_NS = 50 * MS  # so far behind, asking again soon would only put us further behind
 SETTLED_NS = 200 * MS  # by then a flow is no longer one question and one answer
 OLD_NS = 1000 * MS  # a socket cannot be gone from a TCP connection of this age that has not ended
@@ -101,10 +102,10 @@ class Case:
         self.attempts += 1
         self.torn += finding.torn
         doubtful = finding.match is Match.NONE and finding.reason in _DOUBTFUL_MISSES
-        if doubtful and lag_ns <= PROMPT_NS and not self.held:
+        if doubtful and not self.held:
             age_ns = self.asked_ns - self.since_ns
-            self.settled_misses += self.on_packet and age_ns >= SETTLED_NS
-            self.old_misses += age_ns >= OLD_NS
+            self.settled_misses += lag_ns <= PROMPT_NS and self.on_packet and age_ns >= SETTLED_NS
+            self.old_misses += lag_ns <= OLD_PROMPT_NS and age_ns >= OLD_NS
         if self.best is None or _better(finding, self.best):
             self.best, self.best_at_ns = finding, at_ns
 

@@ -34,6 +34,7 @@ LOOK_S = 2.0  # a thousand sockets take some hundredths of a second
 OFFLINE_LOOK_S = 60.0
 LOOKUP_S = 0.05
 SWEEP_S, OFFLINE_SWEEP_S = 10.0, 60.0
+NEARBY_S = 0.25  # where there is no time for a sweep
 MAX_GAPS = 256
 
 
@@ -62,7 +63,7 @@ class WindowsEye:
         self._sweep_s = (SWEEP_S if self.live else OFFLINE_SWEEP_S) if thorough or not self.live else 0.0
         self._processes = Processes(kernel)
         self._views = CrossView(kernel, self._processes, clock_s)
-        self._network = open_network(kernel, self._processes, self._views.header, clock_ns)
+        self._network = open_network(kernel, self._processes, self._views.header, clock_ns, clock_s)
         self._injection = Injection(kernel, clock_s)
         self._took_s, self._fresh = self._look_s, True  # the first lookup may have to do all that a full look does
 
@@ -141,6 +142,9 @@ class WindowsEye:
                     sockets += self._network.loose(sighted.blocks)
                     if not sighted.gaps:  # else what takes a port may just not have been seen
                         sockets += self._network.bare_ports()
+            else:
+                with self._kernel.limit(self._look_s / 2, self._clock_s):
+                    sockets += self._network.nearby(NEARBY_S)
         except OutOfTime:
             gaps.append(Gap("pools", 0, f"not compared within {self._sweep_s + self._look_s:g} s"))
         known = {process.task_va for process in processes}

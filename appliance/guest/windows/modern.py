@@ -37,7 +37,7 @@ OLD_NS: Final = 1_000_000_000  # a connection of this age is in a table, if it i
 REST_NS: Final = 200_000_000
 AROUND: Final = 1 << 16  # bytes of a neighbourhood
 SETTLE: Final = 2  # how often what no table has is looked at again
-NEIGHBOURS: Final = 64  # neighbourhoods looked through at once
+AROUND_S: Final = 0.008  # of one look around while a packet's owner is sought: an answer must be prompt to count
 
 
 class Looked(NamedTuple):
@@ -54,10 +54,15 @@ class Modern:
     tags: tuple[bytes, ...] = (*pools.ENDPOINT_TAGS, pools.TIME_WAIT_TAG, *TRANSPORTS)
 
     def __init__(
-        self, kernel: WindowsKernel, processes: Processes, header: PoolHeader, clock_ns: Callable[[], int]
+        self,
+        kernel: WindowsKernel,
+        processes: Processes,
+        header: PoolHeader,
+        clock_ns: Callable[[], int],
+        clock_s: Callable[[], float],
     ) -> None:
         """``clock_ns``: that of the flows. Raises UnsupportedGuest where tcpip.sys or its symbols are missing."""
-        self._kernel, self._header, self._clock_ns = kernel, header, clock_ns
+        self._kernel, self._header, self._clock_ns, self._clock_s = kernel, header, clock_ns, clock_s
         self._live = kernel.memory.live
         self._sockets = Sockets(kernel, processes)
         self._lookup = Lookup(self._sockets)
@@ -90,6 +95,12 @@ class Modern:
         self._raws += [raw for raw, _, _ in found]
         built = self._sockets.build_all([(raw, owner) for raw, owner, _ in found])
         return [_flagged(socket, flag) for socket, (_, _, flag) in zip(built, found, strict=True)]
+
+    def nearby(self, seconds: float) -> list[GuestSocket]:
+        """The same as `loose`, only around what is known, and quickly. Call after `walk`."""
+        living = self._sought(seconds)
+        built = self._sockets.build_all([(raw, owner) for raw, owner, _ in living])
+        return [_flagged(socket, Flag.UNLINKED_ENDPOINT) for socket in built]
 
     def bare_ports(self) -> list[GuestSocket]:
         """Ports that are taken although nothing takes them, at two moments; as sockets without an owner."""
@@ -127,7 +138,7 @@ class Modern:
             if now_ns - flow.started_ns < OLD_NS or now_ns < self._rested_ns:
                 return None
             self._rested_ns = now_ns + REST_NS
-            self._look_around()
+            self._sought(AROUND_S)
         raw = self._unlinked.get(key)
         checked = self._sockets.check(raw) if raw is not None else None
         if checked is None or checked[1] is None or checked[1].exited or checked[0].state not in UNDER_WAY | CLOSING:
@@ -138,26 +149,27 @@ class Modern:
         evidence = Evidence(claim, Flag.UNLINKED_ENDPOINT.value, socket.address, weight=2)
         return Finding(Match.EXACT, socket.owners, socket, evidence=(evidence,))
 
-    def _look_around(self) -> None:
-        """Look through some of the memory around the connections that are known: pools put like beside like."""
+    def _sought(self, seconds: float) -> list[tuple[RawSocket, RawProcess | None, Flag | None]]:
+        """What lives in the memory around what is known, and in no table: pools put like beside like.
+
+        For about so many seconds; where it ends, the next call goes on.
+        """
+        until = self._clock_s() + seconds
         known = {raw.va - self._header.size for raw in (*self._sockets.connections, *self._sockets.ports)}
         around = sorted({va & -AROUND for va in known})
-        if not around:
-            return
-        self._next %= len(around)
-        starts = around[self._next : self._next + NEIGHBOURS]
-        self._next += NEIGHBOURS
-        pages = [page for start in starts for page in range(start, start + AROUND, PAGE)]
-        raws = self._kernel.space.readv([(page, PAGE) for page in pages])
-        blocks = [
-            (block.at, block)
-            for page, raw in zip(pages, raws, strict=True)
-            if raw is not None
-            for block in find_blocks(raw, page, self._header, pools.ENDPOINT_TAGS)[0]
-            if block.at not in known
-        ]
-        found = self._judged(blocks)
-        self._unlinked |= {raw.key: raw for raw, _, flag in found if flag is Flag.UNLINKED_ENDPOINT}
+        blocks: list[Placed] = []
+        for _ in around:
+            self._next = (self._next + 1) % len(around)
+            start = around[self._next]
+            pages = range(start, start + AROUND, PAGE)
+            for page, raw in zip(pages, self._kernel.space.readv([(page, PAGE) for page in pages]), strict=True):
+                found = find_blocks(raw, page, self._header, pools.ENDPOINT_TAGS)[0] if raw is not None else []
+                blocks += [(block.at, block) for block in found if block.at not in known]
+            if self._clock_s() > until:
+                break
+        living = [each for each in self._judged(blocks) if each[2] is Flag.UNLINKED_ENDPOINT] if blocks else []
+        self._unlinked |= {raw.key: raw for raw, _, _ in living}
+        return living
 
     # -- the parts --
 

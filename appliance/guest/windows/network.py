@@ -56,6 +56,10 @@ class Network(Protocol):
         """What lies in pool blocks and in no table, flagged as what it is. Call after `walk`."""
         ...
 
+    def nearby(self, seconds: float) -> Sequence[GuestSocket]:
+        """What lives in no table, sought only around what is known. Call after `walk`."""
+        ...
+
     def bare_ports(self) -> Sequence[GuestSocket]:
         """Ports that are taken although nothing takes them. Call after `walk`, and after `loose` where that is done."""
         ...
@@ -70,17 +74,25 @@ class Old:
         self._network = network
         self.walk, self.find, self.loose = network.walk, network.find, network.unlinked
 
+    def nearby(self, seconds: float) -> Sequence[GuestSocket]:
+        """Closed connections are kept for later use there, which makes a quick answer a wrong one."""
+        return ()
+
     def bare_ports(self) -> Sequence[GuestSocket]:
         """There is no bitmap of ports that could say otherwise."""
         return ()
 
 
 def open_network(
-    kernel: WindowsKernel, processes: Processes, header: PoolHeader, clock_ns: Callable[[], int]
+    kernel: WindowsKernel,
+    processes: Processes,
+    header: PoolHeader,
+    clock_ns: Callable[[], int],
+    clock_s: Callable[[], float],
 ) -> Network:
     """The network of this guest's era. Raises UnsupportedGuest (no tcpip.sys, no symbols of it), GuestError."""
     try:
-        return Modern(kernel, processes, header, clock_ns)
+        return Modern(kernel, processes, header, clock_ns, clock_s)
     except UnsupportedGuest:
         if kernel.major != OLD:
             raise

@@ -87,9 +87,9 @@ def test_a_connection_on_the_wire_that_no_table_has_is_found_beside_the_others_o
         victim = machine["explorer.exe"]
         for number in range(20):
             machine.tcp(victim, (HOME, 50000 + number), (PEER, 443))
-        unlinked = machine.tcp(machine["lsass.exe"], (HOME, 50100), (PEER, 443), tables=())
-        eye = eye_of(machine, thorough=False, clock_ns=lambda: now_ns)
+        eye = eye_of(machine, thorough=False, clock_ns=lambda: now_ns, clock_s=lambda: 0.0)
         eye.read_snapshot()
+        unlinked = machine.tcp(machine["lsass.exe"], (HOME, 50100), (PEER, 443), tables=())
         young = replace(flow("tcp", (HOME, 50100), (PEER, 443)), started_ns=now_ns - S // 2)
         assert eye.find_owner(young).match is Match.NONE
         found = eye.find_owner(old_flow(now_ns, "tcp", (HOME, 50100), (PEER, 443)))
@@ -102,11 +102,22 @@ def test_a_connection_on_the_wire_that_no_table_has_is_found_beside_the_others_o
         assert eye.find_owner(old_flow(now_ns, "tcp", (HOME, 50100), (PEER, 443))).match is Match.NONE
 
 
+def test_a_first_look_that_has_no_time_for_all_memory_sees_what_lies_beside_the_others():
+    with Machine("20348") as machine:
+        for number in range(20):
+            machine.tcp(machine["explorer.exe"], (HOME, 50000 + number), (PEER, 443))
+        machine.tcp(machine["lsass.exe"], (HOME, 50100), (PEER, 443), tables=())
+        eye = eye_of(machine, thorough=False, clock_s=lambda: 0.0)
+        assert odd_sockets(eye.read_snapshot()) == {("tcp", 50100): {Flag.UNLINKED_ENDPOINT}}
+        young = flow("tcp", (HOME, 50100), (PEER, 443))
+        assert [one.process.name for one in eye.find_owner(young).owners] == ["lsass.exe"]
+
+
 def test_misses_do_not_make_the_memory_be_searched_more_often_than_it_rests():
     with Machine("20348") as machine:
         now_ns = 1000 * S
         machine.tcp(machine["explorer.exe"], (HOME, 50000), (PEER, 443))
-        eye = eye_of(machine, thorough=False, clock_ns=lambda: now_ns)
+        eye = eye_of(machine, thorough=False, clock_ns=lambda: now_ns, clock_s=lambda: 0.0)
         eye.read_snapshot()
         assert eye.find_owner(old_flow(now_ns, "tcp", (HOME, 50100), (PEER, 443))).match is Match.NONE
         machine.tcp(machine["lsass.exe"], (HOME, 50100), (PEER, 443), tables=())
