@@ -38,11 +38,14 @@ class Objects:
         self._process_type: int | None = None
 
     def is_process(self, va: int) -> bool:
-        """Whether the object manager calls it a process; True where it cannot be asked. Raises UnreadableMemory."""
+        """Whether the object manager calls it a process; False where it cannot be asked."""
         if self._process_type is None:
             self._process_type = self._read_process_type()
-        kind = self.type_of(va)
-        return kind is None or self._process_type is None or kind == self._process_type
+        try:
+            kind = self.type_of(va)
+        except UnreadableMemory:
+            return False
+        return kind is not None and kind == self._process_type
 
     def type_of(self, va: int) -> int | None:
         """A number that is equal for objects of one type; None where the types tell none. Raises UnreadableMemory."""

@@ -90,11 +90,12 @@ class Processes:
     # -- is this one? --
 
     def is_sound(self, raw: RawProcess) -> bool:
-        """Whether bytes can be those of a process: kind of object, pid, page tables, start time, list of threads.
+        """Whether bytes can be those of a process: pid, page tables, start time, list of threads.
 
-        Its links on the list of processes are not asked: a hidden one may have any.
+        Its links on the list of processes are not asked: a hidden one may have any. Nor is the kind of object: nothing
+        needs it for long, so that whoever wants to be overlooked may overwrite it (`find` weighs it).
         """
-        if raw.kind != PROCESS_OBJECT or not self._is_object(raw.va):
+        if not self._is_object(raw.va):
             return False
         if not 0 < raw.pid < MAX_PID or raw.pid & 3 or not raw.dtb:
             return False
@@ -105,22 +106,22 @@ class Processes:
     def find(self, va: int) -> RawProcess | None:
         """The process at an address, None when there is none.
 
-        Its bytes must be sound, the object manager must call it a process where the types tell, and the list of its
-        threads must lead back to it.
+        Its bytes must be sound, the list of its threads must lead back to it, and one of three must vouch for it: its
+        own header, the object manager, or its neighbours on the list of processes.
         """
         if not self._is_object(va):
             return None
         head = va + self._threads
         try:
             raw = self.read(va)
-            if not self.is_sound(raw) or not self._objects.is_process(va):
+            if not self.is_sound(raw):
                 return None
             # LIST_ENTRY: Flink, Blink. The thread that is first points back to the head; of an empty list, it itself.
             back = self._kernel.space.pointer(raw.thread_flink + self._pointer)
             forth = self._kernel.space.pointer(raw.thread_blink)
         except UnreadableMemory:
             return None
-        return raw if head in (back, forth) else None
+        return raw if head in (back, forth) and self._is_vouched_for(raw) else None
 
     def is_process(self, va: int) -> bool:
         """Whether an address is that of a process; see :meth:`find`."""
@@ -166,6 +167,12 @@ class Processes:
 
     def _is_object(self, va: int) -> bool:
         return self._kernel.is_kernel(va) and not va % self._pointer
+
+    def _is_vouched_for(self, raw: RawProcess) -> bool:
+        """Whether its header, the object manager or its neighbours call it a process."""
+        if raw.kind == PROCESS_OBJECT or self._objects.is_process(raw.va):
+            return True
+        return self._has_neighbours(raw.va) and not self._is_alone(raw.va)
 
     def _is_alone(self, va: int) -> bool:
         """Whether a process is in a ring of its own: its links lead to itself."""
@@ -225,4 +232,4 @@ class Processes:
             except UnreadableMemory:
                 return None
         raw = self.parse(va, bytes_)
-        return raw if raw.kind == PROCESS_OBJECT else None
+        return raw if raw.kind == PROCESS_OBJECT or self.is_sound(raw) else None

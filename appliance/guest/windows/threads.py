@@ -1,8 +1,9 @@
 """The threads of a process: ``_EPROCESS.ThreadListHead``, a ring of ``_ETHREAD.ThreadListEntry``.
 
 Each look reads all threads known from the look before in one batch; links are followed forwards and must lead back,
-three tries, then what could be reached is told, and a gap. That a thread names another process than the one whose list
-it is on (``Cid``, ``Process``), or works in another one's memory for now (``ApcState.Process``), is told as it is.
+three tries, then what either direction reaches is told, and a gap. That a thread names another process than the one
+whose list it is on (``Cid``, ``Process``), or works in another one's memory for now (``ApcState.Process``), is told as
+it is.
 Sources: _ETHREAD, _KTHREAD, _KAPC_STATE, _CLIENT_ID of ntkrnlmp.pdb; enum _KTHREAD_STATE; _KOBJECTS (wdm.h).
 """
 
@@ -102,6 +103,8 @@ class Threads:
             if not why:
                 break
             torn += 1
+        if why:  # what either direction reaches of the threads that say themselves whose they are
+            found = self._reach(process_va)
         if len(self._known) >= MAX_KNOWN:
             self._known.clear()
         self._known[process_va] = [thread.va for thread in found]
@@ -148,12 +151,32 @@ class Threads:
                 except UnreadableMemory:
                     return found, node, "a thread cannot be read"
             thread = self.parse(va, raw)
-            if thread.kind != THREAD_OBJECT or thread.blink != previous:
+            is_thread = thread.kind == THREAD_OBJECT or thread.process == process_va
+            if not is_thread or thread.blink != previous:
                 return found, node, "a link leads to what is no thread, or does not point back"
             seen.add(va)
             found.append(thread)
             previous, node = node, thread.flink
         return found, node, ""
+
+    def _reach(self, process_va: int) -> list[RawThread]:
+        """The threads on both directions of a list that contradicts itself, as far as each names this process."""
+        space, head = self._kernel.space, process_va + self._head
+        found: dict[int, RawThread] = {}
+        for at in (head, head + self._kernel.pointer_size):
+            node = space.pointer(at)
+            seen = {head}
+            while node not in seen and len(seen) <= MAX_THREADS and self._kernel.is_kernel(node):
+                seen.add(node)
+                try:
+                    thread = self.read(node - self._links)
+                except UnreadableMemory:
+                    break
+                if thread.process != process_va:
+                    break
+                found.setdefault(thread.va, thread)
+                node = thread.flink if at == head else thread.blink
+        return list(found.values())
 
 
 def _members(kernel: WindowsKernel) -> tuple[str, ...]:

@@ -1,9 +1,8 @@
 """Processes that are not on the guest's own list: found by their pool blocks, or because somebody points to them.
 
 A block with a process's tag may hold a process that lives, one that has ended and is still referenced, or the rest of
-one that is long gone. Only what every check calls a process is told: of its kind for the kernel's dispatcher and for
-the object manager, with sound pointers, and at the head of its own list of threads. One that is just being made is not
-on the list yet, so a process younger than a moment is not called hidden.
+one that is long gone. Only what `Processes.find` calls a process is told. One that is just being made is not on the
+list yet, so a process younger than a moment is not called hidden.
 Sources: as of `processes`; nt!PspInsertProcess links a process only after it was made.
 """
 
@@ -33,13 +32,11 @@ class Unlisted:
         space, step = self._kernel.space, self._header.size
         kept = [pair for pair in blocks if pair[1].tag == PROCESS_TAG][:MAX_BLOCKS]
         starts = space.readv([(va, min(block.size, HEADERS + self._kind + 1)) for va, block in kept])
-        candidates = [
-            va + at
-            for (va, _), raw in zip(kept, starts, strict=True)
-            if raw is not None
-            for at in range(step, len(raw) - self._kind, step)
-            if raw[at + self._kind] == PROCESS_OBJECT
-        ]
+        candidates: list[int] = []
+        for (va, _), raw in zip(kept, starts, strict=True):
+            places = range(step, len(raw) - self._kind, step) if raw is not None else range(0)
+            told = [at for at in places if raw is not None and raw[at + self._kind] == PROCESS_OBJECT]
+            candidates += [va + at for at in told or places]  # its header may have been overwritten
         return self.at(candidates)
 
     def at(self, addresses: Sequence[int]) -> list[RawProcess]:

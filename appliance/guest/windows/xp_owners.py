@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 
 from appliance.errors import UnreadableMemory
 from appliance.guest.windows.cid import OtherViews
-from appliance.guest.windows.eprocess import PROCESS_OBJECT
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.processes import Processes, RawProcess
 from appliance.model import Evidence, Flag, Gap, Owner
@@ -30,7 +29,7 @@ class Holder(NamedTuple):
 
 def is_same(before: RawProcess, now: RawProcess, *, ended: bool = False) -> bool:
     """Whether the bytes at one address are still those of the same process; ``ended``: it may have ended meanwhile."""
-    if now.kind != PROCESS_OBJECT or now.key != before.key:
+    if now.kind != before.kind or now.key != before.key:
         return False
     return ended or now.exited == before.exited
 

@@ -468,7 +468,6 @@ def test_only_what_is_a_process_is_one(machine):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("_EPROCESS.Pcb.Header.Type", 6),
         ("_EPROCESS.UniqueProcessId", 601),
         ("_EPROCESS.UniqueProcessId", 0),
         ("_EPROCESS.Pcb.DirectoryTableBase", 0),
@@ -486,13 +485,42 @@ def test_a_structure_that_contradicts_itself_is_no_process(machine, path, value)
     assert not processes.is_process(made.va)
 
 
-def test_an_object_of_another_type_with_the_bytes_of_a_process_is_no_process(machine):
-    made = machine.process("notepad.exe")
-    processes, types = Processes(kernel_of(machine)), types_of(machine)
-    member = "TypeIndex" if types.has("_OBJECT_HEADER.TypeIndex") else "Type"
-    header = made.va - types.offset("_OBJECT_HEADER.Body")
-    poke(machine, header, f"_OBJECT_HEADER.{member}", peek(machine, header, f"_OBJECT_HEADER.{member}") ^ 8)
-    assert not processes.is_process(made.va)
+def disguise(machine, made, *, header=False, kind=False):
+    """Overwrite what calls it a process: in its own header, for the object manager."""
+    types = types_of(machine)
+    if header:
+        poke(machine, made.va, "_EPROCESS.Pcb.Header.Type", 0)
+    if kind:
+        member = "TypeIndex" if types.has("_OBJECT_HEADER.TypeIndex") else "Type"
+        at = made.va - types.offset("_OBJECT_HEADER.Body")
+        poke(machine, at, f"_OBJECT_HEADER.{member}", peek(machine, at, f"_OBJECT_HEADER.{member}") ^ 8)
+
+
+@pytest.mark.parametrize("marks", [{"header": True}, {"kind": True}])
+def test_a_process_with_one_mark_overwritten_is_still_one_and_hides_nobody(machine, marks):
+    made = [machine.process("one.exe"), machine.process("two.exe"), machine.process("hidden.exe", hidden=True)]
+    for each in made:
+        disguise(machine, each, **marks)
+    processes = Processes(kernel_of(machine))
+    listing = processes.walk()
+    assert not listing.gaps and {raw.pid for raw in listing.processes} == {each.pid for each in planted(machine)}
+    assert all(processes.is_process(each.va) for each in made)
+
+
+def test_one_that_nothing_but_the_list_calls_a_process_is_one_while_it_is_on_it(machine):
+    made, hidden = machine.process("one.exe"), machine.process("hidden.exe", hidden=True)
+    for each in (made, hidden):
+        disguise(machine, each, header=True, kind=True)
+    processes = Processes(kernel_of(machine))
+    assert made.pid in {raw.pid for raw in processes.walk().processes}
+    assert processes.is_process(made.va) and not processes.is_process(hidden.va)
+
+
+def test_the_bytes_of_a_process_at_another_place_are_no_process(machine):
+    made, other = machine.process("notepad.exe"), machine.process("other.exe")
+    size = types_of(machine).size("_EPROCESS")
+    write(machine, other.va, read(machine, made.va, size))
+    assert not Processes(kernel_of(machine)).is_process(other.va)
 
 
 def test_a_broken_list_is_told_from_both_ends_and_the_break_is_named(machine):

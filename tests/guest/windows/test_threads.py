@@ -94,15 +94,25 @@ def test_a_thread_that_begins_between_two_looks_is_in_the_second_one(machine):
     assert [thread.va for thread in threads.walk(process.va).threads] == addresses(process)
 
 
-def test_a_list_that_does_not_lead_back_is_told_as_far_as_it_does(machine):
+def test_threads_that_say_whose_they_are_are_told_though_the_list_does_not_lead_back(machine):
     process = machine.process("notepad.exe")
     machine.inject(process)
     machine.inject(process)
-    last = addresses(process)[-1]
-    poke(machine, last, "_ETHREAD.ThreadListEntry.Blink", process.va)
+    for thread in addresses(process):
+        poke(machine, thread, "_ETHREAD.ThreadListEntry.Blink", process.va)
     found = Threads(kernel_of(machine)).walk(process.va)
-    assert ([thread.va for thread in found.threads], found.torn) == (addresses(process)[:-1], TRIES)
-    assert found.gaps[0].address == last + links(machine)
+    assert ([thread.va for thread in found.threads], found.torn) == (addresses(process), TRIES)
+    assert found.gaps[0].address == addresses(process)[0] + links(machine)
+
+
+def test_a_list_that_leads_into_another_processes_threads_is_told_as_far_as_it_is_its_own(machine):
+    process, other = machine.process("notepad.exe"), machine.process("other.exe")
+    machine.inject(process)
+    machine.inject(other)
+    poke(machine, addresses(process)[-1], "_ETHREAD.ThreadListEntry.Flink", addresses(other)[0] + links(machine))
+    found = Threads(kernel_of(machine)).walk(process.va)
+    assert ([thread.va for thread in found.threads], found.torn) == (addresses(process), TRIES)
+    assert found.gaps
 
 
 def test_a_circle_of_threads_ends(machine):
@@ -118,7 +128,12 @@ def test_a_circle_of_threads_ends(machine):
 def test_what_is_no_thread_is_not_told(machine):
     process = machine.process("notepad.exe")
     machine.inject(process)
-    poke(machine, addresses(process)[1], "_ETHREAD.Tcb.Header.Type", 3)
+    second = addresses(process)[1]
+    poke(machine, second, "_ETHREAD.Tcb.Header.Type", 3)
+    found = Threads(kernel_of(machine)).walk(process.va)
+    assert len(found.threads) == 2 and not found.gaps  # its header was overwritten; it still says whose it is
+    named = "_ETHREAD.ThreadsProcess" if types_of(machine).has("_ETHREAD.ThreadsProcess") else "_ETHREAD.Tcb.Process"
+    poke(machine, second, named, 0)
     found = Threads(kernel_of(machine)).walk(process.va)
     assert len(found.threads) == 1 and found.gaps
 
