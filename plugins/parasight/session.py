@@ -62,11 +62,11 @@ class Session:
     def __init__(self, context: interfaces.context.ContextInterface, os: str) -> None:
         self.context, self.os = context, os
         self._layers = set(context.layers)
-        self._modules = set(context.modules)
+        self._tables = set(context.symbol_space)
         self._caches: list[Any] = []
 
     def forget(self) -> None:
-        """Drop what is remembered of the guest's memory: page tables, layers of processes."""
+        """Drop what is remembered of the guest's memory, page tables and layers of processes, and what plugins left."""
         if not self._caches:
             kind = functools._lru_cache_wrapper
             self._caches = [one for one in gc.get_objects() if isinstance(one, kind)]
@@ -75,6 +75,8 @@ class Session:
                 cache.cache_clear()
         for name in set(self.context.layers) - self._layers:
             self.context.layers.del_layer(name)
+        for name in set(self.context.symbol_space) - self._tables:
+            self.context.symbol_space.remove(name)
 
     def run(self, plugin: str, *, at: int | None = None, limit: int = 1 << 20, **options: Any) -> list[Row]:
         """The rows of a plugin, by column; ``at``: only for the process that lies there."""
