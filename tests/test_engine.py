@@ -125,15 +125,15 @@ def test_a_flow_that_ends_unbound_is_late_and_still_judged():
     assert report.verdict.binding.reason is Reason.LATE
 
 
-def run_to_the_end(one, first, finding):
-    """Answer every look with one finding; the guest sends a payload now and then; return the reports."""
+def run_to_the_end(one, first, finding, lag_ns=0):
+    """Answer every look with one finding, ``lag_ns`` later; the guest sends a payload now and then; the reports."""
     reports, at_ns = [], first.started_ns
     waiting = say(one, started(first))
     for index in range(40):
         while waiting:
             command = waiting.pop(0)
             if isinstance(command, LookUp):
-                waiting += say(one, LookedUp(first.id, finding, at_ns))
+                waiting += say(one, LookedUp(first.id, finding, at_ns + lag_ns))
             elif isinstance(command, Report):
                 reports.append(command.verdict)
         at_ns += 100 * MS
@@ -147,6 +147,12 @@ def run_to_the_end(one, first, finding):
 def test_a_connection_that_lives_on_without_any_socket_is_hidden():
     (verdict,) = run_to_the_end(engine(), flow(), Finding(Match.NONE))
     assert verdict.binding.reason is Reason.HIDDEN
+
+
+@pytest.mark.parametrize(("lag_ms", "reason"), [(60, Reason.HIDDEN), (600, Reason.LATE)])
+def test_an_eye_that_needs_a_moment_for_a_miss_still_tells_hidden_from_late(lag_ms, reason):
+    (verdict,) = run_to_the_end(engine(), flow(), Finding(Match.NONE), lag_ms * MS)
+    assert verdict.binding.reason is reason
 
 
 def test_a_process_that_is_not_on_the_guests_own_list_is_an_alert_whatever_the_rules_say_of_it():
