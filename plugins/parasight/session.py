@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import re
@@ -184,10 +185,12 @@ def find_symbols(pdb: str, guid: str, age: int) -> str | None:
 def write_linux_isf(kernel: Kernel, folder: Path) -> Path:
     """Make the symbol file of a kernel from its own type information and symbols, unless it is there already.
 
-    ``folder`` is then one that ``vol -s`` takes.
+    ``folder`` is then one that ``vol -s`` takes. The file is named by what it is made of, not only by the build id that
+    the guest tells: a guest cannot spoil the symbols of another one.
     """
-    path = folder / "linux" / f"{kernel.build_id or 'unknown'}.json"
-    if kernel.build_id and path.exists():
+    path = folder / "linux" / f"{kernel.build_id or 'unknown'}-{_fingerprint(kernel)}.json"
+    if path.exists():
+        path.touch()
         return path
     symbols = read_symbols(kernel)
     banner = kernel.read_text(symbols[BANNER], MAX_BANNER) + b"\0" if BANNER in symbols else b""
@@ -196,6 +199,14 @@ def write_linux_isf(kernel: Kernel, folder: Path) -> Path:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="new-", suffix=".part", delete=False) as file:
         json.dump(document, file, separators=(",", ":"))
     return Path(file.name).rename(path)
+
+
+def _fingerprint(kernel: Kernel) -> str:
+    tables = kernel.symbols.tables
+    digest = hashlib.sha256(str((tables.base - kernel.image.va, tables.count, tables.signed)).encode())
+    for part in (kernel.types.blob, tables.names, b"\0".join(tables.tokens), tables.offsets.tobytes()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
 
 
 def _context(location: str, layer: type[intel.Intel], root: int, kernel: int, os: str) -> Any:

@@ -45,6 +45,7 @@ MAX_CPU_S = 90  # of one question, attaching and making symbols included
 MAX_PLUGIN_S = 15.0  # of one plugin
 MAX_ROWS = 256  # of one plugin
 MAX_REQUEST = 1 << 16
+MAX_FILES = 16  # symbol files of Linux kernels in the cache, some 13 MB each
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 NICE = 10
 
@@ -114,12 +115,21 @@ class Worker:
         if self._session is not None and key == self._kernel:
             return self._session
         self._kernel = key
-        return session.open_linux(linux, self._location, session.write_linux_isf(linux, self._cache / "symbols"))
+        isf = session.write_linux_isf(linux, self._cache / "symbols")
+        _tidy(isf.parent)
+        return session.open_linux(linux, self._location, isf)
 
 
 def _attach_linux(memory: GuestMemory) -> Kernel:
     vcpus = memory.vcpus()
     return attach_linux(memory, cr3=vcpus[0].cr3 if vcpus else None)
+
+
+def _tidy(folder: Path) -> None:
+    """Keep the symbol files used last: a guest can claim to be any number of kernels."""
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in files[:-MAX_FILES]:
+        path.unlink(missing_ok=True)
 
 
 def _is_there(session: Session, pid: int, at: int) -> bool:
