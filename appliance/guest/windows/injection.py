@@ -10,8 +10,9 @@ Weights: 2 is suspicious on its own, 1 unusual (JITs, debuggers, hooks of decent
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 from appliance.errors import GuestError, Implausible, OutOfTime, UnreadableMemory
 from appliance.guest.budget import Budget
@@ -30,7 +31,7 @@ from appliance.guest.windows.objects import Objects
 from appliance.guest.windows.params import ParameterReader
 from appliance.guest.windows.text import MAX_PATH, wide_text
 from appliance.guest.windows.threads import Threads
-from appliance.guest.windows.vads import Vads
+from appliance.guest.windows.vads import MemoryMap, Vad, Vads
 from appliance.model import Evidence, Gap, GuestProcess
 
 MAX_PAGES: Final = 131_072  # page table entries and pages of one part of a look: 512 MiB of code
@@ -38,7 +39,16 @@ MAX_SECONDS: Final = 0.5  # for one part of a look, of which there are six
 MAX_LOOK_SECONDS: Final = 3.0  # for the whole of it
 TRIES: Final = 3
 MAX_TOLD: Final = 256  # evidence of one process
-PASSING: Final = ("unlisted-module", "fake-module", "hollowed", "foreign-thread")  # what a change under us looks like
+# What a change under us looks like
+PASSING: Final = ("unlisted-module", "fake-module", "hollowed", "foreign-thread", "peb-masquerade")
+
+
+class _Look(NamedTuple):
+    """What one look saw."""
+
+    found: list[Evidence]
+    unsettled: int  # findings about what had changed before they were told
+    whole: bool  # it was not out of time
 
 
 class Injection:
@@ -58,23 +68,28 @@ class Injection:
 
     def find(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """Everything foreign in a process, the heaviest first. Raises GuestError, and nothing else."""
+        live = self._kernel.memory.live
         evidence: list[Evidence] = []
         gaps: list[Gap] = []
         cut: list[str] = []
         before: set[tuple[str, int]] | None = None
-        for _ in range(TRIES if self._kernel.memory.live else 1):
+        for _ in range(TRIES if live else 1):
             self._kernel.forget()
             raw = self._identify(process)
             if raw is None:
-                if evidence:
-                    break
-                return (_gap("process", process.task_va, "it has ended, or its place was reused"),)
-            cut.clear()
-            gaps.clear()
-            looked = self._look(raw, process, gaps, cut)
-            evidence = [one for one in looked if before is None or one.kind not in PASSING or _key(one) in before]
-            passing = {_key(one) for one in evidence if one.kind in PASSING}
-            if cut or not passing or passing == before:
+                if before is None:
+                    return (_gap("process", process.task_va, "it has ended, or its place was reused"),)
+                evidence = [_doubtful(one) for one in evidence]
+                break
+            gaps, cut = [], []
+            look = self._look(raw, process, gaps, cut)
+            evidence = _join(evidence, look, before)
+            passing = {_key(one) for one in look.found if one.kind in PASSING}
+            if look.unsettled:
+                gaps.append(Gap("process", process.task_va, f"{look.unsettled} findings: it changed under them"))
+            if not look.whole and live:
+                evidence = [_doubtful(one) for one in evidence]
+            if not look.whole or not (look.unsettled or passing) or passing == before:
                 break  # else look again: what may pass is told only when it is there again
             before = passing
         if self._identify(process) is None:
@@ -87,20 +102,42 @@ class Injection:
         evidence += [_gap("code", 0, f"not looked at: {what}") for what in cut[:MAX_TOLD]]
         return tuple(evidence)
 
-    def _look(self, raw: RawProcess, process: GuestProcess, gaps: list[Gap], cut: list[str]) -> list[Evidence]:
+    def _look(self, raw: RawProcess, process: GuestProcess, gaps: list[Gap], cut: list[str]) -> _Look:
         found: list[Evidence] = []
+        unsettled = 0
         try:
             with self._kernel.limit(MAX_LOOK_SECONDS, self._clock):
-                for evidence in self._judge(raw, process, gaps, cut):
-                    found.append(evidence)
+                memory = self._vads.walk(raw.va)
+                gaps += memory.gaps
+                for evidence in self._judge(raw, process, memory, gaps, cut):
+                    if self._is_settled(evidence.address, process, memory):
+                        found.append(evidence)
+                    else:
+                        unsettled += 1
         except OutOfTime:
             cut.append(f"all that would have taken longer than {MAX_LOOK_SECONDS} s")
-        return found
+            return _Look(found, unsettled, False)
+        return _Look(found, unsettled, True)
 
-    def _judge(self, raw: RawProcess, process: GuestProcess, gaps: list[Gap], cut: list[str]) -> Iterator[Evidence]:
+    def _is_settled(self, address: int, process: GuestProcess, memory: MemoryMap) -> bool:
+        """Whether an address still lies in the same region of the same process as when the regions were read.
+
+        Else the bytes may have been those of what came after it: of an image that took its place, of another process.
+        """
+        if not address or not self._kernel.memory.live:
+            return True
+        was = memory.at(address)
+        try:
+            if self._identify(process) is None:
+                return False
+            return any(_same(was, self._vads.find(process.task_va, address)) for _ in range(TRIES))
+        except UnreadableMemory:
+            return False
+
+    def _judge(
+        self, raw: RawProcess, process: GuestProcess, memory: MemoryMap, gaps: list[Gap], cut: list[str]
+    ) -> Iterator[Evidence]:
         """Each part has a budget of its own, so that no part can use up another's; the longest comes last."""
-        memory = self._vads.walk(raw.va)
-        gaps += memory.gaps
         files = self._media.files(memory.vads)
         views = [view_of(vad, files) for vad in memory.vads]
         if not raw.peb and not any(view.image for view in views):
@@ -194,6 +231,28 @@ def _place_of(file: MappedFile | None, process: GuestProcess) -> Place:
     if file is not None:
         return file.place
     return parse_place(process.path if isinstance(process.path, str) else process.name)
+
+
+def _join(earlier: Sequence[Evidence], look: _Look, before: Collection[tuple[str, int]] | None) -> list[Evidence]:
+    """What is to be told after one more look: what may pass only if it was there before."""
+    found = [
+        one for one in look.found if before is None or not look.whole or one.kind not in PASSING or _key(one) in before
+    ]
+    keys = {_key(one) for one in look.found}
+    gone = [one for one in earlier if one.kind != "gap" and one.address and _key(one) not in keys]
+    return found + [one for one in gone if not look.whole or one.kind not in PASSING]
+
+
+def _doubtful(evidence: Evidence) -> Evidence:
+    """What may pass weighs less where it could not be looked at twice."""
+    return replace(evidence, weight=min(evidence.weight, 1)) if evidence.kind in PASSING else evidence
+
+
+def _same(was: Vad | None, now: Vad | None) -> bool:
+    """Whether two looks saw one region."""
+    if was is None or now is None:
+        return was is now
+    return all(getattr(was, name) == getattr(now, name) for name in ("va", "start", "end", "kind", "control_area"))
 
 
 def _key(evidence: Evidence) -> tuple[str, int]:

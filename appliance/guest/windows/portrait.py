@@ -181,7 +181,7 @@ class Portraits:
         if raw.exited or not self._parameters.is_user(raw.section_base):
             return ""
         try:
-            program = self._vads.walk(raw.va).at(raw.section_base)
+            program = self._vads.find(raw.va, raw.section_base)
         except UnreadableMemory:
             return ""
         return program.path or "" if program is not None else ""

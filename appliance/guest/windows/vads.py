@@ -160,6 +160,19 @@ class Vads:
         nodes.sort(key=lambda each: each.start)
         return MemoryMap(tuple(self._describe(nodes)), tuple(gaps), torn)
 
+    def find(self, process_va: int, address: int) -> Vad | None:
+        """The range that an address lies in now, by the way to it from the root. Raises UnreadableMemory."""
+        space, kernel = self._kernel.space, self._kernel
+        va = space.pointer(process_va + self._root)
+        for _ in range(MAX_DEPTH):
+            if not kernel.is_kernel(va) or va % kernel.pointer_size:
+                break
+            node = self._parse(va, space.read(*self._node.span(va)))
+            if node.start <= address < node.end:
+                return self._describe([node])[0]
+            va = node.left if address < node.start else node.right
+        return None
+
     def _walk_tree(self, process_va: int) -> tuple[list[_Node], list[Gap], int]:
         """All nodes; what is missing of them, and how many contradicted the tree."""
         space, kernel = self._kernel.space, self._kernel

@@ -74,6 +74,23 @@ def test_an_address_between_the_ranges_is_in_none(machine):
     assert found.at(0) is None and found.at(1 << 47) is None
 
 
+def test_the_way_from_the_root_leads_to_the_range_that_an_address_lies_in(machine):
+    process = machine.process("notepad.exe")
+    machine.inject(process)
+    kernel = kernel_of(machine)
+    vads = Vads(kernel)
+    whole = vads.walk(process.va)
+    for vad in whole.vads:
+        assert vads.find(process.va, vad.start) == vads.find(process.va, vad.end - 1) == vad
+    for address in {vad.end for vad in whole.vads} - {vad.start for vad in whole.vads}:
+        assert vads.find(process.va, address) is None
+    for name in ("VadNode.Left", "VadNode.Right", "LeftChild", "RightChild"):  # a circle ends
+        if types_of(machine).has(f"_MMVAD_SHORT.{name}"):
+            top = peek(machine, process.va, root_of(machine, process))
+            poke(machine, top, f"_MMVAD_SHORT.{name}", top)
+    assert vads.find(process.va, 1 << 46) is None
+
+
 def test_a_process_without_user_memory_has_no_ranges(server):
     found = Vads(kernel_of(server)).walk(server["Registry"].va)
     assert (found.vads, found.gaps) == ((), ())
