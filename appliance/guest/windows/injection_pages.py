@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from appliance.errors import GuestError
 from appliance.guest.budget import Budget
-from appliance.guest.windows.space import ADDRESS, PROTOTYPE, TRANSITION, TRANSITION_ADDRESS, AddressSpace, Mode
+from appliance.guest.windows.space import ADDRESS, PROTOTYPE, TRANSITION, AddressSpace, Mode
 
 PAGE: Final = 4096
 PRESENT, WRITABLE, USER, LARGE, NX = 1, 2, 4, 0x80, 1 << 63  # Intel SDM
@@ -133,7 +133,7 @@ class Pages:
                 yield Leaf(va, entry & ADDRESS, PAGE, allowed, table.writable and bool(entry & WRITABLE), True)
             else:
                 may_run, may_write = bool(entry & SOFT_EXECUTE), bool(entry & SOFT_WRITE)
-                gpa = entry & TRANSITION_ADDRESS
+                gpa = entry & self.space.in_ram
                 yield Leaf(va, gpa, PAGE, may_run and not table.nx, may_write and table.writable, False)
 
     def _middle(
@@ -157,7 +157,7 @@ class Pages:
             if present and entry & LARGE and shift <= 30 and not (depth == 0 and self._pae):
                 yield from self._large(_Table(va, entry, nx, writable), shift, inside)
             else:
-                below.append(_Table(va, entry & (ADDRESS if present else TRANSITION_ADDRESS), nx, writable))
+                below.append(_Table(va, entry & (ADDRESS if present else self.space.in_ram), nx, writable))
 
     def _large(self, page: _Table, shift: int, inside: _Ranges) -> Iterator[Leaf]:
         size = 1 << shift
@@ -231,8 +231,14 @@ class Prototypes:
         for va in wanted:
             block = blocks[va & -PAGE]
             at = va % PAGE
-            found.append(None if block is None else _frame(int.from_bytes(block[at : at + self._size], "little")))
+            found.append(None if block is None else self._frame(int.from_bytes(block[at : at + self._size], "little")))
         return found
+
+    def _frame(self, entry: int) -> int:
+        """Where the page of a prototype entry is; 0 where it is not in memory."""
+        if entry & PRESENT:
+            return entry & ADDRESS
+        return entry & self._space.in_ram if entry & (TRANSITION | PROTOTYPE) == TRANSITION else 0
 
 
 def small_of(leaves: Sequence[Leaf], most: int) -> list[Leaf]:
@@ -256,13 +262,6 @@ def merge(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
         elif len(runs) < MAX_RUNS:
             runs.append([leaf])
     return runs
-
-
-def _frame(entry: int) -> int:
-    """Where the page of a prototype entry is; 0 where it is not in memory."""
-    if entry & PRESENT:
-        return entry & ADDRESS
-    return entry & TRANSITION_ADDRESS if entry & (TRANSITION | PROTOTYPE) == TRANSITION else 0
 
 
 class _Ranges:

@@ -80,6 +80,16 @@ def test_pages_in_memory_are_found_with_their_rights(tables) -> None:
     assert (VA + PAGE in {leaf.va for leaf in executable}) is not has_nx
 
 
+@pytest.mark.parametrize("bit", [36, 39, 44])
+def test_a_bit_above_all_ram_that_guards_a_trimmed_pages_entry_is_no_part_of_its_place(bit) -> None:
+    tables = Tables(Mode.LONG4)
+    tables.set(VA, 0x40_2000 | TRANSITION | EXECUTE_READ | 1 << bit)  # against L1TF
+    assert [leaf.gpa for leaf in tables.leaves((VA, VA + PAGE))] == [0x40_2000]
+    tables.set(VA + PAGE, 0x40_3000 | PRESENT | WRITABLE)
+    tables.memory.data[0x40_3000:0x40_3008] = (0x40_4000 | TRANSITION | 1 << bit).to_bytes(8, "little")
+    assert Prototypes(tables.space).shared(VA + PAGE, [0]) == [0x40_4000]
+
+
 def test_the_parts_of_a_large_page_that_lie_in_a_region_are_found(tables) -> None:
     size = 1 << tables.shifts[-2]
     va = 2 * size
