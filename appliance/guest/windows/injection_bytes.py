@@ -41,6 +41,8 @@ SHELLCODE: Final = (
     (re.compile(rb"\xe8\0\0\0\0(\x41)?[\x58-\x5f]|\xd9\x74\x24\xf4[\x58-\x5f]"), "it looks for its own address"),
     (re.compile(rb"\x4c\x8b\xd1\xb8..\0\0.{0,12}\x0f\x05\xc3", re.DOTALL), "it calls the kernel past ntdll"),
 )
+# Chromium's sandbox keeps copies of the calls it has put detours over (sandbox/win/src/service_resolver_64.cc)
+SANDBOXES: Final = SHELLCODE[-1:]
 
 
 class Section(NamedTuple):
@@ -130,9 +132,10 @@ def looks_wiped(first: bytes | None, second: bytes | None) -> bool:
     return len(set(_PROLOGUE.findall(second))) >= 2 and _BLANK_START.match(second) is None
 
 
-def find_shellcode(raw: bytes) -> tuple[int, str] | None:
-    """Where shellcode shows itself, and by what."""
-    hits = ((found.start(), what) for pattern, what in SHELLCODE if (found := pattern.search(raw)) is not None)
+def find_shellcode(raw: bytes, *, sandbox: bool = False) -> tuple[int, str] | None:
+    """Where shellcode shows itself, and by what; ``sandbox``: not by what a browser's sandbox does as well."""
+    signs = [sign for sign in SHELLCODE if not (sandbox and sign in SANDBOXES)]
+    hits = ((found.start(), what) for pattern, what in signs if (found := pattern.search(raw)) is not None)
     return min(hits, default=None)
 
 

@@ -15,6 +15,7 @@ from appliance.errors import Implausible, UnreadableMemory
 from appliance.guest.budget import Budget
 from appliance.guest.windows.injection_bytes import find_image, find_shellcode, looks_wiped
 from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge
+from appliance.guest.windows.injection_paths import SANDBOXED
 from appliance.guest.windows.injection_views import Scene, View
 from appliance.model import Evidence
 
@@ -155,7 +156,7 @@ def _weigh(patch: Patch, scene: Scene, digest: Digest, contents: Sequence[tuple[
     if scene.began_in(patch.start, patch.end):
         return "anon-exec", 2, f"{claim} and in which a thread began"
     for va, raw in contents:
-        shell = find_shellcode(raw)
+        shell = find_shellcode(raw, sandbox=scene.runtime in SANDBOXED)
         if shell is not None:
             return "anon-exec", 2, f"{claim} and holds shellcode at {va + shell[0]:#x}: {shell[1]}"
     if scene.runtime is not None:

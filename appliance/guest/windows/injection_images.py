@@ -110,6 +110,8 @@ def _unlisted(view: View, module: Module | None, scene: Scene) -> tuple[int, str
         return 0, claim
     if place is not None and is_native_image(place) and scene.runtime == ".NET":
         return 0, claim
+    if not view.executable and not scene.began_in(view.start, view.end):
+        return 1, f"{claim}, but as one that cannot be run (SEC_IMAGE_NO_EXECUTE)"
     if not scene.lists_whole:
         return 1, f"{claim}, which could not be read to their ends"
     if place is not None and _is_systems(place, scene) and not scene.began_in(view.start, view.end):

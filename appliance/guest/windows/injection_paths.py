@@ -54,6 +54,7 @@ RUNTIMES: Final = (
     (re.compile(r"beam\.smp\.dll$|erl(srv)?\.exe$"), "Erlang"),
 )
 
+SANDBOXED: Final = ("V8", "SpiderMonkey")  # runtimes of browsers, which sandbox their processes
 
 # Images that write to their own code, and why
 SELF_PATCHING: Final = ((re.compile(r"(core)?clr\.dll$|mscor(wks|svr)\.dll$"), "as .NET does with its write barriers"),)

@@ -83,13 +83,17 @@ class Loaders:
         """The modules of a process, both its loaders' where it has two. The caller checks that it still is the same."""
         space = self._kernel.process_space(process.dtb)
         found = self._read(space, process.peb, self._shape, wow64=False)
-        peb32 = self._read_peb32(process)
-        if not peb32:
+        if not process.wow64:
             return found
+        peb32 = self._read_peb32(process)
         second = self._read(space, peb32, WOW64, wow64=True)
-        return found._replace(modules=found.modules + second.modules, gaps=found.gaps + second.gaps)
+        gaps = found.gaps + second.gaps
+        if not second.loaded and not second.gaps:
+            gaps += (Gap("loader", peb32 or process.wow64, "the 32-bit loader's lists are not there"),)
+        return found._replace(modules=found.modules + second.modules, gaps=gaps)
 
     def _read_peb32(self, process: RawProcess) -> int:
+        """Where the 32-bit PEB is, 0: that cannot be read."""
         if not self._kernel.is_kernel(process.wow64):
             return process.wow64 & 0xFFFF_FFFF  # until Windows 7 a pointer to the PEB itself may stand here
         try:

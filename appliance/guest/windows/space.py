@@ -27,7 +27,6 @@ __all__ = ["PAGE", "AddressSpace", "Mode", "Pte"]
 
 PROTOTYPE, TRANSITION = 1 << 10, 1 << 11
 ADDRESS = 0x000F_FFFF_FFFF_F000
-TRANSITION_ADDRESS = 0x1FFF_FFFF_F000  # of a transition entry, where the size of RAM is not known
 READ_LIMIT = 64 << 20  # bytes of one read: no length that a guest names may be larger
 CACHE_LIMIT = 1 << 17  # remembered translations
 MAX_TABLES = 1 << 16  # of one range of addresses

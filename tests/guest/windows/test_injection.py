@@ -148,6 +148,16 @@ def test_a_runtime_may_make_code_but_no_image_no_shellcode_and_no_thread(machine
     ]
 
 
+def test_a_browsers_sandbox_may_keep_copies_of_system_calls_and_no_other_shellcode(machine, notepad) -> None:
+    call = bytes.fromhex("4c8bd1b8520000000f05c3")
+    machine.region(notepad, PAGE, "RX", call)
+    assert kinds(look(machine, notepad)) == [("anon-exec", 2)]
+    machine.module(notepad, "C:\\Program Files\\Google\\Chrome\\Application\\chrome.dll")
+    assert kinds(look(machine, notepad)) == [("anon-exec", 1)]
+    machine.region(notepad, PAGE, "RX", call + PEB_WALK)
+    assert sorted(kinds(look(machine, notepad))) == [("anon-exec", 1), ("anon-exec", 2)]
+
+
 def test_a_runtime_is_believed_by_its_mapped_image_and_not_by_the_loaders_word(machine, notepad) -> None:
     machine.module(notepad, "C:\\Windows\\System32\\clr.dll", in_vad=False)
     machine.region(notepad, PAGE, "RWX", PLAIN)
@@ -353,6 +363,15 @@ def test_an_image_that_was_taken_off_some_of_the_loaders_lists_is_told(machine, 
 def test_an_image_that_may_be_open_for_its_resources_weighs_less(machine, notepad, path, weight) -> None:
     machine.module(notepad, path, in_ldr=False)
     assert kinds(look(machine, notepad)) == ([("unlisted-module", weight)] if weight else [])
+
+
+def test_an_unlisted_image_that_cannot_be_run_is_unusual_only(machine, notepad) -> None:
+    file = machine.files.open("C:\\Program Files\\Vendor\\icons.exe")
+    start = notepad.user.place("view", 0x0200_0000_0000, file.size)
+    notepad.user.view(file, start, "PAGE_WRITECOPY")
+    found = only(look(machine, notepad), "unlisted-module")
+    assert (found.address, found.weight) == (start, 1)
+    assert found.claim.endswith("but as one that cannot be run (SEC_IMAGE_NO_EXECUTE)")
 
 
 def test_an_unlisted_image_of_windows_weighs_more_when_a_thread_began_in_it(machine, notepad) -> None:
@@ -625,6 +644,21 @@ def old_program(machine, *, no_execute: bool = True):
 def test_a_32_bit_process_with_two_loaders_has_nothing_foreign(machine) -> None:
     process, _ = old_program(machine)
     assert look(machine, process) == ()
+
+
+@pytest.mark.parametrize("what", ["unreadable", "not made yet"])
+def test_without_its_second_loaders_lists_a_32_bit_process_is_not_accused_of_its_images(machine, what) -> None:
+    process, _ = old_program(machine)
+    machine.module(process, "C:\\Program Files (x86)\\Old\\only32.dll", in_ldr=False)
+    assert len(heavy(look(machine, process))) == 1
+    if what == "unreadable":
+        poke(machine, process.va, "_EPROCESS.WoW64Process", 0xFFFF_9000_0000_0000)
+    else:
+        peb = peek(machine, peek(machine, process.va, "_EPROCESS.WoW64Process"), "_EWOW64PROCESS.Peb")
+        process.user.space.write(peb + 0xC, bytes(4))
+    found = look(machine, process)
+    assert heavy(found) == []
+    assert "32-bit loader's lists are not there" in only(found, "gap").claim
 
 
 def test_a_detour_in_32_bit_code_is_followed(machine) -> None:
