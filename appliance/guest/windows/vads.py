@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import reduce
+from operator import or_
 from typing import Final, NamedTuple
 
 from appliance.errors import UnsupportedGuest
@@ -111,6 +113,16 @@ class _Node(NamedTuple):
     flags1: int
 
 
+class _Traits(NamedTuple):
+    """What the flags of a range say."""
+
+    protection: str
+    private: bool
+    type: int
+    image: bool  # mapped as one, as far as flags tell
+    committed: bool
+
+
 class Vads:
     """Reads memory maps of processes of one guest."""
 
@@ -137,6 +149,10 @@ class Vads:
         self._image_bit = _bits(kernel, "ImageMap")  # until Server 2003
         commit = "_MMVAD_FLAGS1.MemCommit"
         self._commit1 = types.field(commit) if types.has(commit) else None
+        fields = [field for field in (*self._bits.values(), self._image_bit) if field is not None]
+        self._mask = reduce(or_, map(_mask, fields), 0)
+        self._mask1 = _mask(self._commit1) if self._commit1 is not None else 0
+        self._traits: dict[tuple[int, int], _Traits] = {}  # very many ranges have the same few flags
         direct = types.has("_MMVAD.ControlArea")
         self._long = Record(types, "_MMVAD", ("ControlArea" if direct else "Subsection", "FirstPrototypePte?"))
         self._subsection = None if direct else Record(types, "_SUBSECTION", ("ControlArea",))
@@ -220,7 +236,8 @@ class Vads:
     def _describe(self, nodes: Sequence[_Node]) -> list[Vad]:
         """The ranges with the sections and files behind them: one batch for each pointer on the way."""
         space, kernel = self._kernel.space, self._kernel
-        mapped = [node for node in nodes if not self._flag(node, "PrivateMemory")]
+        told = [self._traits_of(node) for node in nodes]
+        mapped = [node for node, traits in zip(nodes, told, strict=True) if not traits.private]
         sections: dict[int, tuple[int, int]] = {}
         raws = space.readv([self._long.span(node.va) for node in mapped])
         for node, raw in zip(mapped, raws, strict=True):
@@ -231,26 +248,30 @@ class Vads:
         details = self._read_areas(set(areas.values()))
         files = self._files.read({file for file, _ in details.values()})
         found = []
-        for node in nodes:
+        for node, traits in zip(nodes, told, strict=True):
+            if traits.private:
+                name, committed = TYPES[traits.type], traits.committed
+                place = node.va, node.start, node.end
+                found.append(Vad(*place, traits.protection, True, VadKind.PRIVATE, None, 0, 0, 0, name, committed))
+                continue
             section, prototypes = sections.get(node.va, (0, 0))
             area = areas.get(section, 0)
             file, image = details.get(area, (0, False))
             opened = files.get(file)
-            kind = self._kind(node, image=image)
             found.append(
                 Vad(
                     node.va,
                     node.start,
                     node.end,
-                    protection_name(self._value(node, "Protection")),
-                    bool(self._flag(node, "PrivateMemory")),
-                    kind,
+                    traits.protection,
+                    False,
+                    VadKind.IMAGE if traits.image or image else VadKind.MAPPED,
                     opened.path if opened is not None else None,
                     file if opened is not None else 0,
                     area,
                     prototypes if kernel.is_kernel(prototypes) else 0,
-                    TYPES[self._value(node, "VadType") & 7],
-                    self._committed(node),
+                    TYPES[traits.type],
+                    traits.committed,
                     opened is not None and opened.delete_pending,
                 )
             )
@@ -275,25 +296,23 @@ class Vads:
                 found[va] = file & ~self._fast, self._image_flag is not None and _take(flags, self._image_flag) == 1
         return found
 
-    def _kind(self, node: _Node, *, image: bool) -> VadKind:
-        if self._flag(node, "PrivateMemory"):
-            return VadKind.PRIVATE
-        if self._image_bit is None and self._image_flag is None and self._bits["VadType"] is None:
-            image = self._value(node, "Protection") == EXECUTE_WRITECOPY  # as every image is mapped
-        old = self._image_bit is not None and _take(node.flags, self._image_bit)
-        return VadKind.IMAGE if old or image or self._value(node, "VadType") == IMAGE_MAP else VadKind.MAPPED
+    def _traits_of(self, node: _Node) -> _Traits:
+        key = node.flags & self._mask, node.flags1 & self._mask1
+        found = self._traits.get(key)
+        if found is None:
+            found = self._traits[key] = self._read_traits(*key)
+        return found
 
-    def _committed(self, node: _Node) -> bool:
-        if self._commit1 is not None:
-            return _take(node.flags1, self._commit1) == 1
-        return self._value(node, "MemCommit") == 1
-
-    def _flag(self, node: _Node, name: str) -> bool:
-        return self._value(node, name) == 1
-
-    def _value(self, node: _Node, name: str) -> int:
-        field = self._bits[name]
-        return _take(node.flags, field) if field is not None else 0
+    def _read_traits(self, flags: int, flags1: int) -> _Traits:
+        value = {name: _take(flags, field) if field is not None else 0 for name, field in self._bits.items()}
+        image = value["VadType"] == IMAGE_MAP
+        if self._image_bit is not None:
+            image = image or _take(flags, self._image_bit) == 1
+        elif self._image_flag is None and self._bits["VadType"] is None:
+            image = value["Protection"] == EXECUTE_WRITECOPY  # as every image is mapped
+        committed = _take(flags1, self._commit1) if self._commit1 is not None else value["MemCommit"]
+        protection, private = protection_name(value["Protection"]), value["PrivateMemory"] == 1
+        return _Traits(protection, private, value["VadType"] & 7, image, committed == 1)
 
 
 def protection_name(value: int) -> str:
@@ -304,7 +323,11 @@ def protection_name(value: int) -> str:
 
 def _take(number: int, field: Field) -> int:
     """A bit-field's value, of a number that begins where the structure does that holds it."""
-    return number >> 8 * field.offset + field.bit_position & (1 << field.bit_length) - 1
+    return (number & _mask(field)) >> 8 * field.offset + field.bit_position
+
+
+def _mask(field: Field) -> int:
+    return (1 << field.bit_length) - 1 << 8 * field.offset + field.bit_position
 
 
 def _bits(kernel: WindowsKernel, name: str) -> Field | None:
