@@ -149,7 +149,9 @@ def _examine(root: Root, base: int) -> Located | None:
         pdb = pe.find_debug_id(space, base, headers, thorough=False)
         if pdb is None and pe.find_export_name(space, base, headers).lower() == _EXPORTED:
             pdb = pe.find_debug_id(space, base, headers)
-            return Located(space, root.shared, base, headers, pdb if pdb and pdb.name in KERNELS else None, root.how)
+            if pdb is None or pdb.name not in KERNELS:
+                pdb = pe.seek_debug_id(space, base, headers.size, KERNELS)
+            return Located(space, root.shared, base, headers, pdb, root.how)
     except (Implausible, UnreadableMemory):
         return None
     return Located(space, root.shared, base, headers, pdb, root.how) if pdb and pdb.name in KERNELS else None

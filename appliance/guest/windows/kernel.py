@@ -139,11 +139,17 @@ class WindowsKernel:
         return None if module is None else self.image_symbols(module)
 
     def image_symbols(self, module: KernelModule) -> SymbolTable:
-        """Symbols of a module. Raises UnsupportedGuest, Implausible, UnreadableMemory."""
-        pdb = pe.find_debug_id(self.space, module.base, pe.read_headers(self.space, module.base))
+        """Symbols of a module. Raises UnsupportedGuest."""
+        wanted = module.name.lower().rsplit(".", 1)[0] + ".pdb"
+        try:
+            pdb = pe.find_debug_id(self.space, module.base, pe.read_headers(self.space, module.base))
+        except (Implausible, UnreadableMemory):  # its headers are paged out, or were wiped
+            pdb = None
+        if pdb is None or pdb.name != wanted:
+            pdb = pe.seek_debug_id(self.space, module.base, module.size, (wanted,)) or pdb
         if pdb is None:
             raise UnsupportedGuest((f"the image of {module.name} does not say which symbols are its own",))
-        if pdb.name != module.name.lower().rsplit(".", 1)[0] + ".pdb":
+        if pdb.name != wanted:
             raise UnsupportedGuest((f"the image of {module.name} names the symbols of another: {pdb}",))
         if self.store is None:
             raise UnsupportedGuest((f"no symbols for {pdb}",))

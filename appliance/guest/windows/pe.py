@@ -102,6 +102,14 @@ def find_debug_id(space: AddressSpace, base: int, headers: Headers, *, thorough:
     return None
 
 
+def seek_debug_id(space: AddressSpace, base: int, size: int, names: Collection[str]) -> PdbId | None:
+    """The first CodeView record of an image that names one of these PDBs, wherever it lies.
+
+    For an image whose headers or debug directory are gone or lead astray.
+    """
+    return _scan_debug_id(space, base, min(size, MAX_SCAN), names)
+
+
 def parse_debug_id(raw: bytes) -> PdbId | None:
     """Parse a CodeView record: RSDS, GUID (three little-endian numbers and 8 bytes), age, path of the PDB."""
     if len(raw) < 26 or not raw.startswith(_RSDS):
@@ -224,7 +232,7 @@ def _debug_entries(space: AddressSpace, base: int, headers: Headers) -> list[tup
     return [(entry[4], entry[5], entry[6]) for entry in _DEBUG_ENTRY.iter_unpack(whole)]
 
 
-def _scan_debug_id(space: AddressSpace, start: int, size: int) -> PdbId | None:
+def _scan_debug_id(space: AddressSpace, start: int, size: int, names: Collection[str] | None = None) -> PdbId | None:
     """Look for a CodeView record page by page; a page is read with the start of the next."""
     spans = [(start + at, min(PAGE, size - at)) for at in range(0, size, PAGE)]
     pages = space.readv(spans)
@@ -233,7 +241,7 @@ def _scan_debug_id(space: AddressSpace, start: int, size: int) -> PdbId | None:
         while page and at >= 0:
             following = pages[number + 1] if number + 1 < len(pages) else None
             found = parse_debug_id((page + (following or b""))[at : at + 24 + _NAME_LIMIT])
-            if found:
+            if found and (names is None or found.name in names):
                 return found
             at = page.find(_RSDS, at + 1)
     return None

@@ -44,6 +44,11 @@ class Processes:
         self._layout = Layout(kernel.types)
         self._links = kernel.types.offset("_EPROCESS.ActiveProcessLinks.Flink")
         self._threads = kernel.types.offset("_EPROCESS.ThreadListHead.Flink")
+        types = kernel.types
+        older = types.has("_ETHREAD.ThreadsProcess")  # until Vista
+        places = ("ThreadListEntry", "Cid.UniqueProcess", "ThreadsProcess" if older else "Tcb.Process")
+        known = all(types.has(f"_ETHREAD.{name}") for name in places)
+        self._thread_places = tuple(types.offset(f"_ETHREAD.{name}") for name in places) if known else None
         self._head = kernel.symbol("PsActiveProcessHead")
         self._pointer = kernel.pointer_size
         self._objects = Objects(kernel)
@@ -106,8 +111,8 @@ class Processes:
     def find(self, va: int) -> RawProcess | None:
         """The process at an address, None when there is none.
 
-        Its bytes must be sound, the list of its threads must lead back to it, and one of three must vouch for it: its
-        own header, the object manager, or its neighbours on the list of processes.
+        Its bytes must be sound, the list of its threads must lead back to it, and somebody must vouch for it: its own
+        header, the object manager, its neighbours on the list of processes, or a thread that names it.
         """
         if not self._is_object(va):
             return None
@@ -169,10 +174,20 @@ class Processes:
         return self._kernel.is_kernel(va) and not va % self._pointer
 
     def _is_vouched_for(self, raw: RawProcess) -> bool:
-        """Whether its header, the object manager or its neighbours call it a process."""
+        """Whether its header, the object manager, its neighbours or its first thread call it a process."""
         if raw.kind == PROCESS_OBJECT or self._objects.is_process(raw.va):
             return True
-        return self._has_neighbours(raw.va) and not self._is_alone(raw.va)
+        if self._has_neighbours(raw.va) and not self._is_alone(raw.va):
+            return True
+        if self._thread_places is None:
+            return False
+        links, pid, process = self._thread_places
+        space, thread = self._kernel.space, raw.thread_flink - links
+        try:
+            named = space.pointer(thread + pid), space.pointer(thread + process)
+        except UnreadableMemory:
+            return False
+        return named == (raw.pid, raw.va)
 
     def _is_alone(self, va: int) -> bool:
         """Whether a process is in a ring of its own: its links lead to itself."""

@@ -315,6 +315,21 @@ def test_what_is_left_of_a_windows_that_ran_before_is_told_from_one_that_runs(ma
     assert looks_like_windows(still)
 
 
+def test_a_module_whose_headers_were_wiped_is_given_its_symbols(machine, tables):
+    kernel = attach(machine.memory(), symbols=tables)
+    tcpip = next(module for module in kernel.modules() if module.name == "tcpip.sys")
+    machine.kernel.space.write(tcpip.base, bytes(0x400))
+    assert attach(machine.memory(), symbols=tables).image_symbols(tcpip).pdb.name == "tcpip.pdb"
+
+
+def test_a_kernel_whose_debug_directory_was_wiped_is_found_by_its_exported_name_and_its_record(machine, tables):
+    kernel = attach(machine.memory(), symbols=tables)
+    head = kernel.space.read(kernel.base, 0x1000)
+    directory = int.from_bytes(head[0x3C:0x40], "little") + 24 + 112 + 8 * 6  # IMAGE_DIRECTORY_ENTRY_DEBUG
+    machine.kernel.space.write(kernel.base + directory, bytes(8))
+    assert attach(machine.memory(), symbols=tables).pdb == kernel.pdb
+
+
 def test_a_module_is_not_given_the_symbols_of_another(machine, tables):
     kernel = attach(machine.memory(), symbols=tables)
     tcpip = next(module for module in kernel.modules() if module.name == "tcpip.sys")

@@ -101,6 +101,17 @@ def test_where_the_debug_directory_is_paged_out_the_record_is_looked_for():
     assert pe.find_debug_id(space_of(ram), BASE, headers, thorough=False) is None
 
 
+def test_a_record_is_found_wherever_it_lies_though_the_headers_are_gone_and_only_that_of_the_name_that_is_sought():
+    ram = image()
+    unmap(ram, 0)
+    record = b"RSDS" + bytes.fromhex("33221100554477668899aabbccddeeff") + struct.pack("<I", 9) + b"other.pdb\0"
+    ram[FIRST + 0x12345 : FIRST + 0x12345 + len(record)] = record
+    space = space_of(ram)
+    assert pe.seek_debug_id(space, BASE, SIZE, ["drv.pdb"]) == PdbId("drv.pdb", GUID, 7)
+    assert pe.seek_debug_id(space, BASE, SIZE, ["other.pdb"]) == PdbId("other.pdb", GUID, 9)
+    assert pe.seek_debug_id(space, BASE, SIZE, ["third.pdb"]) is None
+
+
 def test_a_version_that_is_paged_out_is_none():
     ram = image()
     unmap(ram, 0x4000)

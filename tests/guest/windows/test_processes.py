@@ -362,6 +362,48 @@ def test_a_process_that_ended_while_it_was_looked_at_lends_nobody_its_memory(ser
     )
 
 
+def test_what_is_read_while_a_process_makes_way_for_another_is_not_told_of_either(server):
+    made = server.process("notepad.exe", sid=ALICE, session=1)
+    other = server.process("calc.exe", sid="S-1-5-18")
+    raw = Processes(kernel_of(server)).read(made.va)
+    length = types_of(server).size("_EPROCESS")
+    before, after = read(server, made.va, length), read(server, other.va, length)
+    audit, token = (
+        (peek(server, made.va, f"_EPROCESS.{name}"), peek(server, other.va, f"_EPROCESS.{name}"))
+        for name in ("SeAuditProcessCreationInfo.ImageFileName", "Token")
+    )
+    places = [(audit, 0x10), ((token[0] & ~15, token[1] & ~15), types_of(server).size("_TOKEN"))]
+    olds = [(one, read(server, one, size), read(server, two, size)) for (one, two), size in places]
+
+    class Reused(CountingMemory):
+        def readv(self, spans):
+            found = super().readv(spans)
+            if self.reads == step:
+                write(server, made.va, after)
+                for va, _, new in olds:
+                    write(server, va, new)
+            return found
+
+        def read(self, gpa, size):
+            return self.readv([(gpa, size)])[0]
+
+    def describe():
+        memory = Reused(server.memory())
+        found = Processes(kernel_of(server, memory)).describe(raw)
+        write(server, made.va, before)
+        for va, old, _ in olds:
+            write(server, va, old)
+        return found, memory.reads
+
+    step = -1
+    whole, reads = describe()
+    assert (whole.name, whole.sid, whole.path) == ("notepad.exe", ALICE, "C:\\Windows\\System32\\notepad.exe")
+    for step in range(1, reads):
+        found, _ = describe()
+        assert found.name == "notepad.exe" and found.sid in (ALICE, None)
+        assert "notepad.exe" in (whole.path if found.path is Missing.UNREADABLE else found.path)
+
+
 def test_a_description_is_made_once_and_again_when_the_token_changed(machine):
     made = machine.process("notepad.exe", sid=ALICE)
     processes = Processes(kernel_of(machine))
@@ -507,11 +549,15 @@ def test_a_process_with_one_mark_overwritten_is_still_one_and_hides_nobody(machi
     assert all(processes.is_process(each.va) for each in made)
 
 
-def test_one_that_nothing_but_the_list_calls_a_process_is_one_while_it_is_on_it(machine):
+def test_one_that_only_the_list_or_its_threads_call_a_process_is_one(machine):
     made, hidden = machine.process("one.exe"), machine.process("hidden.exe", hidden=True)
     for each in (made, hidden):
         disguise(machine, each, header=True, kind=True)
     processes = Processes(kernel_of(machine))
+    assert processes.is_process(hidden.va)
+    for each in (made, hidden):
+        thread = getattr(each.threads[0], "va", each.threads[0])
+        poke(machine, thread, "_ETHREAD.Cid.UniqueProcess", each.pid + 4)
     assert made.pid in {raw.pid for raw in processes.walk().processes}
     assert processes.is_process(made.va) and not processes.is_process(hidden.va)
 
