@@ -116,14 +116,22 @@ class Portraits:
         paths = self._kernel_paths(raws)
         files = self._files.read([raw.file for raw in raws if raw.file])
         tokens = self._tokens.read([raw.token for raw in raws])
-        own = [self._own_view(raw) for raw in raws]
+        own = [self._parameters.read(raw) if not raw.exited else Parameters() for raw in raws]
+        for number, raw in enumerate(raws):
+            if self._is_same(raw):
+                continue
+            # What was read may be another process's by now: the path is kept if it has this one's name
+            tokens[number], own[number] = None, Parameters()
+            files.pop(raw.file, None)
+            if not self._agrees(raw, paths[number] or ""):
+                paths[number] = None
         for raw, path, parameters in zip(raws, paths, own, strict=True):
             if path and isinstance(parameters.image, str):
                 self.drives.learn(path, parameters.image, raw.created)
         self._learn_accounts(raws, tokens, own)
         for raw, path, token, parameters in zip(raws, paths, tokens, own, strict=True):
             file = files.get(raw.file)
-            where = path or (file.path if file else "") or self._image_path(raw)
+            where = path or (file.path if file else "") or (self._image_path(raw) if path == "" else "")
             process = self._portray(raw, where, token, parameters)
             if file is not None and file.delete_pending:
                 process = replace(process, deleted=True)
@@ -188,8 +196,10 @@ class Portraits:
 
     def _name(self, raw: RawProcess, path: str) -> str:
         """The image's whole file name, where the kernel's short one agrees; else the short one."""
-        whole = file_name(path)
-        return whole if whole.casefold()[:SHORT_NAME] == raw.name.casefold()[:SHORT_NAME] else raw.name
+        return file_name(path) if self._agrees(raw, path) else raw.name
+
+    def _agrees(self, raw: RawProcess, path: str) -> bool:
+        return file_name(path).casefold()[:SHORT_NAME] == raw.name.casefold()[:SHORT_NAME]
 
     def _path(self, path: str, *, minimal: bool) -> str | Missing:
         """The kernel's path with a drive letter. The process's own word for it is not taken."""
@@ -214,17 +224,13 @@ class Portraits:
 
     # -- its own view --
 
-    def _own_view(self, raw: RawProcess) -> Parameters:
-        """What a process says of itself, if it still is this process afterwards."""
-        if raw.exited:
-            return Parameters()
-        own = self._parameters.read(raw)
+    def _is_same(self, raw: RawProcess) -> bool:
+        """Whether a process is still what it was: so what was read through its pointers and page tables was its own."""
         try:
             now = self._read(raw.va)
         except UnreadableMemory:
-            return Parameters()
-        same = (now.pid, now.created, now.dtb, now.peb, now.exited) == (raw.pid, raw.created, raw.dtb, raw.peb, 0)
-        return own if same else Parameters()
+            return False
+        return (now.key, now.dtb, self._vitals(now)) == (raw.key, raw.dtb, self._vitals(raw))
 
     def _services(self, name: str, command: str | Missing) -> tuple[str, ...]:
         if name.casefold() != "svchost.exe" or not isinstance(command, str):
@@ -252,7 +258,7 @@ class Portraits:
                 continue
             names = ("USERDOMAIN", "USERNAME")
             found = self._parameters.read_environment(raw, parameters.environment, names)
-            if found.get("USERNAME"):
+            if found.get("USERNAME") and self._is_same(raw):
                 domain = found.get("USERDOMAIN")
                 self._name_account(token.sid, f"{domain}\\{found['USERNAME']}" if domain else found["USERNAME"])
 
