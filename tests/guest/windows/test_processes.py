@@ -378,48 +378,6 @@ def test_what_is_read_while_a_process_makes_way_for_another_is_not_told_of_eithe
     class Reused(CountingMemory):
         def readv(self, spans):
             found = super().readv(spans)
-            if self.reads == step:
-                write(server, made.va, after)
-                for va, _, new in olds:
-                    write(server, va, new)
-            return found
-
-        def read(self, gpa, size):
-            return self.readv([(gpa, size)])[0]
-
-    def describe():
-        memory = Reused(server.memory())
-        found = Processes(kernel_of(server, memory)).describe(raw)
-        write(server, made.va, before)
-        for va, old, _ in olds:
-            write(server, va, old)
-        return found, memory.reads
-
-    step = -1
-    whole, reads = describe()
-    assert (whole.name, whole.sid, whole.path) == ("notepad.exe", ALICE, "C:\\Windows\\System32\\notepad.exe")
-    for step in range(1, reads):
-        found, _ = describe()
-        assert found.name == "notepad.exe" and found.sid in (ALICE, None)
-        assert "notepad.exe" in (whole.path if found.path is Missing.UNREADABLE else found.path)
-
-
-def test_what_is_read_while_a_process_makes_way_for_another_is_not_told_of_either(server):
-    made = server.process("notepad.exe", sid=ALICE, session=1)
-    other = server.process("calc.exe", sid="S-1-5-18")
-    raw = Processes(kernel_of(server)).read(made.va)
-    length = types_of(server).size("_EPROCESS")
-    before, after = read(server, made.va, length), read(server, other.va, length)
-    audit, token = (
-        (peek(server, made.va, f"_EPROCESS.{name}"), peek(server, other.va, f"_EPROCESS.{name}"))
-        for name in ("SeAuditProcessCreationInfo.ImageFileName", "Token")
-    )
-    places = [(audit, 0x10), ((token[0] & ~15, token[1] & ~15), types_of(server).size("_TOKEN"))]
-    olds = [(one, read(server, one, size), read(server, two, size)) for (one, two), size in places]
-
-    class Reused(CountingMemory):
-        def readv(self, spans):
-            found = super().readv(spans)
             if self.reads == self.step:
                 write(server, made.va, after)
                 for va, _, new in olds:
