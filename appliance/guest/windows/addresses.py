@@ -1,14 +1,15 @@
 """Where a socket's addresses lie: behind INETAF, ADDRINFO and _LOCAL_ADDRESS, read for many sockets at once.
 
 Each level of pointers is one batch, whatever the number of sockets; what several sockets share (their INETAF, the
-machine's own addresses) is read once. Nothing is remembered between two calls: these objects are freed and used again.
+machine's own addresses) is read once. Of the machine's own addresses the way to them is remembered, and read again in
+one batch: these objects are freed and used again.
 Sources: `layouts`; the pool tag of INETAF is InNl (MemProcFS vmm/vmmnet.c).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
@@ -20,6 +21,9 @@ from appliance.model import IpAddress
 Piece = tuple[int, bytes]  # an address and what was read there: whoever checks a socket again compares it
 ANY = {size: bytes(size) for size in (4, 16)}
 MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
+MAX_WAYS = 1 << 12
+_Place = tuple[int, int]  # where a local address begins, its family
+_Way = tuple[bytes, tuple[Piece, ...]]  # an address, and all that leads to it
 
 
 class Pair(NamedTuple):
@@ -49,34 +53,25 @@ class Addresses:
         self._pointer = kernel.pointer_size
         self._one = struct.Struct("<Q" if self._pointer == 8 else "<I")
         self._header = 2 * self._pointer  # _POOL_HEADER: 16 bytes, 8 on x86
+        self._family_size = self._header + layout.family + 2
+        self._ways: dict[_Place, _Way] = {}
 
     def families(self, pointers: Iterable[int]) -> dict[int, int]:
         """AddressFamily of INETAF objects; those that are none are left out."""
-        wanted = [pointer for pointer in set(pointers) if self.is_object(pointer)]
-        size = self._header + self._layout.family + 2
-        found = {}
-        for pointer, raw in zip(wanted, self._readv([(each - self._header, size) for each in wanted]), strict=True):
-            if raw is None or tag_of(raw) not in FAMILY_TAGS:
-                continue
-            family = int.from_bytes(raw[-2:], "little")
-            if family in ADDRESS_SIZE:
-                found[pointer] = family
-        return found
+        return self._families(pointers, ())[0]
 
     def pairs(self, wanted: Sequence[tuple[int, int]]) -> list[Pair | None]:
         """Addresses of connections, each given by its INETAF and its ADDRINFO."""
-        families = self.families(inet_af for inet_af, _ in wanted)
         length = self._layout.remote + self._pointer
-        good = [index for index, (af, info) in enumerate(wanted) if af in families and self.is_object(info)]
-        infos = self._readv([(wanted[index][1], length) for index in good])
+        spans = [(info if self.is_object(info) else -1, length) for _, info in wanted]
+        families, infos = self._families([inet_af for inet_af, _ in wanted], spans)
         ends = []
-        for index, info in zip(good, infos, strict=True):
-            if info is None:
+        for index, ((inet_af, at), info) in enumerate(zip(wanted, infos, strict=True)):
+            if info is None or inet_af not in families:
                 continue
             local, remote = self._one.unpack_from(info)[0], self._one.unpack_from(info, self._layout.remote)[0]
             if self.is_object(local) and self._is_kernel(remote):
-                family = families[wanted[index][0]]
-                ends.append((index, family, local, remote, (wanted[index][1], info)))
+                ends.append((index, families[inet_af], local, remote, (at, info)))
         return self._join(len(wanted), ends)
 
     def waiting(self, wanted: Sequence[tuple[int, int, int | bytes]]) -> list[Pair | None]:
@@ -94,7 +89,7 @@ class Addresses:
                 ends.append((index, families[af], local, remote, None))
         if ends:
             found = self._join(len(wanted), ends)
-        known = self._locals({(local, family) for _, family, local, _ in inline})
+        known = self._locals({(local, family) for _, family, local, _ in inline})[0]
         for index, family, local, remote in inline:
             home = known.get((local, family))
             if home is not None:
@@ -115,7 +110,7 @@ class Addresses:
             elif self._is_kernel(local):
                 named.append((index, family, local))
         places = {(local, family) for _, family, local in named}
-        known = self._direct(places) if direct else self._locals(places)
+        known = self._direct(places) if direct else self._locals(places)[0]
         for index, family, local in named:
             home = known.get((local, family))
             if home is not None:
@@ -139,8 +134,8 @@ class Addresses:
                 found[index] = Home(family, ANY[ADDRESS_SIZE[family]], ((local + offset, empty),))
 
     def _join(self, count: int, ends: Sequence[tuple[int, int, int, int, Piece | None]]) -> list[Pair | None]:
-        known = self._locals({(local, family) for _, family, local, _, _ in ends})
-        remotes = self._readv([(remote, ADDRESS_SIZE[family]) for _, family, _, remote, _ in ends])
+        spans = [(remote, ADDRESS_SIZE[family]) for _, family, _, remote, _ in ends]
+        known, remotes = self._locals({(local, family) for _, family, local, _, _ in ends}, spans)
         found: list[Pair | None] = [None] * count
         for (index, family, local, remote, piece), raw in zip(ends, remotes, strict=True):
             home = known.get((local, family))
@@ -149,31 +144,69 @@ class Addresses:
                 found[index] = Pair(family, home[0], raw, pieces + home[1])
         return found
 
-    def _locals(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[bytes, tuple[Piece, ...]]]:
-        """_LOCAL_ADDRESS.pData -> pointer -> address."""
-        at = self._layout.local_data
-        first = self._chase({local + at for local, _ in wanted})
-        second = self._chase(first.values())
-        keys = [
-            (local, family, second[first[local + at]])
-            for local, family in wanted
-            if local + at in first and first[local + at] in second
-        ]
-        return self._ends(keys, lambda local: ((local + at, self._one.pack(first[local + at])),))
+    def _families(
+        self, pointers: Iterable[int], others: Sequence[tuple[int, int]]
+    ) -> tuple[dict[int, int], list[bytes | None]]:
+        """`families`, and whatever else is to be read in the same batch."""
+        wanted = [pointer for pointer in set(pointers) if self.is_object(pointer)]
+        raws = self._readv([*[(each - self._header, self._family_size) for each in wanted], *others])
+        found = {}
+        for pointer, raw in zip(wanted, raws, strict=False):
+            if raw is not None and tag_of(raw) in FAMILY_TAGS:
+                family = int.from_bytes(raw[-2:], "little")
+                if family in ADDRESS_SIZE:
+                    found[pointer] = family
+        return found, raws[len(wanted) :]
 
-    def _direct(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[bytes, tuple[Piece, ...]]]:
+    def _locals(
+        self, wanted: set[_Place], others: Sequence[tuple[int, int]] = ()
+    ) -> tuple[dict[_Place, _Way], list[bytes | None]]:
+        """_LOCAL_ADDRESS.pData -> pointer -> address; and whatever else is to be read in the same batch."""
+        ways = [(place, self._ways[place]) for place in wanted if place in self._ways]
+        raws = self._readv([*others, *[(va, len(raw)) for _, (_, pieces) in ways for va, raw in pieces]])
+        found: dict[_Place, _Way] = {}
+        at = len(others)
+        for place, way in ways:
+            if raws[at : at + len(way[1])] == [raw for _, raw in way[1]]:
+                found[place] = way
+            at += len(way[1])
+        if len(found) == len(wanted):
+            return found, raws[: len(others)]
+        fresh = self._walk_to({place for place in wanted if place not in found})
+        if len(self._ways) + len(fresh) > MAX_WAYS:
+            self._ways.clear()
+        self._ways |= fresh
+        return found | fresh, raws[: len(others)]
+
+    def _walk_to(self, wanted: set[_Place]) -> dict[_Place, _Way]:
+        offset = self._layout.local_data
+        first = self._chase({local + offset for local, _ in wanted})
+        second = self._chase(first.values())
+        ways = []
+        for local, family in wanted:
+            middle = first.get(local + offset, 0)
+            if middle in second:
+                pieces = (local + offset, self._one.pack(middle)), (middle, self._one.pack(second[middle]))
+                ways.append(((local, family), second[middle], pieces))
+        return self._ends(ways)
+
+    def _direct(self, wanted: set[_Place]) -> dict[_Place, _Way]:
         """Pointer -> address."""
         first = self._chase({local for local, _ in wanted})
-        keys = [(local, family, first[local]) for local, family in wanted if local in first]
-        return self._ends(keys, lambda local: ((local, self._one.pack(first[local])),))
+        return self._ends(
+            [
+                ((local, family), first[local], ((local, self._one.pack(first[local])),))
+                for local, family in wanted
+                if local in first
+            ]
+        )
 
-    def _ends(
-        self, keys: Sequence[tuple[int, int, int]], piece: Callable[[int], tuple[Piece, ...]]
-    ) -> dict[tuple[int, int], tuple[bytes, tuple[Piece, ...]]]:
-        raws = self._readv([(va, ADDRESS_SIZE[family]) for _, family, va in keys])
+    def _ends(self, ways: Sequence[tuple[_Place, int, tuple[Piece, ...]]]) -> dict[_Place, _Way]:
+        """The addresses that ways lead to, each with all that leads to it."""
+        raws = self._readv([(va, ADDRESS_SIZE[family]) for (_, family), va, _ in ways])
         return {
-            (local, family): (raw, (*piece(local), (va, raw)))
-            for (local, family, va), raw in zip(keys, raws, strict=True)
+            place: (raw, (*pieces, (va, raw)))
+            for (place, va, pieces), raw in zip(ways, raws, strict=True)
             if raw is not None
         }
 

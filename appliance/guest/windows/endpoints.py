@@ -79,7 +79,8 @@ class Partitions:
     def __init__(self, kernel: WindowsKernel, table: int, count: int) -> None:
         """``table`` and ``count`` are the addresses of the symbols PartitionTable and PartitionCount."""
         self._kernel, self._table, self._count = kernel, table, count
-        self._seen: tuple[bytes, ...] = ()
+        self._spans: list[tuple[int, int]] = []
+        self._seen: tuple[bytes | None, ...] = ()  # what was read there
         self.lacking = 0  # partitions without one of the tables that connections are in
 
     def find(self, layout: Layout) -> list[tuple[int, int]] | None:
@@ -88,6 +89,8 @@ class Partitions:
         Raises UnreadableMemory, Implausible.
         """
         space, pointer = self._kernel.space, layout.pointer
+        if self._seen and tuple(space.readv(self._spans)) == self._seen:
+            return None
         head = space.read(self._table, pointer)
         raw_count = space.read(self._count, COUNT_SIZE)
         base, count = int.from_bytes(head, "little"), int.from_bytes(raw_count, "little")
@@ -96,10 +99,8 @@ class Partitions:
         if not 0 < count <= MAX_PARTITIONS:
             raise Implausible(f"tcpip says it has {count} partitions")
         stride = layout.stride
-        parts = space.readv([(base + index * stride, 3 * pointer) for index in range(count)])
-        seen = (head, raw_count, *(part or b"" for part in parts))
-        if seen == self._seen:
-            return None
+        places = [(base + index * stride, 3 * pointer) for index in range(count)]
+        parts = space.readv(places)
         found = []
         self.lacking = 0
         for part in parts:
@@ -112,7 +113,8 @@ class Partitions:
             self.lacking += whole < len(layout.tcp.links)
         if not found:
             raise Implausible("no partition of tcpip's has a table")
-        self._seen = seen
+        self._spans = [(self._table, pointer), (self._count, COUNT_SIZE), *places]
+        self._seen = (head, raw_count, *parts)
         return found
 
     def forget(self) -> None:
@@ -131,10 +133,16 @@ class Connections:
         self._one = struct.Struct("<Q" if layout.pointer == 8 else "<I")
         self._header = 2 * layout.pointer  # _POOL_HEADER
         self._size = self._header + layout.tcp.size(layout.pointer)
+        tcp, header = layout.tcp, self._header
+        self._state_at, self._owner_at = header + tcp.state, header + tcp.owner
+        places = [(4, 4), (header + tcp.inet_af, header), (header + tcp.local_port, 4)]
+        places += [(header + link + 2 * layout.pointer, layout.pointer) for link in tcp.links]
+        self._print_at = tuple((at, at + size) for at, size in places)
         self._fetch = tuple(Fetch(link + self._header, self._size) for link in layout.tcp.links)
         self._bits: dict[int, int] = {}  # by the address of what may be a connection: the tables it is in
         self._loose: set[int] = set()  # entries of other tables
         self._connections: dict[int, RawSocket] = {}
+        self._prints: dict[int, bytes] = {}  # of them: what tells one from the next that is made in its place
         self._waiting: dict[int, RawSocket] = {}  # by the address of an entry
         self._doubtful: set[int] = set()  # what may be a connection, and is none
         self._torn = 0
@@ -194,6 +202,12 @@ class Connections:
         layout = self.layout.time_wait
         return list(self._parse_waiting([va + layout.links[0] for va in vas]).values()) if layout else []
 
+    def doubt(self, raw: RawSocket) -> None:
+        """Say that one is not what it was: the next refresh parses what is there now."""
+        if raw.va in self._connections:
+            self._prints.pop(raw.va, None)
+            self._doubtful.add(raw.va)
+
     # -- objects --
 
     def _take(self) -> None:
@@ -202,6 +216,7 @@ class Connections:
         changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]
         if self._hashes.is_new:
             self._bits, self._loose, self._connections, self._waiting, self.by_key = {}, set(), {}, {}, {}
+            self._prints = {}
             self._doubtful = set()
             tables = self._hashes.tables
             changed = [(table.kind, (), chain) for table in tables for chain in table.chains.values()]
@@ -254,6 +269,7 @@ class Connections:
 
     def _drop(self, va: int) -> None:
         self._doubtful.discard(va)
+        self._prints.pop(va, None)
         gone = self._connections.pop(va, None)
         if gone is not None and self.by_key.get(gone.key) is gone:
             del self.by_key[gone.key]
@@ -266,7 +282,7 @@ class Connections:
 
     def _parse_all(self, vas: set[int], loose: set[int]) -> None:
         """Parse connections, or what is left of them, and index them. ``loose``: entries that are no connections."""
-        wanted = list(vas & self._bits.keys())
+        wanted = [va for va in vas & self._bits.keys() if not self._keep(va)]
         strangers = []
         for va, raw in self._parse(wanted).items():
             if va in self._connections:
@@ -276,12 +292,36 @@ class Connections:
             else:
                 self._connections[va] = raw
                 self.by_key[raw.key] = raw
+                body = self._hashes.fetched.get(va - self._header)
+                if body is not None:
+                    self._prints[va] = self._print(body)
         found = self._parse_waiting(loose.union(*(self._entries(va) for va in strangers)))
         self._waiting |= found
         for past in found.values():
             self.by_key.setdefault(past.key, past)
         self._doubtful = {va for va in strangers if not any(entry in found for entry in self._entries(va))}
         self._torn += len(self._doubtful)
+
+    def _keep(self, va: int) -> bool:
+        """Whether a connection is the one that is known already; what it says anew is taken in."""
+        told, body = self._prints.get(va), self._hashes.fetched.get(va - self._header)
+        if told is None or body is None or self._print(body) != told:
+            return False
+        raw = self._connections[va]
+        state = int.from_bytes(body[self._state_at : self._state_at + 4], "little")
+        owner = self._one.unpack_from(body, self._owner_at)[0]
+        owner = owner if self._kernel.is_kernel(owner) else 0
+        if (state, owner, self._bits[va]) != (raw.state, raw.owner, raw.tables):
+            if state not in STATES:
+                return False
+            fresh = self._connections[va] = raw._replace(state=state, owner=owner, tables=self._bits[va])
+            if self.by_key.get(raw.key) is raw:
+                self.by_key[raw.key] = fresh
+        return True
+
+    def _print(self, body: bytes) -> bytes:
+        """Tag, INETAF, ADDRINFO, ports and Signature (the hash of both ends, once for each table)."""
+        return b"".join([body[at:end] for at, end in self._print_at])
 
     def _entries(self, va: int) -> list[int]:
         tables = self._bits[va]
@@ -296,7 +336,7 @@ class Connections:
         tcp, header = self.layout.tcp, self._header
         sound: list[tuple[int, bytes, int, int, int]] = []
         pointers = []
-        state_at, ports_at = header + tcp.state, header + tcp.local_port
+        state_at, ports_at = self._state_at, header + tcp.local_port
         for va in vas:
             raw = known.get(va - header) or read.get(va)
             if raw is None or tag_of(raw) not in TCP_TAGS:
@@ -306,7 +346,7 @@ class Connections:
             if state in STATES and local_port:
                 sound.append((va, raw, state, local_port, remote_port))
                 pointers.append(self._pair.unpack_from(raw, header + tcp.inet_af))
-        owner_at, af_at, is_kernel = header + tcp.owner, header + tcp.inet_af, self._kernel.is_kernel
+        owner_at, af_at, is_kernel = self._owner_at, header + tcp.inet_af, self._kernel.is_kernel
         for (va, raw, state, local_port, remote_port), pair in zip(sound, self._addresses.pairs(pointers), strict=True):
             if pair is None:
                 continue
@@ -331,7 +371,8 @@ class Connections:
         """Connections in TIME_WAIT among entries, by entry."""
         layout = self.layout.time_wait
         found: dict[int, RawSocket] = {}
-        if layout is None:
+        entries = list(entries)
+        if layout is None or not entries:
             return found
         size = self._header + layout.size(self.layout.pointer)
         for link in layout.links:

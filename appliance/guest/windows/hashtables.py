@@ -47,6 +47,7 @@ class Table:
     size: int = 0
     entries: int = 0  # NumEntries
     guests: int = 0  # NumEnumerators: each may have an entry of its own in a chain
+    told: tuple[int, int] = (0, 0)  # TableSize and Directory
     spans: list[tuple[int, int]] = field(default_factory=list)
     blocks: list[bytes] = field(default_factory=list)
     chains: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by the address of the bucket
@@ -95,6 +96,8 @@ class HashTables:
         self.tables: list[Table] = []
         self.fetched: dict[int, bytes] = {}  # by the address the read began at; of the last refresh only
         self._fresh: set[int] = set()  # which of them were read in this try
+        self._spans_all: list[tuple[int, int]] = []  # headers, then blocks
+        self._heads: list[bytes | None] = []  # what was read there last
         self.torn = 0
         self.is_new = True  # nothing of what was found before holds
         self.changed: dict[tuple[int, int], tuple[Table, tuple[int, ...]]] = {}  # by table and bucket: as it was
@@ -102,6 +105,7 @@ class HashTables:
     def open(self, vas: Iterable[tuple[int, int]]) -> None:
         """Start over with these tables: address and kind."""
         self.tables = [Table(va, kind) for va, kind in vas]
+        self._list_spans()
         self.is_new = True
 
     def refresh(self, fetch: Sequence[Fetch] = (), *, whole: bool = False) -> list[Gap]:
@@ -116,24 +120,26 @@ class HashTables:
         for _ in range(TRIES):
             dirty = self._look()
             for table in self.tables:
-                if table.va not in doubted and not table.is_whole and not any(each is table for each, _, _ in dirty):
+                if not table.is_whole and table.va not in doubted and not any(each is table for each, _, _ in dirty):
                     doubted.add(table.va)
                     dirty += self._long_chains(table)
             if not dirty:
                 break
             self._fresh = set()
             self._follow(dirty, fetch)
+            if not whole and all(table.is_whole and not table.broken for table in self.tables):
+                return []  # what has come since is for the next time
         return [gap for table in self.tables for gap in self._gaps(table)]
 
     # -- heads --
 
     def _look(self) -> list[tuple[Table, int, tuple[int, int]]]:
         """Re-read headers and blocks in one batch. Returns the buckets to follow: table, address, first and last."""
-        spans = [(table.va, self._header.length) for table in self.tables]
-        for table in self.tables:
-            spans += table.spans
-        found = self._space.readv(spans)
+        found = self._space.readv(self._spans_all)
         dirty: list[tuple[Table, int, tuple[int, int]]] = []
+        if found == self._heads and not any(table.broken for table in self.tables):
+            return dirty
+        self._heads = found
         at = len(self.tables)
         moved = []
         for table, seen in zip(self.tables, found, strict=False):
@@ -141,27 +147,32 @@ class HashTables:
             header = seen or b""
             if header != table.header and self._is_other(table, header):
                 moved.append(table)
-                continue
-            if header:
-                table.header = header
-                _, table.entries, table.guests, _ = self._header.parse(header)
-            dirty += self._compare(table, blocks)
+            elif blocks != table.blocks or table.broken:
+                dirty += self._compare(table, blocks)
         for table in moved:
-            blocks = self._space.readv(table.spans)
-            dirty += self._compare(table, blocks)
+            dirty += self._compare(table, self._space.readv(table.spans))
+        if moved:
+            self._list_spans()
         return dirty
+
+    def _list_spans(self) -> None:
+        self._spans_all = [(table.va, self._header.length) for table in self.tables]
+        for table in self.tables:
+            self._spans_all += table.spans
+        self._heads = []
 
     def _is_other(self, table: Table, header: bytes) -> bool:
         """Take a header in; whether the blocks of the table are other ones than before."""
         if not header:
             table.header, table.spans, table.blocks, table.chains = b"", [], [], {}
             table.size = table.entries = table.walked = 0
+            table.told = 0, 0
             self.is_new = True
             return True
-        before = self._header.parse(table.header) if table.header else (0, 0, 0, 0)
+        table.header, before = header, table.told
         size, table.entries, table.guests, directory = self._header.parse(header)
-        table.header = header
-        if (size, directory) == (before[0], before[3]):
+        table.told = size, directory
+        if table.told == before:
             return False
         table.size = 0
         room = MAX_ALL - sum(each.size for each in self.tables)
@@ -230,9 +241,24 @@ class HashTables:
 
     def _follow(self, dirty: list[tuple[Table, int, tuple[int, int]]], fetch: Sequence[Fetch]) -> None:
         """Follow chains, one entry of each at a time; first those of the first kind of table, whose reads help."""
+        self._fetch_ahead(dirty, fetch)
         for kind in sorted({table.kind for table, _, _ in dirty}):
             around = fetch[kind] if kind < len(fetch) else None
             self._follow_kind([each for each in dirty if each[0].kind == kind], around)
+
+    def _fetch_ahead(self, dirty: list[tuple[Table, int, tuple[int, int]]], fetch: Sequence[Fetch]) -> None:
+        """Read in one batch what most chains lead to: what was in them before, and what stands first and last now."""
+        wanted: dict[int, int] = {}
+        for table, bucket, ends in dirty:
+            if table.kind < len(fetch):
+                before, size = fetch[table.kind]
+                for entry in (*ends, *table.chains.get(bucket, ())):
+                    if not entry % self._pointer and self._is_kernel(entry):
+                        wanted[entry - before] = size
+        for (base, _), raw in zip(wanted.items(), self._space.readv(list(wanted.items())), strict=True):
+            if raw is not None:
+                self.fetched[base] = raw
+                self._fresh.add(base)
 
     def _follow_kind(self, dirty: list[tuple[Table, int, tuple[int, int]]], around: Fetch | None) -> None:
         room = MAX_ENTRIES - sum(table.walked for table in self.tables)

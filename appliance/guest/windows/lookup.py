@@ -90,6 +90,8 @@ class Lookup:
         checked = sockets.check(raw) if raw is not None else None
         if checked is not None:
             return checked
+        if raw is not None:
+            sockets.doubt(raw)
         sockets.refresh_connections()
         raw = sockets.connection(key)
         checked = sockets.check(raw) if raw is not None else None

@@ -182,6 +182,10 @@ class Sockets:
         self._owners[va] = found
         return found
 
+    def doubt(self, raw: RawSocket) -> None:
+        """Say that a connection is not what it was."""
+        self.connections.doubt(raw)
+
     def is_trusted(self, raw: RawSocket) -> bool:
         """Whether the owner of such a socket may be told in this guest."""
         return raw.kind in self._trusted

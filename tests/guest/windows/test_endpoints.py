@@ -164,6 +164,37 @@ def test_a_refresh_without_news_reads_heads_only():
         assert memory.reads - before <= 4
 
 
+def test_one_new_connection_among_many_costs_a_few_batches_of_reads():
+    with Machine() as machine:
+        for number in range(200):
+            machine.tcp(machine["explorer.exe"], (US, 20000 + number), (THEM, 443))
+        memory = Meddled(machine.memory(), lambda: None, lambda _: False)
+        eye = Eye(machine, memory=memory)
+        eye.walk()
+        for number in range(20):
+            machine.tcp(machine["services.exe"], (US, 30000 + number), (THEM, 443))
+            before = memory.reads
+            eye.sockets.refresh_connections()
+            assert memory.reads - before <= 10
+            assert 30000 + number in {raw.local.port for raw in eye.sockets.connections}
+
+
+def test_a_connection_with_the_ports_and_in_the_memory_of_another_is_parsed_anew():
+    with Machine(partitions=1) as machine:
+        machine.tcp(machine["explorer.exe"], (US, 50000), (THEM, 443), bucket=3)
+        first = machine.tcp(machine["explorer.exe"], (US, 50001), (THEM, 443), bucket=3)
+        eye = Eye(machine)
+        eye.walk()
+        machine.tcp_close(first, poison=False)
+        second = machine.tcp(machine["services.exe"], (US, 50001), ("198.51.100.1", 443), bucket=3)
+        assert second.va == first.va  # or the test shows nothing
+        machine.tcp(machine["explorer.exe"], (US, 50002), (THEM, 443), bucket=3)  # else no bucket tells
+        eye.sockets.refresh_connections()
+        told = {(raw.local.port, str(raw.remote.ip)): raw.owner for raw in eye.sockets.connections}
+        explorer, services = machine["explorer.exe"].va, machine["services.exe"].va
+        assert told == {(50000, THEM): explorer, (50001, "198.51.100.1"): services, (50002, THEM): explorer}
+
+
 def test_what_is_left_of_a_connection_is_told_without_an_owner():
     with Machine() as machine:
         past = machine.time_wait((US, 50001), (THEM, 443))
