@@ -22,6 +22,7 @@ from appliance.model import Gap
 
 MAX_TABLES: Final = 4096  # pages of entries: 256 (x86: 512) ids each
 MAX_RING: Final = 65_536
+MAX_HIDDEN: Final = 64  # each costs a walk of the list
 HANDLE_STEP: Final = 4
 
 
@@ -52,16 +53,23 @@ class OtherViews:
         views: dict[int, list[str]] = {}
         for name, walk in (("cid", self._by_id), ("handles", self._by_handle_tables), ("session", self._by_session)):
             try:
-                found = walk(listing)
+                found = walk(listing, gaps)
             except UnreadableMemory as error:
                 gaps.append(Gap(f"processes by {name}", error.address, error.why))
                 continue
             for va in found - known:
                 views.setdefault(va, []).append(name)
-        hidden = []
+        hidden: list[Sighting] = []
+        looked = 0
         for va, names in views.items():
             raw = self._processes.find(va)
-            if raw is None or raw.exited or self._processes.is_listed(raw) or self._processes.is_young(raw):
+            if raw is None or raw.exited or self._processes.is_listed(raw):
+                continue
+            looked += 1
+            if looked > MAX_HIDDEN:
+                gaps.append(Gap("hidden processes", va, f"more than {MAX_HIDDEN} are on no list"))
+                break
+            if self._processes.is_young(raw):
                 continue
             again = self._processes.find(va)
             if again is not None and again.key == raw.key and not again.exited:
@@ -70,33 +78,35 @@ class OtherViews:
 
     # -- PspCidTable --
 
-    def _by_id(self, _: ProcessList) -> set[int]:
+    def _by_id(self, _: ProcessList, gaps: list[Gap]) -> set[int]:
         """Objects whose entry's id is the pid that they tell themselves."""
         where = self._kernel.find("PspCidTable")
         if where is None or not self._entry_size:
             return set()
         table = self._kernel.space.pointer(where)
         code = self._kernel.space.pointer(table + self._kernel.types.offset("_HANDLE_TABLE.TableCode"))
-        objects: dict[int, int] = {}
-        for number, raw in enumerate(self._read_leaves(code)):
-            first = number * (PAGE // self._entry_size)
-            for index, va in enumerate(self._parse_entries(raw)) if raw is not None else ():
-                if va and self._kernel.is_kernel(va):
-                    objects[va] = (first + index) * HANDLE_STEP
-        spans = [self._processes.span(va) for va in objects]
         found = set()
-        for (va, pid), raw in zip(objects.items(), self._kernel.space.readv(spans), strict=True):
-            if raw is not None:
-                process = self._processes.parse(va, raw)
-                if process.pid == pid and self._processes.is_sound(process):
-                    found.add(va)
+        leaves = self._read_leaves(code, gaps)
+        for number, page in enumerate(leaves):  # one page after the other: a hostile table names a million objects
+            first = number * (PAGE // self._entry_size)
+            entries = enumerate(self._parse_entries(page)) if page is not None else ()
+            objects = {va: (first + index) * HANDLE_STEP for index, va in entries if va and self._kernel.is_kernel(va)}
+            raws = self._kernel.space.readv([self._processes.span(va) for va in objects])
+            for (va, pid), raw in zip(objects.items(), raws, strict=True):
+                if raw is not None:
+                    process = self._processes.parse(va, raw)
+                    if process.pid == pid and self._processes.is_sound(process):
+                        found.add(va)
+        if lost := leaves.count(None):
+            gaps.append(Gap("processes by cid", code, f"{lost} of {len(leaves)} pages of the table cannot be read"))
         return found
 
-    def _read_leaves(self, code: int) -> list[bytes | None]:
+    def _read_leaves(self, code: int, gaps: list[Gap]) -> list[bytes | None]:
         """The pages of entries, in order."""
         size, level = self._kernel.pointer_size, code & 3
         pages = [code & ~3]
-        if level == 3:
+        if level == 3 or not self._kernel.is_kernel(pages[0]):
+            gaps.append(Gap("processes by cid", code, "the table of ids is none"))
             return []
         for _ in range(level):
             raws = self._kernel.space.readv([(va, PAGE) for va in pages])
@@ -105,7 +115,9 @@ class OtherViews:
                 pages += array("Q" if size == 8 else "I", raw) if raw is not None else []
             while pages and not pages[-1]:
                 pages.pop()
-            del pages[MAX_TABLES:]
+            if len(pages) > MAX_TABLES:
+                gaps.append(Gap("processes by cid", code, f"more than {MAX_TABLES} pages of the table"))
+                del pages[MAX_TABLES:]
         return self._kernel.space.readv([(va, PAGE) for va in pages])
 
     def _parse_entries(self, raw: bytes) -> list[int]:
@@ -121,7 +133,7 @@ class OtherViews:
 
     # -- rings --
 
-    def _by_handle_tables(self, _: ProcessList) -> set[int]:
+    def _by_handle_tables(self, _: ProcessList, __: list[Gap]) -> set[int]:
         types, head = self._kernel.types, self._kernel.find("HandleTableListHead")
         if head is None or not all(types.has(f"_HANDLE_TABLE.{name}") for name in ("QuotaProcess", "HandleTableList")):
             return set()
@@ -132,7 +144,7 @@ class OtherViews:
         raws = self._kernel.space.readv([(va + owner, size) for va in tables])
         return {va for raw in raws if raw is not None and (va := int.from_bytes(raw, "little"))}
 
-    def _by_session(self, listing: ProcessList) -> set[int]:
+    def _by_session(self, listing: ProcessList, _: list[Gap]) -> set[int]:
         """Each session's ring, entered where a listed process stands in it; its head is no process and fails later."""
         types = self._kernel.types
         if not types.has("_EPROCESS.SessionProcessLinks"):

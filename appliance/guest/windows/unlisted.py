@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from appliance.guest.windows.eprocess import PROCESS_OBJECT, RawProcess
+from appliance.guest.windows.eprocess import RawProcess
 from appliance.guest.windows.kernel import WindowsKernel
 from appliance.guest.windows.pools import PROCESS_TAG, Block, PoolHeader
 from appliance.guest.windows.processes import Processes
 from appliance.model import Flag
 
 HEADERS = 0x180  # bytes between a block's start and its process: the headers of block and object
-MAX_BLOCKS = 8192
+BATCH = 64  # blocks looked into between two looks at the clock
 
 
 class Unlisted:
@@ -25,19 +25,17 @@ class Unlisted:
 
     def __init__(self, kernel: WindowsKernel, processes: Processes, header: PoolHeader) -> None:
         self._kernel, self._processes, self._header = kernel, processes, header
-        self._kind = kernel.types.offset("_EPROCESS.Pcb.Header.Type")
 
     def in_blocks(self, blocks: Iterable[tuple[int, Block]]) -> list[RawProcess]:
         """The processes in pool blocks, given with their addresses. Raises OutOfTime, GuestGone."""
-        space, step = self._kernel.space, self._header.size
-        kept = [pair for pair in blocks if pair[1].tag == PROCESS_TAG][:MAX_BLOCKS]
-        starts = space.readv([(va, min(block.size, HEADERS + self._kind + 1)) for va, block in kept])
-        candidates: list[int] = []
-        for (va, _), raw in zip(kept, starts, strict=True):
-            places = range(step, len(raw) - self._kind, step) if raw is not None else range(0)
-            told = [at for at in places if raw is not None and raw[at + self._kind] == PROCESS_OBJECT]
-            candidates += [va + at for at in told or places]  # its header may have been overwritten
-        return self.at(candidates)
+        step = self._header.size
+        kept = [(va, min(block.size, HEADERS)) for va, block in blocks if block.tag == PROCESS_TAG]
+        found: list[RawProcess] = []
+        for at in range(0, len(kept), BATCH):
+            found += self.at(
+                [place for va, size in kept[at : at + BATCH] for place in range(va + step, va + size, step)]
+            )
+        return found
 
     def at(self, addresses: Sequence[int]) -> list[RawProcess]:
         """What of these addresses is a process indeed. Raises OutOfTime, GuestGone."""

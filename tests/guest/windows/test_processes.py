@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from appliance.errors import GuestError
+from appliance.errors import GuestError, OutOfTime
 from appliance.guest.windows import portrait
 from appliance.guest.windows.cid import OtherViews
 from appliance.guest.windows.processes import TRIES, Processes
@@ -469,6 +469,69 @@ def test_what_the_id_table_knows_and_the_list_does_not_is_hidden_and_nothing_els
     sightings, gaps = OtherViews(kernel, processes).find_hidden(processes.walk())
     assert [(each.process.va, each.views) for each in sightings] == [(hidden.va, ("cid",))]
     assert gaps == []
+
+
+def id_table(machine, pages):
+    """Make the table of ids one of two levels."""
+    top = machine.kernel.nonpaged.take(b"Obtb", 0x1000)
+    write(machine, top, b"".join(page.to_bytes(8, "little") for page in pages).ljust(0x1000, b"\0"))
+    poke(
+        machine,
+        peek(machine, machine.kernel.va("PspCidTable"), "_LIST_ENTRY.Flink"),
+        "_HANDLE_TABLE.TableCode",
+        top | 1,
+    )
+
+
+def test_a_table_of_ids_that_cannot_be_read_in_full_is_a_gap(server):
+    hidden = server.process("hidden.exe", pid=600, hidden=True)
+    kernel = kernel_of(server)
+    processes = Processes(kernel)
+    table = peek(server, server.kernel.va("PspCidTable"), "_LIST_ENTRY.Flink")
+    code = peek(server, table, "_HANDLE_TABLE.TableCode")
+    first = peek(server, code - 1, "_LIST_ENTRY.Flink") if code & 1 else code
+    id_table(server, [first, 0xFFFF_9000_0000_0000])
+    sightings, gaps = OtherViews(kernel, processes).find_hidden(processes.walk())
+    assert [each.process.va for each in sightings] == [hidden.va]
+    assert [gap.why for gap in gaps] == ["1 of 2 pages of the table cannot be read"]
+    for code in (0, first | 3):
+        poke(server, table, "_HANDLE_TABLE.TableCode", code)
+        assert [gap.why for gap in OtherViews(kernel, processes).find_hidden(processes.walk())[1]] == [
+            "the table of ids is none"
+        ]
+
+
+def test_a_table_of_very_many_false_ids_costs_no_memory_and_no_more_than_its_time(server):
+    junk = server.kernel.nonpaged.take(b"Junk", 0x8_0000)
+    pages = []
+    for number in range(100):
+        pages.append(server.kernel.nonpaged.take(b"Obtb", 0x1000))
+        vas = [junk + 16 * (256 * number + index) for index in range(256)]
+        packed = [((va & (1 << 48) - 1) >> 4 << 20 | 1).to_bytes(16, "little") for va in vas]
+        write(server, pages[-1], b"".join(packed))
+    id_table(server, pages)
+    memory = CountingMemory(server.memory())
+    kernel = kernel_of(server, memory)
+    processes = Processes(kernel)
+    listing = processes.walk()
+    largest = []
+    readv = memory.inner.readv
+    memory.readv = lambda spans: largest.append(sum(size for _, size in spans)) or readv(spans)
+    assert OtherViews(kernel, processes).find_hidden(listing) == ([], [])
+    assert max(largest) < 1 << 20
+    ticks = iter(range(1 << 20))
+    with pytest.raises(OutOfTime), kernel.limit(50, lambda: next(ticks)):
+        OtherViews(kernel, processes).find_hidden(listing)
+
+
+def test_very_many_hidden_processes_are_told_up_to_a_number(server, monkeypatch):
+    monkeypatch.setattr("appliance.guest.windows.cid.MAX_HIDDEN", 3)
+    for _ in range(5):
+        server.process("hidden.exe", hidden=True)
+    kernel = kernel_of(server)
+    processes = Processes(kernel)
+    sightings, gaps = OtherViews(kernel, processes).find_hidden(processes.walk())
+    assert (len(sightings), [gap.why for gap in gaps]) == (3, ["more than 3 are on no list"])
 
 
 def test_an_entry_of_the_id_table_counts_only_for_the_process_that_has_this_id(machine):
