@@ -137,7 +137,7 @@ class Connections:
         self._state_at, self._owner_at = header + tcp.state, header + tcp.owner
         places = [(4, 4), (header + tcp.inet_af, header), (header + tcp.local_port, 4)]
         places += [(header + link + 2 * layout.pointer, layout.pointer) for link in tcp.links]
-        self._print_at = tuple((at, at + size) for at, size in places)
+        self._print_at = tuple(sorted((at, at + size) for at, size in places))
         self._fetch = tuple(Fetch(link + self._header, self._size) for link in layout.tcp.links)
         self._bits: dict[int, int] = {}  # by the address of what may be a connection: the tables it is in
         self._loose: set[int] = set()  # entries of other tables
@@ -192,6 +192,16 @@ class Connections:
             why = f"{len(self._doubtful)} entries are no connections that can be"
             gaps.append(Gap("connection table", min(self._doubtful), why))
         self.gaps = gaps
+
+    def reread(self) -> None:
+        """`refresh`, and parse anew what is another one by now: used again at once, it shows in no table's head."""
+        known = list(self._connections)
+        bodies = self._readv([(va - self._header, self._print_at[-1][1]) for va in known])
+        for va, body in zip(known, bodies, strict=True):
+            if body is None or self._print(body) != self._prints.get(va):
+                self._prints.pop(va, None)
+                self._doubtful.add(va)
+        self.refresh()
 
     def at(self, vas: Sequence[int]) -> list[RawSocket]:
         """Connections at addresses to which no table leads; what is none is left out. Raises OutOfTime, GuestGone."""

@@ -20,8 +20,9 @@ from appliance.guest.windows.sockets import Sockets
 from appliance.model import Direction, Evidence, Finding, Flow, Match, Owner, Reason, Transport
 
 TRIES: Final = 3
-REST_NS: Final = 20_000_000  # between two looks at everything because of a miss: misses come as often as anybody likes
-REST_TIMES: Final = 10
+REREAD_REST_NS: Final = 20_000_000  # between two looks at all that is known because of a miss
+WALK_REST_NS: Final = 500_000_000  # and at everything
+REST_TIMES: Final = 10  # as long as the look took
 MAX_TOLD: Final = 1 << 14
 MAX_SHARED: Final = 64  # sockets of one port that are told together
 # What the kernel sends unasked: IGMP, tunnels (IANA numbers).
@@ -35,12 +36,32 @@ class _TornError(Exception):
     """What was read contradicts itself: start over."""
 
 
+class _Rested:
+    """A look that a miss asks for, and the rest after it: misses come as often as anybody likes."""
+
+    def __init__(self, look: Callable[[], object], least_ns: int, clock_ns: Callable[[], int]) -> None:
+        self._look, self._least_ns, self._clock_ns = look, least_ns, clock_ns
+        self._until_ns = 0
+
+    def __call__(self) -> bool:
+        """Look; False: not yet."""
+        began = self._clock_ns()
+        if began < self._until_ns:
+            return False
+        self._look()
+        ended = self._clock_ns()
+        self._until_ns = ended + max(self._least_ns, REST_TIMES * (ended - began))
+        return True
+
+
 class Lookup:
     """Answers "who owns this tuple?" for one guest."""
 
     def __init__(self, sockets: Sockets, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._sockets, self._clock_ns = sockets, clock_ns
-        self._rested_ns = 0
+        self._sockets = sockets
+        # What was used again at once shows in no table's head; what lies elsewhere by now, in no other way than this.
+        self._reread = _Rested(sockets.reread_connections, REREAD_REST_NS, clock_ns)
+        self._walk = _Rested(sockets.walk, WALK_REST_NS, clock_ns)
         # What was told of a socket: told again while it and its owner are the same, until the next whole look.
         self._told: dict[bytes, tuple[Match, RawSocket, RawProcess | None, int, Finding]] = {}
 
@@ -86,30 +107,21 @@ class Lookup:
     def _connection(self, key: bytes) -> tuple[RawSocket, RawProcess | None] | None:
         """A connection by its ends, read again; with what has changed in the tables if need be."""
         sockets = self._sockets
-        raw = sockets.connection(key)
-        checked = sockets.check(raw) if raw is not None else None
-        if checked is not None:
-            return checked
-        if raw is not None:
-            sockets.doubt(raw)
-        sockets.refresh_connections()
-        raw = sockets.connection(key)
-        checked = sockets.check(raw) if raw is not None else None
-        if checked is None and self._look_at_everything():
+        for look in (None, self._refresh, self._reread, self._walk):
+            if look is not None and not look():
+                continue
             raw = sockets.connection(key)
             checked = sockets.check(raw) if raw is not None else None
-        if checked is None and raw is not None:
+            if checked is not None:
+                return checked
+            if raw is not None:
+                sockets.doubt(raw)
+        if raw is not None:
             raise _TornError
-        return checked
+        return None
 
-    def _look_at_everything(self) -> bool:
-        """Read all sockets afresh, after a rest: an object that was used again at once shows in no table's head."""
-        began = self._clock_ns()
-        if began < self._rested_ns:
-            return False
-        self._sockets.walk()
-        ended = self._clock_ns()
-        self._rested_ns = ended + max(REST_NS, REST_TIMES * (ended - began))
+    def _refresh(self) -> bool:
+        self._sockets.refresh_connections()
         return True
 
     def _of_listener(self, flow: Flow, raw: RawSocket | None) -> Finding | None:
@@ -156,7 +168,7 @@ class Lookup:
         if known is not None and known[:3] == (match, first, process) and known[3] == sockets.looks:
             return known[4]
         if not sockets.is_trusted(first):
-            if self._look_at_everything() and sockets.is_trusted(first):
+            if self._walk() and sockets.is_trusted(first):
                 raise _TornError  # what was read before may have been read in the wrong places
             evidence = Evidence(
                 "where this build of Windows keeps owners is not verified", "unverified-layout", first.va

@@ -109,6 +109,11 @@ class Sockets:
         self._measure()
         self.connections.refresh()
 
+    def reread_connections(self) -> None:
+        """Bring the connections up to date, and look at each of those that are known."""
+        self._measure()
+        self.connections.reread()
+
     def refresh_ports(self) -> None:
         """Bring what is bound up to date."""
         self._measure()
