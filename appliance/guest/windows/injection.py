@@ -146,7 +146,7 @@ class Injection:
         gaps += loaded.gaps
         threads = self._threads.walk(raw.va)
         gaps += threads.gaps
-        places = self._thread_reader.read([thread for thread in threads.threads if thread.alive])
+        places = self._thread_reader.read([thread for thread in threads.threads if thread.alive], cut)
         program = self._program(raw, loaded)
         main = next((view.file for view in views if view.image and view.start == raw.section_base), None)
         scene = Scene.of(

@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 from appliance.errors import Implausible, UnreadableMemory
 from appliance.guest.budget import Budget
 from appliance.guest.windows.injection_bytes import find_image, find_shellcode, looks_wiped
-from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge
+from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge, small_of
 from appliance.guest.windows.injection_paths import SANDBOXED
 from appliance.guest.windows.injection_views import Scene, View
 from appliance.model import Evidence
 
-MAX_SPAN: Final = 1 << 30  # bytes of one region whose page tables are looked at
 MAX_DETAILED: Final = 64  # regions of one process that are looked at one by one
+MAX_RANKED: Final = 4096  # of whose first page tells which these are
 
 
 class Suspect(NamedTuple):
@@ -74,7 +74,7 @@ def judge_code(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) ->
     """
     evidence: list[Evidence] = []
     suspects: list[Suspect] = []
-    patches = sorted(_patches(scene, pages, budget, trust_nx=trust_nx), key=lambda patch: -_first_weight(patch, scene))
+    patches = _ranked(list(_patches(scene, pages, budget, trust_nx=trust_nx)), scene, pages, budget)
     for number, patch in enumerate(patches):
         if number >= MAX_DETAILED or budget.over:
             evidence.append(_counted(patches[number:], scene))
@@ -89,9 +89,7 @@ def judge_code(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) ->
 
 def _patches(scene: Scene, pages: Pages, budget: Budget, *, trust_nx: bool) -> Iterator[Patch]:
     made = [view for view in scene.views if view.executable and not view.image]
-    ends = [min(view.end, view.start + MAX_SPAN) for view in made]
-    ranges = [(view.start, end) for view, end in zip(made, ends, strict=True)]
-    for view, leaves in _share(made, pages.leaves(ranges, budget)):
+    for view, leaves in _share(made, pages.leaves([(view.start, view.end) for view in made], budget)):
         writable = view.writable or any(leaf.writable and leaf.executable for leaf in leaves)
         yield Patch(view.start, view.end, view, writable, leaves, whole=True)
     if not (trust_nx and pages.has_nx):
@@ -111,6 +109,25 @@ def _share(views: Sequence[View], leaves: Sequence[Leaf]) -> Iterator[tuple[View
         low, high = bisect_left(starts, view.start), bisect_left(starts, view.end)
         if view.executable or low < high:
             yield view, list(leaves[low:high])
+
+
+def _ranked(patches: list[Patch], scene: Scene, pages: Pages, budget: Budget) -> list[Patch]:
+    """The heaviest first: what many regions that hold nothing would hide, their first pages tell."""
+    ranks = {patch.start: _first_weight(patch, scene) for patch in patches}
+    patches.sort(key=lambda patch: -ranks[patch.start])
+    if len(patches) > MAX_DETAILED:
+        some = [patch for patch in patches[:MAX_RANKED] if patch.leaves]
+        for at in range(0, len(some), MAX_DETAILED):
+            if budget.over:
+                break
+            part = some[at : at + MAX_DETAILED]
+            budget.spend(len(part))
+            heads = pages.read([leaf for patch in part for leaf in small_of(patch.leaves[:1], 1)])
+            for patch, raw in zip(part, heads, strict=True):
+                if raw is not None and (find_image(raw) is not None or find_shellcode(raw) is not None):
+                    ranks[patch.start] = 3
+        patches.sort(key=lambda patch: -ranks[patch.start])
+    return patches
 
 
 def _first_weight(patch: Patch, scene: Scene) -> int:

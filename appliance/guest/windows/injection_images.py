@@ -45,6 +45,9 @@ def judge_places(scene: Scene, pages: Pages, budget: Budget) -> Iterator[Evidenc
     seen: set[str] = set()
     for view in scene.views:
         file = view.file
+        if budget.over:
+            budget.cut_off(f"places of images from {view.start:#x} on")
+            return
         if file is None or not (view.image or view.executable) or file.place.rest in seen:
             continue
         seen.add(file.place.rest)
@@ -142,6 +145,7 @@ def _false_modules(scene: Scene) -> Iterator[Evidence]:
             continue
         told += 1
         if told > MAX_TOLD:
+            yield Evidence(f"more than {MAX_TOLD} modules of the loader are false", found.kind, weight=found.weight)
             return
         yield found
 

@@ -29,7 +29,6 @@ BATCH: Final = 64  # pages hashed between two looks at the clock, tables read at
 HEAD_BYTES: Final = 32  # shown
 MAX_TABLES: Final = 1 << 16  # of one level
 MAX_HASHED: Final = 4096  # pages of one region that are hashed and searched: 16 MiB
-MAX_RUNS: Final = 4096  # runs of executable pages of one process
 
 Range = tuple[int, int]  # [start, end)
 
@@ -259,7 +258,7 @@ def merge(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
     for leaf in leaves:
         if runs and runs[-1][-1].va + runs[-1][-1].size == leaf.va:
             runs[-1].append(leaf)
-        elif len(runs) < MAX_RUNS:
+        else:
             runs.append([leaf])
     return runs
 

@@ -27,6 +27,7 @@ from appliance.model import Evidence
 MAX_TOLD: Final = 32  # threads told of one by one
 WAITING: Final = 5  # _KTHREAD_STATE.Waiting
 MAX_APCS: Final = 64  # of one thread
+MAX_QUEUED: Final = 4096  # of one process
 STACK_BYTES: Final = 16 << 10  # of each user stack that are searched
 USER_APCS: Final = 1  # _MODE.UserMode: the second list of _KAPC_STATE.ApcListHead
 
@@ -62,12 +63,14 @@ class ThreadReader:
             else None
         )
         self._apc_link = types.offset("_KAPC.ApcListEntry") if apc else 0
+        self._left = MAX_QUEUED
         lists = types.has("_KAPC_STATE.ApcListHead")
         self._lists = types.offset("_ETHREAD.Tcb.ApcState.ApcListHead") if lists else 0
 
-    def read(self, threads: Sequence[RawThread]) -> list[Place]:
-        """Where threads are, as far as this kernel's types let it be known."""
+    def read(self, threads: Sequence[RawThread], cut: list[str]) -> list[Place]:
+        """Where threads are, as far as this kernel's types let it be known; what is left out is told in ``cut``."""
         more, space = self._more, self._kernel.space
+        self._left = MAX_QUEUED
         if more is None:
             return [Place(thread, self._starts(thread), 0, 0, ()) for thread in threads]
         raws = space.readv([more.span(thread.va) for thread in threads])
@@ -75,10 +78,13 @@ class ThreadReader:
         # Of a thread that waits, the frame is the one of its system call; else it may be what is left of an older one.
         waits = [thread.state == WAITING for thread in threads]
         frames = self._frames([frame if wait else 0 for (frame, _), wait in zip(parsed, waits, strict=True)])
-        return [
+        places = [
             Place(thread, self._starts(thread), *frame, self._apcs(thread, lists))
             for thread, frame, (_, lists) in zip(threads, frames, parsed, strict=True)
         ]
+        if not self._left:
+            cut.append(f"what waits to be run in threads, after the first {MAX_QUEUED}")
+        return places
 
     def _starts(self, thread: RawThread) -> tuple[tuple[str, int], ...]:
         """Threads of the kernel work in processes, too: of csrss and of minimal ones, for instance."""
@@ -110,6 +116,9 @@ class ThreadReader:
         found: list[int] = []
         seen: set[int] = set()
         while node != head and node not in seen and len(seen) < MAX_APCS and self._kernel.is_kernel(node):
+            if not self._left:
+                break
+            self._left -= 1
             seen.add(node)
             raw = self._kernel.space.readv([record.span(node - self._apc_link)])[0]
             if raw is None:

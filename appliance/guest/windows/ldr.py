@@ -19,7 +19,7 @@ from appliance.guest.windows.space import AddressSpace
 from appliance.guest.windows.text import MAX_PATH, decode_wide
 from appliance.model import Gap
 
-MAX_MODULES: Final = 4096  # of one ring
+MAX_MODULES: Final = 4096  # of one loader
 RINGS: Final = ("InLoadOrder", "InMemoryOrder", "InInitializationOrder")
 
 
@@ -131,10 +131,13 @@ class Loaders:
             node, previous = _number(space.read(head, shape.pointer), 0, shape.pointer), head
             while node != head:
                 va = node - links
-                if va in seen or len(found) >= MAX_MODULES or not self._is_user(va):
+                if va in seen or not self._is_user(va):
                     gaps.append(Gap(what, node, "it runs in a circle, or out of the process"))
                     break
                 if va not in entries:
+                    if len(entries) >= MAX_MODULES:
+                        gaps.append(Gap(what, node, f"more than {MAX_MODULES} modules"))
+                        break
                     entries[va] = space.read(va, shape.span)
                 if _number(entries[va], links + shape.pointer, shape.pointer) != previous:
                     gaps.append(Gap(what, node, "a module does not point back to the one before it"))

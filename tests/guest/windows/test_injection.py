@@ -5,6 +5,7 @@ import random
 import struct
 import time
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 
@@ -232,6 +233,38 @@ def test_very_many_executable_regions_hide_none_that_a_thread_began_in(machine, 
     assert any("37 more executable regions" in one.claim for one in found)
 
 
+def test_regions_that_hold_nothing_hide_none_that_holds_shellcode(machine, notepad) -> None:
+    for _ in range(70):
+        machine.region(notepad, PAGE, "RWX", b"")
+    region = machine.region(notepad, PAGE, "RX", PLAIN + PEB_WALK)
+    assert [one.address for one in heavy(look(machine, notepad)) if one.kind == "anon-exec" and one.sha256] == [
+        region.start
+    ]
+
+
+def test_single_pages_made_executable_hide_none_behind_them(machine, notepad) -> None:
+    count = 9000
+    region = machine.region(notepad, count * PAGE, "RW", backed=False)
+    space, gpa = notepad.user.space, machine.kernel.ram.page()
+    for number in range(0, count, 2):
+        space.map(region.start + number * PAGE, gpa, user=True, writable=False, execute=True)
+    last = region.start + (count - 2) * PAGE
+    space.map(last, machine.kernel.ram.page(), user=True, writable=False, execute=True)
+    machine.thread(notepad, last)
+    found = look(machine, notepad)
+    assert last in [one.address for one in heavy(found) if one.kind == "anon-exec"]
+    assert last in [one.address for one in heavy(found) if one.kind == "foreign-thread"]
+
+
+def test_code_at_the_end_of_a_huge_region_is_seen(machine, notepad) -> None:
+    region = machine.region(notepad, 2 << 30, "RWX", backed=False)
+    va = region.end - PAGE
+    notepad.user.space.map(va, machine.kernel.ram.page(), user=True, writable=True, execute=True)
+    notepad.user.space.write(va, PEB_WALK)
+    found = only(look(machine, notepad), "anon-exec")
+    assert (found.weight, f"shellcode at {va:#x}" in found.claim) == (2, True)
+
+
 # -- threads --
 
 
@@ -315,6 +348,23 @@ def test_an_apc_that_waits_to_run_foreign_code_is_told(machine, notepad) -> None
     found = only(look(machine, notepad), "foreign-thread")
     assert (found.address, found.weight) == (region.start + 8, 2)
     assert found.claim.startswith("an APC waits to run executable memory of no file")
+
+
+def test_very_many_apcs_are_read_up_to_a_number_and_the_others_told(machine, notepad, monkeypatch) -> None:
+    monkeypatch.setattr("appliance.guest.windows.injection_threads.MAX_QUEUED", 2)
+    types, nodes = types_of(machine), []
+    head = notepad.threads[0].va + types.offset("_ETHREAD.Tcb.ApcState.ApcListHead") + 16 * USER_APC
+    for _ in range(3):
+        apc = machine.kernel.nonpaged.take(b"Papc", types.size("_KAPC"))
+        poke(machine, apc, "_KAPC.NormalRoutine", notepad.modules[1].base + 0x1100)
+        nodes.append(apc + types.offset("_KAPC.ApcListEntry"))
+    ring = [head, *nodes, head]
+    for at, following in pairwise(ring):
+        write(machine, at, struct.pack("<Q", following))
+    found = look(machine, notepad)
+    assert [one.claim for one in found if one.kind == "gap"] == [
+        "code could not be seen in full: not looked at: what waits to be run in threads, after the first 2"
+    ]
 
 
 def test_a_suspended_thread_is_told_to_be_one(machine, notepad) -> None:

@@ -105,6 +105,14 @@ def test_a_list_that_runs_in_a_circle_or_does_not_lead_back_ends_and_is_named(se
     assert found.gaps[0].why == "a module does not point back to the one before it"
 
 
+def test_more_modules_than_there_can_be_are_a_gap(server, monkeypatch):
+    monkeypatch.setattr("appliance.guest.windows.ldr.MAX_MODULES", 2)
+    process = server.process("notepad.exe", session=1)
+    found = look(server, process)
+    assert len(found.modules) == 2 < len(process.modules)
+    assert {gap.why for gap in found.gaps} == {"more than 2 modules"}
+
+
 def test_a_loader_that_cannot_be_read_is_a_gap_and_no_empty_list(server):
     process = server.process("notepad.exe", session=1)
     server.kernel.set(process.va, "_EPROCESS.Peb", 0x5_0000)
