@@ -87,6 +87,9 @@ class Gap:
     why: str
 
 
+NO_NETWORK = "connections and sockets"  # what is not seen where none of them can be
+
+
 # -- the wire --
 
 

@@ -21,7 +21,7 @@ from appliance.guest.windows.roots import is_linux, looks_like_windows
 from appliance.guest.windows.symbols import SymbolStore
 from appliance.memory.file import open_file
 from appliance.memory.qemu import open_qemu
-from appliance.model import GuestInfo, IpAddress, Snapshot, Transport
+from appliance.model import Gap, GuestInfo, IpAddress, Snapshot, Transport
 from appliance.ports import GuestEye, GuestMemory, OtherEngine, PacketTap
 from appliance.tap import ladder
 from appliance.tap.af_packet import PortSource
@@ -52,28 +52,31 @@ def open_eye(info: GuestInfo, symbols: Sequence[Path] = (), *, thorough: bool = 
 def _open_image(path: Path, symbols: Sequence[Path]) -> GuestEye:
     """Attach to a memory image; where that fails and the image has holes, they are the reason to tell."""
     memory = open_file(path)
-    gaps = memory.gaps
+    missing = memory.gaps[:1]  # the others are its parts
     try:
-        return _attach_to(memory, symbols, thorough=True)
+        return _attach_to(memory, symbols, thorough=True, missing=missing)
     except GuestError as error:
-        if gaps:
-            raise ConfigError(f"{path}: {gaps[0].why}; {error}") from error
+        if missing:
+            raise ConfigError(f"{path}: {missing[0].why}; {error}") from error
         raise
 
 
-def _attach_to(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool) -> GuestEye:
+def _attach_to(
+    memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool, missing: Sequence[Gap] = ()
+) -> GuestEye:
     """The eye that fits what runs there; where there is neither Linux nor Windows, both are said to be missing."""
+    open_windows = partial(_open_windows, memory, symbols, thorough=thorough, missing=missing)
     try:
         # Cheap: a Linux guest must not wait for more; nor may what is left of a Windows that ran before it mislead.
         if not is_linux(memory) and looks_like_windows(memory, near=False):
-            return _open_windows(memory, symbols, thorough=thorough)
+            return open_windows()
         try:
-            return _open_linux(memory)
+            return _open_linux(memory, missing)
         except UnsupportedGuest as error:
             if error.missing != (NO_LINUX,):
                 raise
         try:
-            return _open_windows(memory, symbols, thorough=thorough)
+            return open_windows()
         except (UnsupportedGuest, OutOfTime) as error:
             why = error.missing if isinstance(error, UnsupportedGuest) else (str(error),)
             raise UnsupportedGuest((NO_LINUX, *why)) from error
@@ -82,15 +85,15 @@ def _attach_to(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool) 
         raise
 
 
-def _open_linux(memory: GuestMemory) -> GuestEye:
+def _open_linux(memory: GuestMemory, missing: Sequence[Gap]) -> GuestEye:
     vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
-    return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None))
+    return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None), missing=missing)
 
 
-def _open_windows(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool) -> GuestEye:
+def _open_windows(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool, missing: Sequence[Gap]) -> GuestEye:
     seconds = SEARCH_S if memory.live else OFFLINE_SEARCH_S
     kernel = attach_windows(memory, symbols=SymbolStore.default(symbols), seconds=seconds)
-    return WindowsEye(kernel, thorough=thorough)
+    return WindowsEye(kernel, thorough=thorough, missing=missing)
 
 
 def open_eye_or_say(info: GuestInfo, tell: Tell, symbols: Sequence[Path] = ()) -> GuestEye | None:

@@ -57,6 +57,7 @@ RETRY_NS = 2 * CHECK_NS  # first pause before another try to attach; doubled wit
 MAX_RETRY_NS = 300 * CHECK_NS
 MAX_PUT_OFF = 256  # searches that wait: a guest can start processes faster than anybody can look into them
 PUT_OFF_NS = 250_000_000  # so long evidence may wait for a moment without events; then its process may be gone
+SHOWN_GAPS = 3  # of a first look; the summary counts all
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
 
 Clock = Callable[[], int]
@@ -274,6 +275,8 @@ class GuestWatch:
             with self._guest_errors("first look"):
                 snapshot = self._eye.read_snapshot()
                 self.summary.gaps += len(snapshot.gaps)
+                for gap in snapshot.gaps[:SHOWN_GAPS]:
+                    self._tell(f"{self.info.id.target}: not seen: {gap.what}: {gap.why}")
                 self._looked(snapshot)
                 self.take(SnapshotTaken(snapshot, self._eye.os))
 

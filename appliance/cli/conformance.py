@@ -13,6 +13,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.cli import contract
+from appliance.cli.look import OutputOption, SymbolsOption
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, print_objects, safe
 from appliance.errors import ConfigError, GuestError, UsageError
@@ -99,11 +100,9 @@ def conformance(
     expect: Annotated[
         str, typer.Option("--expect", metavar="FILE", help="Known answers: a JSON file, or the name of a shipped one.")
     ],
-    symbols: Annotated[
-        list[Path] | None, typer.Option("--symbols", metavar="DIR", help="A folder with windows/PDB/GUID-AGE.json.xz.")
-    ] = None,
+    symbols: SymbolsOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the image's SHA-256 first.")] = False,
-    output: Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")] = Output.TABLE,
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """Compare what is read from a memory image with its known answers. Exit code 1 if one is not given."""
     answers = _load(expect)

@@ -11,16 +11,23 @@ import typer
 from appliance.cli import contract
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, endpoint_text, print_objects, safe
+from appliance.errors import UnsupportedGuest
 from appliance.hosts.qemu import find_guests
 from appliance.hosts.targets import resolve
-from appliance.model import GuestInfo, Snapshot
+from appliance.model import NO_NETWORK, GuestInfo, Snapshot
 from appliance.opening import open_eye
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A libvirt name or UUID, qemu:PID or file:PATH.")]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
 SymbolsOption = Annotated[
     list[Path] | None,
-    typer.Option("--symbols", metavar="DIR", help="Windows: a folder that holds windows/PDB/GUID-AGE.json.xz."),
+    typer.Option(
+        "--symbols",
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Windows: a folder that holds windows/PDB/GUID-AGE.json.xz; may be given several times.",
+    ),
 ]
 Column = Callable[[dict[str, Any]], str]
 
@@ -81,6 +88,8 @@ def connections(target: TargetArgument, symbols: SymbolsOption = None, output: O
         **({"COMPARTMENT" if windows else "NETNS": lambda body: str(body["netns"])} if several or not windows else {}),
     }
     _print(output, bodies, columns)
+    if not bodies and any(gap.what == NO_NETWORK for gap in snapshot.gaps):
+        raise typer.Exit(UnsupportedGuest.exit_code)  # why was said; an empty list alone would say something else
 
 
 def _print(output: Output, bodies: list[dict[str, Any]], columns: dict[str, Column]) -> None:
@@ -88,7 +97,7 @@ def _print(output: Output, bodies: list[dict[str, Any]], columns: dict[str, Colu
     if any(body["flags"] for body in bodies):
         columns["FLAGS"] = lambda body: " ".join(body["flags"])
     rows = [[cell(body) for cell in columns.values()] for body in bodies]
-    print_objects(output, bodies, tuple(columns), rows)
+    print_objects(output, bodies, tuple(columns), rows, folding=("PATH", "USER", "NAME", "COMMAND"))
 
 
 def _look(target: str, symbols: list[Path] | None) -> tuple[GuestInfo, str, Snapshot]:
@@ -100,7 +109,8 @@ def _look(target: str, symbols: list[Path] | None) -> tuple[GuestInfo, str, Snap
         finally:
             eye.close()
     for gap in snapshot.gaps[:20]:
-        tell(f"not seen: {safe(gap.what)} at {gap.address:#x}: {safe(gap.why)}")
+        where = f" at {gap.address:#x}" if gap.address else ""
+        tell(f"not seen: {gap.what}{where}: {gap.why}")
     if len(snapshot.gaps) > 20:
         tell(f"not seen: {len(snapshot.gaps) - 20} more gaps")
     return info, eye.os, snapshot
@@ -108,7 +118,5 @@ def _look(target: str, symbols: list[Path] | None) -> tuple[GuestInfo, str, Snap
 
 def _user(owner: dict[str, Any]) -> str:
     """The user's name; without one the uid of Linux or the SID of Windows."""
-    for key in ("user", "uid", "sid"):
-        if owner[key] is not None:
-            return safe(owner[key], 32)
-    return ""
+    known = next((owner[key] for key in ("user", "uid", "sid") if owner[key] is not None), "")
+    return safe(str(known).removeprefix("NT AUTHORITY\\"), 48)

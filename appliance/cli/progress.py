@@ -11,9 +11,13 @@ QUIET_S = 1.0  # nothing is said about work that takes less
 
 
 def tell(line: str) -> None:
-    """Print one line to stderr, if somebody reads it: a watch must not end because a log was restarted."""
+    """Print one line to stderr, if somebody reads it: a watch must not end because a log was restarted.
+
+    A guest's text may be in it: what would steer a terminal is escaped.
+    """
+    clean = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in line)
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(clean, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+GAP, LEAST = 2, 10  # of a table: columns between its columns, and of a column that folds
 MAX_CELL = 96  # characters of guest text shown in one cell
 
 
@@ -66,16 +68,25 @@ class Printer:
 
 
 def print_objects(
-    output: Output, bodies: Iterable[dict[str, Any]], columns: Sequence[str], rows: Iterable[Sequence[str]]
+    output: Output,
+    bodies: Iterable[dict[str, Any]],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    folding: Collection[str] = (),
 ) -> None:
-    """Print a whole result. ``rows`` are already ``safe``."""
+    """Print a whole result. ``rows`` are already ``safe``; ``folding`` columns give room first where it is short."""
     if output is Output.TABLE:
+        out = console()
+        widths = [max(Text.from_markup(cell).cell_len for cell in cells) for cells in zip(columns, *rows, strict=True)]
+        needed = sum(GAP + (LEAST if name in folding else width) for name, width in zip(columns, widths, strict=True))
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
-            table.add_column(column, overflow="fold")
+            rigid = bool(folding) and column not in folding and needed <= out.width
+            table.add_column(column, overflow="fold", no_wrap=rigid)
         for row in rows:
             table.add_row(*row)
-        console().print(table)
+        out.print(table)
         return
     printer = Printer(output)
     printer.start()

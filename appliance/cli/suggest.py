@@ -14,7 +14,6 @@ import typer
 
 from appliance.cli.duration import parse_duration
 from appliance.cli.progress import tell
-from appliance.cli.render import safe
 from appliance.errors import ConfigError, UsageError
 from appliance.rules import load_text
 from appliance.rules.draft import write_draft
@@ -78,11 +77,11 @@ def _prove(draft: str) -> None:
 def _say(learnt: Learnt, write: Path | None) -> None:
     tell(f"{len(learnt.suggested)} programs suggested, {len(learnt.others)} not, from {learnt.used} connections")
     for one, why in learnt.others[:20]:
-        tell(f"not suggested: {safe(one.program.image)}: {safe(why)}")
+        tell(f"not suggested: {one.program.image}: {why}")
     if len(learnt.others) > 20:
         tell(f"not suggested: {len(learnt.others) - 20} more")
     if learnt.suggested:
-        name = safe(str(write)) if write else "the draft"
+        name = str(write) if write else "the draft"
         tell(f"read {name}, try it with: parasight replay --rules; then write status: reviewed")
 
 

@@ -1,8 +1,11 @@
 """What a person sees of a Windows guest: an image of a machine made of bytes, opened by the commands."""
 
 import json
+import shutil
+import sys
 
 import pytest
+from rich.console import Console
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import wrpcap
@@ -87,6 +90,36 @@ def test_where_symbols_are_lacking_the_error_is_the_command_that_gets_them(run, 
     assert done.exit_code != 0
     assert "pdbconv -p ntkrnlmp.pdb -g" in message
     assert "--symbols" in message
+
+
+def test_without_the_symbols_of_tcpip_processes_are_told_and_connections_are_refused(run, places, tmp_path):
+    shutil.copytree(places / "windows" / "ntkrnlmp.pdb", tmp_path / "windows" / "ntkrnlmp.pdb")
+    processes = run("processes", f"file:{places / 'odd.elf'}", "--symbols", tmp_path, "-o", "json")
+    assert (processes.exit_code, "hidden.exe" in processes.stdout) == (0, True)
+    connections = run("connections", f"file:{places / 'odd.elf'}", "--symbols", tmp_path, "-o", "json")
+    assert (connections.exit_code, json.loads(connections.stdout)) == (6, [])
+    assert "not seen: connections and sockets: no symbols for tcpip.pdb" in connections.stderr
+
+
+def test_an_image_that_is_cut_short_is_told_as_far_as_it_goes_and_says_so(run, places, tmp_path):
+    whole = (places / "odd.elf").read_bytes()
+    (tmp_path / "short.elf").write_bytes(whole[: len(whole) // 2])
+    done = run("processes", f"file:{tmp_path / 'short.elf'}", "--symbols", places)
+    assert (done.exit_code, "explorer.exe" in done.stdout) == (0, True)
+    assert "not seen: memory image: the file is cut short" in done.stderr
+
+
+def test_a_folder_of_symbols_that_is_not_there_is_a_mistake_of_the_command_line(run, places, tmp_path):
+    done = run("processes", f"file:{places / 'odd.elf'}", "--symbols", tmp_path / "symbosl")
+    assert (done.exit_code, "does not exist" in done.stderr) == (2, True)
+
+
+def test_where_room_is_short_paths_fold_and_addresses_do_not(run, places, monkeypatch):
+    monkeypatch.setattr("appliance.cli.render.console", lambda: Console(file=sys.stdout, width=120))
+    shown = run("connections", f"file:{places / 'odd.elf'}", "--symbols", places).stdout
+    assert max(map(len, shown.splitlines())) <= 120
+    for whole in ("198.51.100.20:443", "[2001:db8::5]:443", "browser.exe[328]", "unlinked-endpoint", "NETWORK SERVICE"):
+        assert whole in shown
 
 
 def test_an_image_of_neither_system_is_said_to_be_neither(run, tmp_path):

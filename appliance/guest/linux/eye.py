@@ -7,7 +7,7 @@ an owner again; what changed meanwhile is dropped and counted, never guessed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from appliance.errors import OutOfTime
 from appliance.guest.kernel import Kernel
@@ -53,13 +53,16 @@ class LinuxEye:
         clock_s: Callable[[], float] = time.monotonic,
         look_s: float | None = None,
         lookup_s: float = LOOKUP_S,
+        missing: Sequence[Gap] = (),
     ) -> None:
         """Resolve the facts. ``look_s`` and ``lookup_s`` are how long a full look and a lookup may take.
+
+        ``missing``: of its memory.
 
         Raises UnsupportedGuest naming what this kernel lacks.
         """
         self.os, self.live = "linux", kernel.memory.live
-        self._kernel = kernel
+        self._kernel, self._missing = kernel, tuple(missing)
         self._clock_ns, self._clock_s = clock_ns, clock_s
         self._look_s = look_s or (LOOK_S if kernel.memory.live else OFFLINE_LOOK_S)
         self._lookup_s = lookup_s
@@ -83,7 +86,7 @@ class LinuxEye:
         began = self._clock_ns()
         start_s = self._clock_s()
         self._kernel.forget()
-        gaps: list[Gap] = []
+        gaps = list(self._missing)
         sockets: tuple[GuestSocket, ...] = ()
         processes: tuple[GuestProcess, ...] = ()
         torn = 0

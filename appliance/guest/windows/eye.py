@@ -8,13 +8,13 @@ packets in hand.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from appliance.errors import OutOfTime
+from appliance.errors import OutOfTime, UnsupportedGuest
 from appliance.guest.windows.crossview import CrossView
 from appliance.guest.windows.injection import Injection
 from appliance.guest.windows.kernel import WindowsKernel
-from appliance.guest.windows.network import open_network
+from appliance.guest.windows.network import Network, Unread, Walk, open_network
 from appliance.guest.windows.processes import Processes
 from appliance.model import (
     Evidence,
@@ -35,6 +35,7 @@ OFFLINE_LOOK_S = 60.0
 LOOKUP_S = 0.05
 SWEEP_S, OFFLINE_SWEEP_S = 10.0, 60.0
 NEARBY_S = 0.25  # where there is no time for a sweep
+UNREAD_S = 5.0  # a layout that could not be measured is measured again after so long
 MAX_GAPS = 256
 
 
@@ -50,10 +51,11 @@ class WindowsEye:
         look_s: float | None = None,
         lookup_s: float = LOOKUP_S,
         thorough: bool = False,
+        missing: Sequence[Gap] = (),
     ) -> None:
-        """``thorough``: full looks go through all RAM, also of a running guest.
+        """``thorough``: full looks go through all RAM, also of a running guest. ``missing``: of its memory.
 
-        Raises UnsupportedGuest naming what this kernel or its symbols lack.
+        Raises UnsupportedGuest naming what this kernel or its symbols lack, except for what only the network needs.
         """
         self.os, self.live = "windows", kernel.memory.live
         self.describe = kernel.describe
@@ -64,20 +66,22 @@ class WindowsEye:
         self._processes = Processes(kernel)
         self._views = CrossView(kernel, self._processes, clock_s)
         self._network = open_network(kernel, self._processes, self._views.header, clock_ns, clock_s)
+        self._unread, self._unread_until_s = Unread(UnsupportedGuest(())), 0.0
         self._injection = Injection(kernel, clock_s)
+        self._missing = tuple(missing)
         self._took_s, self._fresh = self._look_s, True  # the first lookup may have to do all that a full look does
 
     def read_snapshot(self) -> Snapshot:
         """Walk everything: a full look."""
         began, start_s = self._clock_ns(), self._clock_s()
         self._kernel.forget()
-        gaps: list[Gap] = []
+        gaps = list(self._missing)
         processes: list[GuestProcess] = []
         sockets: list[GuestSocket] = []
         torn = 0
         try:
             with self._kernel.limit(self._look_s, self._clock_s):
-                walked = self._network.walk()
+                network, walked = self._walk_network()
                 listing = self._processes.walk()
                 hidden, unseen = self._views.hidden(listing)
                 processes = self._processes.describe_all(listing.processes) + hidden
@@ -89,7 +93,7 @@ class WindowsEye:
             return Snapshot(began, (), (), _bounded(gaps), torn, self._clock_ns() - began)
         finally:
             self._took_s, self._fresh = self._clock_s() - start_s, False
-        self._compare(processes, sockets, gaps)
+        self._compare(network, processes, sockets, gaps)
         return Snapshot(began, tuple(processes), tuple(sockets), _bounded(gaps), torn, self._clock_ns() - began)
 
     def find_owner(self, flow: Flow) -> Finding:
@@ -99,7 +103,7 @@ class WindowsEye:
         self._fresh = False
         try:
             with self._kernel.limit(patience_s, self._clock_s):
-                return self._network.find(flow)
+                return self._find(flow)
         except OutOfTime:
             return Finding(Match.NONE, reason=Reason.TORN, torn=1)
 
@@ -128,23 +132,46 @@ class WindowsEye:
 
     # -- the parts of a snapshot --
 
-    def _compare(self, processes: list[GuestProcess], sockets: list[GuestSocket], gaps: list[Gap]) -> None:
+    def _walk_network(self) -> tuple[Network, Walk]:
+        """The network and what it has; where its layout cannot be told there is a gap, and processes still are."""
+        try:
+            return self._network, self._network.walk()
+        except UnsupportedGuest as error:
+            unread = self._leave_unread(error)
+            return unread, unread
+
+    def _find(self, flow: Flow) -> Finding:
+        if self._clock_s() < self._unread_until_s:
+            return self._unread.find(flow)
+        try:
+            return self._network.find(flow)
+        except UnsupportedGuest as error:
+            return self._leave_unread(error).find(flow)
+
+    def _leave_unread(self, why: UnsupportedGuest) -> Unread:
+        """Until its layout is measured again, which takes too long to be done for each packet."""
+        self._unread, self._unread_until_s = Unread(why), self._clock_s() + UNREAD_S
+        return self._unread
+
+    def _compare(
+        self, network: Network, processes: list[GuestProcess], sockets: list[GuestSocket], gaps: list[Gap]
+    ) -> None:
         """Add what other views have: processes that own a socket or lie in a pool, sockets that no table has."""
         known = {process.task_va for process in processes}
         try:
             if self._sweep_s:
                 with self._kernel.limit(self._sweep_s + self._look_s, self._clock_s):
                     addresses = known | {socket.address for socket in sockets}
-                    sighted = self._views.sweep(addresses, self._network.tags, self._sweep_s)
+                    sighted = self._views.sweep(addresses, network.tags, self._sweep_s)
                     gaps += sighted.gaps
                     found = self._views.processes_in(sighted.blocks)
                     processes += [process for process in found if process.task_va not in known]
-                    sockets += self._network.loose(sighted.blocks)
+                    sockets += network.loose(sighted.blocks)
                     if not sighted.gaps:  # else what takes a port may just not have been seen
-                        sockets += self._network.bare_ports()
+                        sockets += network.bare_ports()
             else:
                 with self._kernel.limit(self._look_s / 2, self._clock_s):
-                    sockets += self._network.nearby(NEARBY_S)
+                    sockets += network.nearby(NEARBY_S)
         except OutOfTime:
             gaps.append(Gap("pools", 0, f"not compared within {self._sweep_s + self._look_s:g} s"))
         known = {process.task_va for process in processes}

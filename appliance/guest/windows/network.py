@@ -15,7 +15,7 @@ from appliance.guest.windows.modern import Modern
 from appliance.guest.windows.pools import XP_ADDRESS_TAG, XP_CONNECTION_TAG, PoolHeader
 from appliance.guest.windows.processes import Processes
 from appliance.guest.windows.xp import XpNetwork
-from appliance.model import Finding, Flow, Gap, GuestSocket
+from appliance.model import NO_NETWORK, Finding, Flow, Gap, GuestSocket, Match, Reason
 
 OLD = 5  # NtMajorVersion of Windows XP and Server 2003
 
@@ -83,6 +83,37 @@ class Old:
         return ()
 
 
+class Unread:
+    """A network that cannot be read, for want of tcpip.sys, its symbols or its layout; processes can be."""
+
+    tags: tuple[bytes, ...] = ()
+    sockets: Sequence[GuestSocket] = ()
+    torn = 0
+
+    def __init__(self, why: UnsupportedGuest) -> None:
+        self.gaps: Sequence[Gap] = (Gap(NO_NETWORK, 0, "; ".join(why.missing)),)
+
+    def walk(self) -> Walk:
+        """Nothing but the gap."""
+        return self
+
+    def find(self, flow: Flow) -> Finding:
+        """As for a guest whose memory is not read at all."""
+        return Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
+
+    def loose(self, blocks: Sequence[Placed]) -> Sequence[GuestSocket]:
+        """Nothing is sought."""
+        return ()
+
+    def nearby(self, seconds: float) -> Sequence[GuestSocket]:
+        """Nothing is sought."""
+        return ()
+
+    def bare_ports(self) -> Sequence[GuestSocket]:
+        """Nothing is known to take a port."""
+        return ()
+
+
 def open_network(
     kernel: WindowsKernel,
     processes: Processes,
@@ -90,10 +121,13 @@ def open_network(
     clock_ns: Callable[[], int],
     clock_s: Callable[[], float],
 ) -> Network:
-    """The network of this guest's era. Raises UnsupportedGuest (no tcpip.sys, no symbols of it), GuestError."""
+    """The network of this guest's era; `Unread` where tcpip.sys or its symbols are missing. Raises GuestError."""
     try:
-        return Modern(kernel, processes, header, clock_ns, clock_s)
-    except UnsupportedGuest:
-        if kernel.major != OLD:
-            raise
-    return Old(XpNetwork(kernel, processes))
+        try:
+            return Modern(kernel, processes, header, clock_ns, clock_s)
+        except UnsupportedGuest:
+            if kernel.major != OLD:
+                raise
+        return Old(XpNetwork(kernel, processes))
+    except UnsupportedGuest as error:
+        return Unread(error)

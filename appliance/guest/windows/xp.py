@@ -40,6 +40,7 @@ from appliance.guest.windows.xp_tables import (
     read_place,
 )
 from appliance.model import (
+    NO_NETWORK,
     Direction,
     Endpoint,
     Evidence,
@@ -128,7 +129,7 @@ class XpNetwork:
         try:
             self.refresh(whole=True)
         except UnsupportedGuest as error:
-            return XpWalk((), (Gap("connections and sockets", self._module.base, str(error)),), 0)
+            return XpWalk((), (Gap(NO_NETWORK, self._module.base, str(error)),), 0)
         self._holders.look()
         assert self._connections is not None and self._sockets is not None
         connections, sockets = self._connections.settled(), self._sockets.settled()

@@ -5,9 +5,11 @@ from itertools import count
 
 import pytest
 
-from appliance.errors import GuestGone
+from appliance.errors import GuestGone, UnsupportedGuest
+from appliance.guest.windows.attach import attach
+from appliance.guest.windows.eye import UNREAD_S, WindowsEye
 from appliance.model import Direction, Flag, Match, ProcessKey, Reason, Transport
-from tests.guest.windows.eyes import eye_of, odd_processes, odd_sockets
+from tests.guest.windows.eyes import Store, eye_of, odd_processes, odd_sockets
 from tests.guest.windows.machines import OLD, REAL, make
 from tests.guest.windows.network import Meddled, flow
 from tests.worlds.windows import FAMILIES, Machine
@@ -282,3 +284,45 @@ def test_while_connections_come_and_go_during_a_look_no_owner_is_wrong_and_nothi
             seen = {one.local.port for one in snapshot.sockets}
             assert snapshot.gaps or seen >= {port for _, port in steady}
         assert ever
+
+
+class Half:
+    """A store that has the kernel's symbols only."""
+
+    def find(self, pdb):
+        if pdb.name.startswith("tcpip"):
+            raise UnsupportedGuest((f"no symbols for {pdb}",))
+        return Store().find(pdb)
+
+
+def test_without_the_symbols_of_tcpip_processes_are_told_and_connections_are_a_gap():
+    with Machine("20348") as machine:
+        machine.tcp(machine["lsass.exe"], (HOME, 50100), (PEER, 443))
+        ghost = machine.process("ghost.exe", hidden=True)
+        eye = WindowsEye(attach(machine.memory(), symbols=Half()), thorough=True)
+        snapshot = eye.read_snapshot()
+        assert {process.pid for process in snapshot.processes} >= {machine["lsass.exe"].pid, ghost.pid}
+        assert snapshot.sockets == ()
+        (gap,) = snapshot.gaps
+        assert (gap.what, "no symbols for tcpip.pdb" in gap.why) == ("connections and sockets", True)
+        found = eye.find_owner(flow("tcp", (HOME, 50100), (PEER, 443)))
+        assert (found.match, found.reason, found.final) == (Match.NONE, Reason.NO_MEMORY, True)
+
+
+def test_a_layout_of_tcpip_that_cannot_be_told_is_a_gap_until_it_can_be():
+    with Machine("20348") as machine:
+        made = [machine.tcp(machine["lsass.exe"], (HOME, 50100 + n), (PEER, 443)) for n in range(10)]
+        sound = [machine.kernel.space.read(one.va + 0x58, 0x40) for one in made]
+        for one in made:
+            machine.kernel.space.write(one.va + 0x58, b"\xaa" * 0x40)  # no state anywhere
+        now = [1000.0]
+        eye = eye_of(machine, clock_s=lambda: now[0])
+        snapshot = eye.read_snapshot()
+        assert snapshot.processes and not snapshot.sockets
+        assert [gap.what for gap in snapshot.gaps] == ["connections and sockets"]
+        for one, content in zip(made, sound, strict=True):
+            machine.kernel.space.write(one.va + 0x58, content)
+        asked = flow("tcp", (HOME, 50100), (PEER, 443))
+        assert eye.find_owner(asked).reason is Reason.NO_MEMORY
+        now[0] += UNREAD_S
+        assert eye.find_owner(asked).match is Match.EXACT
