@@ -123,8 +123,13 @@ class Modern:
         """
         finding = self._lookup.find(flow)
         young = self._live and self._clock_ns() - flow.started_ns < OLD_NS  # a new one is linked to one after the other
+        for _ in range(SETTLE if self._live and not young else 0):
+            if not _is_single(finding):
+                break
+            self._sockets.refresh_connections()  # it was being linked, or was just leaving
+            finding = self._lookup.find(flow)
         socket = finding.socket
-        if socket is not None and Flag.ONE_TABLE_ONLY in socket.flags and (young or not self._is_alike()):
+        if socket is not None and _is_single(finding) and (young or not self._is_alike()):
             finding = replace(finding, socket=_without(socket, Flag.ONE_TABLE_ONLY))
         if finding.match is Match.NONE and finding.reason is None and flow.tuple.protocol is Transport.TCP:
             return self._find_unlinked(flow) or finding
@@ -279,6 +284,11 @@ class Modern:
 
 def _transport(raw: RawSocket) -> Transport:
     return Transport.UDP if raw.kind is Kind.UDP else Transport.TCP
+
+
+def _is_single(finding: Finding) -> bool:
+    """Whether a connection was found in one table only."""
+    return finding.socket is not None and Flag.ONE_TABLE_ONLY in finding.socket.flags
 
 
 def _flagged(socket: GuestSocket, flag: Flag | None) -> GuestSocket:

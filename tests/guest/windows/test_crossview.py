@@ -1,5 +1,7 @@
 """Views of one guest against each other: everything planted is told with its flag, and nothing else has one."""
 
+from dataclasses import replace
+
 import pytest
 
 from appliance.model import Flag
@@ -8,7 +10,7 @@ from tests.guest.windows.network import flow
 from tests.worlds.windows import FAMILIES, Machine
 from tests.worlds.windows.scene import plant
 
-HOME, PEER = "10.0.0.5", "203.0.113.9"
+HOME, PEER, S = "10.0.0.5", "203.0.113.9", 10**9
 
 
 def busy(machine):
@@ -150,6 +152,23 @@ def test_on_the_wire_too_the_tables_are_compared_only_where_they_agree_as_a_rule
         assert eye.find_owner(asked).socket.flags == ()
         for number in range(3):
             machine.tcp(machine["explorer.exe"], (HOME, 50001 + number), (PEER, 443))
+        eye.read_snapshot()
+        assert eye.find_owner(asked).socket.flags == (Flag.ONE_TABLE_ONLY,)
+
+
+def test_a_connection_that_was_seen_while_it_was_linked_is_not_told_as_in_one_table_later():
+    with Machine("20348") as machine:
+        now_ns = 1000 * S
+        for number in range(4):
+            machine.tcp(machine["explorer.exe"], (HOME, 50001 + number), (PEER, 443))
+        made = machine.tcp(machine["explorer.exe"], (HOME, 50000), (PEER, 443), tables=(1,))
+        eye = eye_of(machine, thorough=False, clock_ns=lambda: now_ns, clock_s=lambda: 0.0)
+        asked = replace(flow("tcp", (HOME, 50000), (PEER, 443)), started_ns=now_ns)
+        assert eye.find_owner(asked).socket.flags == ()
+        machine.net._link(made, 2)
+        now_ns += 10 * S
+        assert eye.find_owner(asked).socket.flags == ()
+        machine.net._unlink(made, 1)
         eye.read_snapshot()
         assert eye.find_owner(asked).socket.flags == (Flag.ONE_TABLE_ONLY,)
 
