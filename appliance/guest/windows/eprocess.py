@@ -28,7 +28,7 @@ MEMBERS: Final = (
     "ActiveProcessLinks.Blink",
     "ThreadListHead.Flink",
     "ThreadListHead.Blink",
-    "Token",
+    "Token?",
     "Peb",
     "Session?",
     "WoW64Process?",  # since Windows 8

@@ -38,16 +38,22 @@ class Files:
         self._devices: dict[int, str] = {}
 
     def read(self, vas: Iterable[int]) -> dict[int, OpenFile]:
-        """Read many file objects in two batches. What is none, or cannot be read, is left out."""
+        """Read many file objects in two batches. What is none, or cannot be read, is left out.
+
+        A file object says so itself, or has a name that begins like one (its type may have been overwritten).
+        """
         kernel, record = self._kernel, self._record
         wanted = [va for va in dict.fromkeys(vas) if kernel.is_kernel(va) and not va % kernel.pointer_size]
         if record is None or not wanted:
             return {}
         found: dict[int, tuple[int, bool, Wide]] = {}
+        untyped = set()
         for va, raw in zip(wanted, kernel.space.readv([record.span(va) for va in wanted]), strict=True):
             kind, device, deleted, size, buffer = record.parse(raw) if raw is not None else (0, 0, 0, 0, 0)
-            if raw is not None and (kind == IO_TYPE_FILE or not self._typed):
+            if raw is not None:
                 found[va] = device, deleted == 1, Wide(buffer, min(size, MAX_PATH))
+                if self._typed and kind != IO_TYPE_FILE:
+                    untyped.add(va)
         fresh = [(va, name) for va, (_, _, name) in found.items() if name.size and (va, name) not in self._texts]
         if len(self._texts) + len(fresh) > MAX_CACHE:
             self._texts.clear()
@@ -58,7 +64,8 @@ class Files:
         return {
             va: OpenFile(self._device(device) + self._texts.get((va, name), ""), deleted)
             for va, (device, deleted, name) in found.items()
-            if not name.size or (va, name) in self._texts
+            if (not name.size or (va, name) in self._texts)
+            and (va not in untyped or self._texts.get((va, name), "").startswith("\\"))
         }
 
     def forget(self) -> None:

@@ -55,7 +55,8 @@ class Tokens:
 
     def __init__(self, kernel: WindowsKernel) -> None:
         self._kernel = kernel
-        self._record = Record(kernel.types, "_TOKEN", ("UserAndGroups", "SessionId?"))
+        known = kernel.types.has("_TOKEN.UserAndGroups")
+        self._record = Record(kernel.types, "_TOKEN", ("UserAndGroups", "SessionId?")) if known else None
         self._has_session = kernel.types.has("_TOKEN.SessionId")
         self._flags = 15 if kernel.pointer_size == 8 else 7  # _EX_FAST_REF.RefCnt
 
@@ -64,8 +65,10 @@ class Tokens:
         return fast_ref & ~self._flags
 
     def read(self, fast_refs: Sequence[int]) -> list[Token | None]:
-        """Read tokens, one batch for each pointer on the way; None where one cannot be read or is none."""
+        """Read tokens, one batch for each pointer on the way; None: unreadable, none, or unknown to the types."""
         space, kernel = self._kernel.space, self._kernel
+        if self._record is None:
+            return [None] * len(fast_refs)
         tokens = [self.pointer(each) for each in fast_refs]
         raws = space.readv([self._record.span(va) for va in tokens])
         found = [self._record.parse(raw) if raw is not None else (0, 0) for raw in raws]

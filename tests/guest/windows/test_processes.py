@@ -242,6 +242,19 @@ def test_the_kernels_other_notes_tell_the_path_where_the_first_is_lacking(server
     assert processes.describe(processes.read(made.va)).path == "C:\\Windows\\System32\\notepad.exe"
 
 
+def test_a_file_whose_type_was_overwritten_still_names_the_program_and_what_has_no_path_for_a_name_does_not(server):
+    named, nameless = server.process("notepad.exe"), server.process("other.exe")
+    for made in (named, nameless):
+        server.kernel.set(made.va, "_EPROCESS.SeAuditProcessCreationInfo.ImageFileName", 0)
+        server.kernel.set(made.modules[0].file.va, "_FILE_OBJECT.Type", 0)
+    name = nameless.modules[0].file.va + types_of(server).offset("_FILE_OBJECT.FileName.Buffer")
+    server.kernel.space.write(int.from_bytes(server.kernel.space.read(name, 8), "little"), b"x\0")
+    processes = Processes(kernel_of(server))
+    told = {one.pid: one for one in processes.describe_all(processes.walk().processes)}
+    assert told[named.pid].path.endswith("notepad.exe")
+    assert not isinstance(told[nameless.pid].path, str)
+
+
 def test_more_processes_than_are_remembered_are_all_described(server, monkeypatch):
     monkeypatch.setattr(portrait, "MAX_CACHE", 4)
     processes = Processes(kernel_of(server))

@@ -1,13 +1,19 @@
 """Who a process runs as."""
 
+import json
 import random
 import struct
 
 import pytest
 
 from appliance.errors import Implausible
+from appliance.guest.windows.isf import parse_isf
+from appliance.guest.windows.kernel import WindowsKernel
+from appliance.guest.windows.processes import Processes
 from appliance.guest.windows.tokens import Tokens, is_account, parse_sid, pool_sid, service_sid, well_known_name
-from tests.guest.windows.machines import kernel_of
+from tests.guest.windows.machines import kernel_of, planted
+from tests.worlds.windows import Machine
+from tests.worlds.windows.symbols import invented
 from tests.worlds.windows.xp import XpMachine
 
 
@@ -96,3 +102,17 @@ def test_a_token_of_random_bytes_is_no_token():
         machine.space.write(va + machine.types.offset("_TOKEN.UserAndGroups"), struct.pack("<I", pointer))
         found = tokens.read([va | 3])
         assert found[0] is None or found[0].sid.startswith("S-1-")
+
+
+def test_where_the_types_lack_tokens_nobody_is_named_and_all_else_is_told():
+    with Machine("20348") as machine:
+        document = json.loads(json.dumps(invented("20348")[0].document))
+        document["user_types"]["_TOKEN"]["fields"] = {}
+        del document["user_types"]["_EPROCESS"]["fields"]["Token"]
+        whole = kernel_of(machine)
+        types = parse_isf(json.dumps(document).encode())
+        kernel = WindowsKernel(whole.space, base=whole.base, size=whole.size, types=types, shared=whole.read_shared())
+        processes = Processes(kernel)
+        told = processes.describe_all(processes.walk().processes)
+        assert {one.pid for one in told} == {each.pid for each in planted(machine)}
+        assert {one.sid for one in told} == {None}
