@@ -37,6 +37,21 @@ def print_row(body: Json) -> None:
             out.print(f"             [{colour}]*[/] {_evidence(item)}")
 
 
+def print_more(body: Json, before: Json) -> None:
+    """A verdict that was shown is told again: one line, and only what is new in it."""
+    colour = "bold red" if body["verdict"] == "deny" else "yellow"
+    new = [item for item in body["evidence"] if item not in before["evidence"]]
+    act = _act(body, "  ") if _act(body) != _act(before) else ""
+    word = "PARASITE" if body["parasitic"] and not before["parasitic"] else "more"
+    when, which = body["time"][11:23], f"[dim]{body['id']}[/]"
+    out = console()
+    out.print(f"{when} [{colour}]{word:8}[/] {safe(body['vm'])}  {process_text(body)}  {which}{act}")
+    if body["because"] != before["because"]:
+        out.print(f"             [{colour}]{safe(body['because'], 300)}[/]")
+    for item in new:
+        out.print(f"             [{colour}]*[/] {_evidence(item)}")
+
+
 def print_summary(body: Json) -> None:
     """What was seen, how it was bound, what was lost and what it cost."""
     out = console()

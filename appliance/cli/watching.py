@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from collections import OrderedDict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -27,6 +28,7 @@ from appliance.store.book import Book, default_path
 from appliance.watch import Summary
 
 SHIPPED_RULES = Path(__file__).resolve().parents[2] / "rules"
+MAX_SHOWN = 1024  # rows of a table that are remembered, for those that are told again
 DEFECT = 70  # as in sysexits.h: an error of the program itself
 
 _DECOY = re.compile(r"(?P<name>[\w.-]+)=(?P<ifname>[^,/\s]{1,15}),(?P<mac>(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2})")
@@ -177,6 +179,7 @@ class _Showing:
         self._output, self._everything = output, everything
         self._printer = Printer(output)
         self._book: Book | None = None
+        self._shown: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.unrecorded = 0
         self.exit_code = 0
 
@@ -197,10 +200,20 @@ class _Showing:
             self._record(self._book, body, one.at_ns)
         if flagged or self._everything:
             if self._output is Output.TABLE:
-                story.print_row(body)
+                self._print(body)
             else:
                 self._printer.add(body)
         return str(body["id"])
+
+    def _print(self, body: dict[str, Any]) -> None:
+        before = self._shown.pop(body["id"], None)
+        self._shown[body["id"]] = body
+        if len(self._shown) > MAX_SHOWN:
+            self._shown.popitem(last=False)
+        if before is None:
+            story.print_row(body)
+        else:
+            story.print_more(body, before)
 
     def idle(self) -> None:
         """Nothing waits to be shown: let ``explain`` see what was."""

@@ -4,13 +4,15 @@ import io
 import json
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from appliance.cli import contract, story
-from appliance.cli.render import safe
+from appliance.cli.render import Output, safe
+from appliance.cli.watching import _Showing
 from appliance.model import (
     Act,
     Binding,
@@ -96,6 +98,23 @@ def test_guest_text_cannot_speak_to_the_terminal():
         story.print_story(body)
     assert all(c.isprintable() or c == "\n" for c in out.getvalue())
     assert "\\x1b" in out.getvalue()
+
+
+def test_a_verdict_that_is_told_again_is_one_line_with_what_is_new(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    first = a_verdict()
+    theirs = Evidence("Volatility's malfind: executable memory", "volatility:malfind", 0x1000, 4096, weight=1)
+    out = io.StringIO()
+    with redirect_stdout(out), _Showing(Output.TABLE, everything=True) as showing:
+        showing.verdict(first)
+        told_at_first = out.tell()
+        showing.verdict(replace(first, evidence=(*first.evidence, theirs)))
+    again = out.getvalue()[told_at_first:]
+    name = contract.verdict_id(first)
+    assert (out.getvalue()[:told_at_first].count(name), again.count(name)) == (1, 1)
+    assert "malfind" in again and " more " in again
+    for known in ("code in memory without a file", "because", "r.yaml"):
+        assert known in out.getvalue() and known not in again
 
 
 def test_long_guest_text_is_cut():
