@@ -16,8 +16,8 @@ from appliance.guest.budget import Budget
 from appliance.guest.linux.injection_facts import VM_GROWSDOWN, VM_WRITE
 from appliance.guest.linux.injection_files import MappedFile, find_runtime, has_regex_compiler, odd_place
 from appliance.guest.linux.injection_pages import Digest, Pages
-from appliance.guest.linux.injection_threads import Suspect, Suspects
 from appliance.guest.linux.vmas import MemoryMap, Vma
+from appliance.guest.suspects import Suspect, Suspects
 from appliance.model import Evidence
 
 ELF_MAGIC: Final = b"\x7fELF"

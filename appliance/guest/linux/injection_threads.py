@@ -7,7 +7,6 @@ will return into lies on its user stack; old words lie there as well, so that al
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import Any, Final, NamedTuple
@@ -18,6 +17,7 @@ from appliance.guest.linux.injection_facts import PF_IO_WORKER, PF_USER_WORKER, 
 from appliance.guest.linux.injection_pages import spans_of
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.vmas import USER_END, MemoryMap
+from appliance.guest.suspects import Suspect, Suspects
 from appliance.model import Evidence, Gap
 
 MAX_THREADS: Final = 8192
@@ -28,30 +28,6 @@ START_LOW, START_SIZE = 0x600, 0x80  # nptl/descr.h: start_routine is at 0x640 i
 STACK_BYTES: Final = 16 << 10  # of each user stack that are searched for return addresses
 NO_CODE: Final = "runs where no code is mapped"
 VSYSCALL: Final = 0xFFFF_FFFF_FF60_0000  # arch/x86/include/uapi/asm/vsyscall.h: a page that is no mapping
-
-
-class Suspect(NamedTuple):
-    """A range of code that a thread should not run in."""
-
-    start: int
-    end: int
-    what: str
-
-
-class Suspects:
-    """Suspect ranges, of which a hostile process may have very many."""
-
-    def __init__(self, ranges: Sequence[Suspect]) -> None:
-        self._ranges = sorted(ranges)
-        self._starts = [suspect.start for suspect in self._ranges]
-
-    def __bool__(self) -> bool:
-        return bool(self._ranges)
-
-    def at(self, address: int) -> Suspect | None:
-        """The one that holds an address."""
-        number = bisect_right(self._starts, address) - 1
-        return self._ranges[number] if number >= 0 and address < self._ranges[number].end else None
 
 
 class Thread(NamedTuple):

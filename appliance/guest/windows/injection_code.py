@@ -7,12 +7,13 @@ where such a runtime is mapped it counts less, unless it holds an image or shell
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from appliance.errors import Implausible, UnreadableMemory
 from appliance.guest.budget import Budget
+from appliance.guest.suspects import Suspect, Suspects
 from appliance.guest.windows.injection_bytes import find_image, find_shellcode, looks_wiped
 from appliance.guest.windows.injection_pages import PAGE, Digest, Leaf, Pages, merge, small_of
 from appliance.guest.windows.injection_paths import SANDBOXED
@@ -21,31 +22,6 @@ from appliance.model import Evidence
 
 MAX_DETAILED: Final = 64  # regions of one process that are looked at one by one
 MAX_RANKED: Final = 4096  # of whose first page tells which these are
-
-
-class Suspect(NamedTuple):
-    """A range of code that no thread should run in."""
-
-    start: int
-    end: int
-    what: str
-    weight: int
-
-
-class Suspects:
-    """Suspect ranges, of which a hostile process may have very many."""
-
-    def __init__(self, ranges: Sequence[Suspect]) -> None:
-        self._ranges = sorted(ranges)
-        self._starts = [suspect.start for suspect in self._ranges]
-
-    def __bool__(self) -> bool:
-        return bool(self._ranges)
-
-    def at(self, address: int) -> Suspect | None:
-        """The one that holds an address."""
-        number = bisect_right(self._starts, address) - 1
-        return self._ranges[number] if number >= 0 and address < self._ranges[number].end else None
 
 
 class Patch(NamedTuple):

@@ -14,8 +14,8 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from appliance.guest.budget import Budget
+from appliance.guest.suspects import Suspects
 from appliance.guest.windows.injection_bytes import is_call
-from appliance.guest.windows.injection_code import Suspects
 from appliance.guest.windows.injection_pages import PAGE
 from appliance.guest.windows.injection_views import Scene, View
 from appliance.guest.windows.kernel import WindowsKernel
