@@ -147,7 +147,7 @@ class Lookup:
         sockets, transport, port = self._sockets, flow.tuple.protocol, flow.tuple.local.port
         for fresh in (False, True):
             if fresh:
-                sockets.refresh_ports()
+                sockets.refresh_port(transport, port)
             best = _best(flow, sockets.bound(transport, port))
             if not best:
                 continue

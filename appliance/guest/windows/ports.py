@@ -148,6 +148,22 @@ class Ports:
             self._pools = []  # half of it is known: start over next time
             raise
 
+    def refresh_port(self, transport: Transport, port: int) -> None:
+        """Bring one port up to date; all of them where its list may be another one. Raises OutOfTime, GuestGone."""
+        pools = [each for each in self._pools if each.pool.transport is transport]
+        if not pools or not all(self._reread_slot(each, port) for each in pools):
+            self.refresh()
+            return
+        told = self.gaps
+        before = [each.sockets.get(port) for each in pools]
+        try:
+            self._follow([(each, port) for each in pools])
+        except GuestError:
+            self._pools = []
+            raise
+        self.gaps = told
+        self.changes += before != [each.sockets.get(port) for each in pools]
+
     def at(self, transport: Transport, vas: Sequence[int]) -> list[RawSocket]:
         """Listeners, or UDP sockets, at addresses to which no port leads; what is none is left out.
 
@@ -243,6 +259,26 @@ class Ports:
         for number in gone:
             changed += [number << 8 | low for low, entry in enumerate(pool.entries.pop(number)) if entry]
         return changed
+
+    def _reread_slot(self, pool: _Pool, port: int) -> bool:
+        """Take in what one port's entry says; False where the way to it is not what it was."""
+        layout, pointer, number = self._layout.pool, self._layout.pointer, port >> 8
+        if layout is None or not pool.heads:
+            return False
+        at = layout.assignments + number * pointer
+        assignment = pool.heads[at - layout.bitmap :][:pointer]
+        if number not in pool.entries:
+            return self._readv([(pool.pool.va + at, pointer)]) == [assignment] and not any(assignment)
+        va = self._one.unpack(assignment)[0]
+        spans = [(pool.pool.va + at, pointer), (va + layout.list, pointer), (self._slot(pool, port), pointer)]
+        *way, word = self._readv(spans)
+        if word is None or way != [assignment, self._one.pack(pool.blocks[number])]:
+            return False
+        entry = self._one.unpack(word)[0]
+        if entry != pool.entries[number][port & 255]:
+            pool.entries[number][port & 255] = entry
+            pool.contents.pop(number, None)  # it may be as it was before by the next refresh
+        return True
 
     # -- what is bound --
 

@@ -119,6 +119,11 @@ class Sockets:
         self._measure()
         self.ports.refresh()
 
+    def refresh_port(self, transport: Transport, port: int) -> None:
+        """Bring what is bound to one port up to date."""
+        self._measure()
+        self.ports.refresh_port(transport, port)
+
     def connection(self, key: bytes) -> RawSocket | None:
         """The connection with these ends (`key_of`), as last seen."""
         if self._measured is None:

@@ -3,7 +3,7 @@ import struct
 import pytest
 
 from appliance.model import Transport
-from tests.guest.windows.network import THEM, US, Eye, row
+from tests.guest.windows.network import THEM, US, Eye, Meddled, row
 from tests.worlds.windows import FAMILIES, Machine
 
 
@@ -80,6 +80,48 @@ def test_a_refresh_tells_what_was_bound_and_given_up_since():
         machine.tcp_close(third)
         eye.sockets.refresh_ports()
         assert list(eye.sockets.ports) == []
+
+
+def test_one_port_is_brought_up_to_date_by_a_few_reads_and_the_others_by_the_next_refresh():
+    with Machine() as machine:
+        explorer, services = machine["explorer.exe"], machine["services.exe"]
+        for number in range(200):
+            machine.udp(services, ("0.0.0.0", 1000 + 300 * number))
+        memory = Meddled(machine.memory(), lambda: None, lambda _: False)
+        eye = Eye(machine, memory=memory)
+        eye.walk()
+
+        def owners(port: int) -> list[int]:
+            return [raw.owner for raw in eye.sockets.bound(Transport.UDP, port)]
+
+        made = machine.udp(explorer, ("0.0.0.0", 50201))
+        machine.udp(explorer, ("0.0.0.0", 50202))
+        before = memory.reads
+        eye.sockets.refresh_port(Transport.UDP, 50201)
+        assert memory.reads - before <= 10
+        assert owners(50201) == [explorer.va] and owners(50202) == []
+        machine.tcp_close(made)
+        machine.udp(services, ("0.0.0.0", 50201))
+        machine.udp(explorer, ("127.0.0.1", 50201))
+        eye.sockets.refresh_port(Transport.UDP, 50201)
+        assert sorted(owners(50201)) == sorted([services.va, explorer.va])
+        eye.sockets.refresh_ports()
+        assert sorted(owners(50201)) == sorted([services.va, explorer.va]) and owners(50202) == [explorer.va]
+        last = machine.udp(explorer, ("0.0.0.0", 50203))
+        eye.sockets.refresh_port(Transport.UDP, 50203)
+        machine.tcp_close(last)  # its list is as it was at the last refresh
+        eye.sockets.refresh_ports()
+        assert owners(50203) == []
+
+
+def test_a_port_in_a_list_that_was_made_since_is_found_all_the_same():
+    with Machine() as machine:
+        machine.udp(machine["services.exe"], ("0.0.0.0", 500))
+        eye = Eye(machine)
+        eye.walk()
+        machine.udp(machine["explorer.exe"], ("0.0.0.0", 60000))
+        eye.sockets.refresh_port(Transport.UDP, 60000)
+        assert [raw.owner for raw in eye.sockets.bound(Transport.UDP, 60000)] == [machine["explorer.exe"].va]
 
 
 def test_the_bitmaps_word_on_taken_ports_is_told_as_it_is():
