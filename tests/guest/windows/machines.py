@@ -24,12 +24,12 @@ ALL = (*OLD, *FAMILIES, *REAL)
 SOME = ("xp-sp2 without PAE", "2003-sp2-x64", "17763", "26100")
 
 
-def make(name: str) -> Machine | XpMachine:
-    """A machine by its name of `ALL`."""
+def make(name: str, *, standard: bool = True) -> Machine | XpMachine:
+    """A machine by its name of `ALL`; ``standard``: with the processes that every Windows has."""
     if name in OLD:
         era, pae = OLD[name]
         return XpMachine(era, pae=pae)
-    return Machine(REAL.get(name, name), symbols=real_symbols() if name in REAL else None)
+    return Machine(REAL.get(name, name), symbols=real_symbols() if name in REAL else None, standard=standard)
 
 
 def real_symbols() -> Path:

@@ -15,14 +15,14 @@ from tests.worlds.windows import FAMILIES, Machine
 
 @pytest.fixture(params=SOME)
 def machine(request):
-    made = make(request.param)
+    made = make(request.param, standard=False)
     yield made
     made.close()
 
 
 @pytest.fixture
 def server():
-    with Machine("20348") as made:
+    with Machine("20348", standard=False) as made:
         yield made
 
 
@@ -127,7 +127,7 @@ def test_a_process_without_a_peb_has_no_modules_and_no_gap(server):
 
 @pytest.mark.parametrize("name", ["xp-sp3", "20348"])
 def test_whatever_a_process_writes_into_its_loaders_lists_the_walk_ends(name):
-    machine, dice = make(name), random.Random(11)
+    machine, dice = make(name, standard=False), random.Random(11)
     process = machine.process("notepad.exe")
     kernel, types, size = kernel_of(machine), types_of(machine), types_of(machine).pointer_size
     space, raw = user(process), Processes(kernel).read(process.va)

@@ -25,14 +25,14 @@ from tests.worlds.windows import Machine
 
 @pytest.fixture(params=SOME)
 def machine(request):
-    made = make(request.param)
+    made = make(request.param, standard=False)
     yield made
     made.close()
 
 
 @pytest.fixture
 def server():
-    with Machine("20348") as made:
+    with Machine("20348", standard=False) as made:
         yield made
 
 
@@ -78,7 +78,7 @@ def test_a_thread_lives_while_a_list_lies_where_its_end_will_be_noted(machine):
 
 
 def test_a_suspended_thread_and_one_in_another_process_are_told_as_they_are(server):
-    process, other = server.process("notepad.exe", session=1), server["lsass.exe"]
+    process, other = server.process("notepad.exe", session=1), server.process("lsass.exe")
     made = server.thread(process, 0x7FFB_0000_1000, native=0x7FFB_0000_2000, suspended=2)
     server.kernel.set(made.va, "_ETHREAD.Tcb.ApcState.Process", other.va)
     thread = Threads(kernel_of(server)).walk(process.va).threads[-1]
@@ -140,7 +140,7 @@ def test_what_is_no_thread_is_not_told(machine):
 
 @pytest.mark.parametrize("name", ["2003-sp2", "20348"])
 def test_whatever_the_bytes_say_threads_are_read_or_refused(name):
-    machine, dice = make(name), random.Random(5)
+    machine, dice = make(name, standard=False), random.Random(5)
     process = machine.process("notepad.exe")
     machine.inject(process)
     kernel, size = kernel_of(machine), types_of(machine).size("_ETHREAD")

@@ -13,14 +13,14 @@ from tests.worlds.windows import FAMILIES, Machine
 
 @pytest.fixture(params=SOME)
 def machine(request):
-    made = make(request.param)
+    made = make(request.param, standard=False)
     yield made
     made.close()
 
 
 @pytest.fixture
 def server():
-    with Machine("20348") as made:
+    with Machine("20348", standard=False) as made:
         yield made
 
 
@@ -169,7 +169,7 @@ def test_a_tree_deeper_than_any_can_be_is_cut_short_and_named(server):
 
 @pytest.mark.parametrize("name", ["xp-sp3", "20348"])
 def test_whatever_the_bytes_say_a_map_is_read_or_refused(name):
-    machine, dice = make(name), random.Random(3)
+    machine, dice = make(name, standard=False), random.Random(3)
     process = machine.process("notepad.exe")
     machine.inject(process)
     kernel = kernel_of(machine)
