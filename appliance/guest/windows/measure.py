@@ -215,8 +215,10 @@ class Measure:
             return base.tcp.owner
         if not good and base.known and self._holds_owners(base.tcp.owner, samples, hidden=True):
             return base.tcp.owner
-        same = {tuple(self._at(each, at) for each in samples) for at in good}
-        return good[0] if len(same) == 1 else None
+        told = {tuple(self._at(each, at) for each in samples) for at in good}
+        if len(told) != 1 or (len(good) > 1 and len({va for va in told.pop() if va}) < 2):
+            return None  # two places that agree about one process need not agree about the next
+        return good[0]
 
     def _holds_owners(self, at: int, samples: list[_Sample], *, hidden: bool = False) -> bool:
         values = [self._at(each, at) for each in samples]

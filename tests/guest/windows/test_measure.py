@@ -84,6 +84,22 @@ def test_where_two_places_could_be_the_owners_nobody_is_named():
         assert finding.evidence[0].kind == "unverified-layout"
 
 
+def test_two_places_that_agree_about_one_process_are_not_told_apart_by_it():
+    with Machine("26100") as machine:
+        explorer, services = machine["explorer.exe"], machine["services.exe"]
+        made = machine.tcp(explorer, (US, 50000), (THEM, 443))
+        machine.kernel.set_u64(made.va + 0x1F8, explorer.va)
+        eye = Eye(machine)
+        assert {row(socket)[4] for socket in eye.walk()} == {"-"}
+        other = machine.tcp(services, (US, 50001), (THEM, 443))
+        machine.kernel.set_u64(other.va + 0x1F8, explorer.va)  # whoever made it, say
+        for _ in range(3):
+            assert {row(socket)[4] for socket in eye.walk()} == {"-"}
+        machine.kernel.set_u64(other.va + 0x1F8, 0x1234)
+        names = [row(socket)[4] for _ in range(8) for socket in eye.walk()]
+        assert set(names[-2:]) == {"explorer.exe", "services.exe"}
+
+
 def test_in_a_known_build_another_process_in_a_connection_does_not_distract():
     with Machine("20348") as machine:
         populate(machine)
