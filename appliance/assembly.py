@@ -12,6 +12,7 @@ from typing import Protocol
 
 from appliance.engine import Engine, Judge
 from appliance.errors import HostError
+from appliance.evidence.volatility import probe as probe_other
 from appliance.flow.names import Names
 from appliance.front import Front
 from appliance.hosts.qemu import is_running
@@ -70,6 +71,8 @@ def open_guests(
 
     All memory eyes first, since attaching takes time in which an open tap's ring would fill.
     """
+    if options.second_opinion and not (other := probe_other()).ok:
+        tell(f"no second opinion on denied processes: {other.reason}")
     named = [resolve(target) for target in targets]
     infos = list({info.id.instance or info.id: info for info in named}.values())  # a guest can have several names
     eyes: list[GuestEye | None] = []

@@ -78,6 +78,7 @@ class Summary:
     guest_errors: Counter[str] = field(default_factory=Counter)
     acts: Counter[str] = field(default_factory=Counter)  # what the hand did
     acts_failed: int = 0  # what it could not do: the flow was gone, the decoy is unknown, the host refused
+    opinions: Counter[str] = field(default_factory=Counter)  # of the other engine, by what became of the question
     cpu_s: float = 0.0
     unshown: int = 0  # verdicts dropped because their reader was too slow
     defect: bool = False  # it ended by an error of ours
@@ -174,8 +175,8 @@ class GuestWatch:
             self._drop_eye()
             if self._other is not None:
                 self._other.close()
-                self.summary.guest_errors["second opinion: not waited for"] += self._unanswered
-            self.summary.guest_errors += Counter()  # without what counts nothing
+                self.summary.opinions["not waited for"] += self._unanswered
+            self.summary.opinions += Counter()  # without what counts nothing
             self.summary.cpu_s = time.thread_time() - cpu_start_s
 
     def count_turns(self) -> int:
@@ -207,8 +208,8 @@ class GuestWatch:
         """Take what the other engine has found out meanwhile."""
         for opinion in self._other.heard() if self._other is not None else ():
             self._unanswered -= 1
+            self.summary.opinions["failed" if opinion.trouble is not None else "answered"] += 1
             if opinion.trouble is not None:
-                self.summary.guest_errors["second opinion"] += 1
                 self._complain("second opinion", f"no second opinion, or not all of it: {opinion.trouble}")
             self.take(OpinionFound(opinion.process, opinion.evidence, self.clock()))
 
@@ -311,7 +312,7 @@ class GuestWatch:
                 if self._other is not None and self._eye is not None and self._other.ask(self._eye.os, process):
                     self._unanswered += 1
                     return None
-                self.summary.guest_errors["second opinion"] += 1
+                self.summary.opinions["not asked"] += 1
                 return OpinionFound(process.key, (), self.clock())
             case Report(verdict, again):
                 if not again:

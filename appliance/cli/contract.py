@@ -173,7 +173,7 @@ def summary(watched: Sequence[Summary], cpu_s: float) -> Json:
     totals: Json = {"summary": True}
     for key in ("packets", "bytes", "flows", "events", "lost", "evicted", "torn", "gaps", "unshown", "acts_failed"):
         totals[key] = sum(one[key] for one in guests)
-    for key in ("bound", "unbound", "verdicts", "ignored", "guest_errors", "acts"):
+    for key in ("bound", "unbound", "verdicts", "ignored", "guest_errors", "opinions", "acts"):
         counted: Counter[str] = Counter()
         for one in guests:
             counted.update(one[key])
@@ -198,6 +198,7 @@ def _guest_summary(one: Summary) -> Json:
         "torn": one.torn,
         "gaps": one.gaps,
         "guest_errors": dict(one.guest_errors),
+        "opinions": dict(one.opinions),
         "unshown": one.unshown,
         "acts": dict(one.acts),
         "acts_failed": one.acts_failed,

@@ -62,7 +62,7 @@ def print_summary(body: Json) -> None:
     worse = {key: body[key] for key in ("evicted", "torn", "gaps", "unshown", "acts_failed") if body[key]}
     if worse:
         out.print("  " + ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in worse.items()))
-    for title in ("verdicts", "acts", "bound", "unbound", "ignored", "guest_errors"):
+    for title in ("verdicts", "acts", "bound", "unbound", "ignored", "guest_errors", "opinions"):
         if body[title]:
             out.print(f"  {title.replace('_', ' '):12} " + ", ".join(f"{safe(k)} {n}" for k, n in body[title].items()))
     for guest in body["guests"]:
@@ -138,7 +138,8 @@ def _span(us: float) -> str:
 
 
 def _evidence(item: Json) -> str:
-    where = f" at {item['address']}, {item['size']} bytes" if item["size"] else ""
+    place = "" if item["address"] in item["claim"] else f" at {item['address']}"
+    where = f"{place}, {item['size']} bytes" if item["size"] else ""
     digest = f", sha256 {item['sha256'][:16]}…" if item["sha256"] else ""
     detail = f": {safe(item['detail'], 160)}" if item["detail"] else ""
     return f"{safe(item['claim'], 200)}{where}{digest}{detail}"

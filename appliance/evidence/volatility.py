@@ -20,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -101,7 +100,6 @@ class SecondOpinion:
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._number = 0
-        self.troubles = Counter[str]()  # what went wrong, by kind
 
     def ask(self, system: str, process: GuestProcess) -> bool:
         """Put a question; False: too many wait, or there is nobody to ask."""
@@ -110,7 +108,6 @@ class SecondOpinion:
         try:
             self._asked.put_nowait((system, process))
         except Full:
-            self.troubles["too many questions"] += 1
             return False
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="second opinion", daemon=True)
@@ -167,24 +164,19 @@ class SecondOpinion:
         }
         try:
             answer = self._converse(question)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self._end()
             self._failures += 1
-            self.troubles[str(error) or type(error).__name__] += 1
-            return Opinion(process.key, trouble=str(error))
+            return Opinion(process.key, trouble=str(error)[:300] or type(error).__name__)
         self._failures = 0
         refusal = answer.get("error")
         if refusal is not None:
-            why = str(refusal)[:200]
-            self.troubles[why.partition(":")[0][:40]] += 1
-            return Opinion(process.key, trouble=why)
+            return Opinion(process.key, trouble=str(refusal)[:300])
         return self._judge(process, plugins, answer)
 
     def _judge(self, process: GuestProcess, plugins: Sequence[str], answer: dict[str, Any]) -> Opinion:
         rows, failed = answer.get("rows"), answer.get("failed")
         failed = failed if isinstance(failed, dict) else {}
-        for plugin in failed:
-            self.troubles[f"{str(plugin)[:60]} failed"] += 1
         evidence: list[Evidence] = []
         for plugin in plugins:
             found = rows.get(plugin) if isinstance(rows, dict) else None
@@ -238,7 +230,6 @@ class SecondOpinion:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                cwd="/",
                 env=environment,
                 start_new_session=True,
             )
@@ -249,5 +240,5 @@ class SecondOpinion:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.kill()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 worker.communicate(timeout=10.0)  # closes the pipes; a killed process ends at once

@@ -127,8 +127,11 @@ def _attach_linux(memory: GuestMemory) -> Kernel:
 
 def _tidy(folder: Path) -> None:
     """Keep the symbol files used last: a guest can claim to be any number of kernels."""
-    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    for path in files[:-MAX_FILES]:
+    used: list[tuple[float, Path]] = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another guest's worker tidies up, too
+            used.append((path.stat().st_mtime, path))
+    for _, path in sorted(used)[:-MAX_FILES]:
         path.unlink(missing_ok=True)
 
 

@@ -39,7 +39,8 @@ EVIL = "\x1b[2J\x1b]0;owned\x07\u202eevil[red]"
 
 def documented(title: str) -> set[str]:
     section = DOCUMENT.split(f"## {title}")[1].split("\n## ")[0]
-    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    tables = [part for part in section.split("\n\n") if part.startswith("| key |")]
+    rows = [line.split("|")[1] for table in tables for line in table.splitlines() if line.startswith("| `")]
     return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
 
 

@@ -47,7 +47,7 @@ def test_a_verdict_is_told_before_the_other_engine_answers_and_once_more_then():
     assert other.asked == [("linux", 100)]
     assert [THEIRS in verdict.evidence for verdict in told] == [False, True]
     assert one.summary.verdicts["deny"] == 1
-    assert not one.summary.guest_errors
+    assert one.summary.opinions == {"answered": 1}
 
 
 def test_the_other_engine_ends_with_the_watch_and_what_it_did_not_say_is_not_waited_for():
@@ -55,12 +55,12 @@ def test_the_other_engine_ends_with_the_watch_and_what_it_did_not_say_is_not_wai
     one, told, _ = watch(other)
     assert len(told) == 1
     assert other.closed
-    assert one.summary.guest_errors == {"second opinion: not waited for": 1}
+    assert one.summary.opinions == {"not waited for": 1}
 
 
 def test_what_keeps_it_from_answering_is_counted_and_said_once():
     one, told, said = watch(Other(after=3, trouble="it died"))
-    assert one.summary.guest_errors["second opinion"] == 1
+    assert one.summary.opinions == {"failed": 1}
     assert sum("it died" in line for line in said) == 1
     assert len(told) == 1
 
@@ -68,4 +68,4 @@ def test_what_keeps_it_from_answering_is_counted_and_said_once():
 def test_where_it_takes_no_question_the_verdict_stands_as_it_was_told():
     one, told, _ = watch(Other(after=None))
     assert len(told) == 1
-    assert one.summary.guest_errors["second opinion"] == 1
+    assert one.summary.opinions == {"not asked": 1}
