@@ -37,10 +37,12 @@ def print_row(body: Json) -> None:
             out.print(f"             [{colour}]*[/] {_evidence(item)}")
 
 
-def print_more(body: Json, before: Json) -> None:
-    """A verdict that was shown is told again: one line, and only what is new in it."""
+def print_more(body: Json, before: Json, new: list[Json], *, same_as: str | None = None) -> None:
+    """A verdict that was shown is told again: one line, and only what is new in it.
+
+    ``new`` is its new evidence, ``same_as`` the verdict under which that was shown just before.
+    """
     colour = "bold red" if body["verdict"] == "deny" else "yellow"
-    new = [item for item in body["evidence"] if item not in before["evidence"]]
     act = _act(body, "  ") if _act(body) != _act(before) else ""
     word = "PARASITE" if body["parasitic"] and not before["parasitic"] else "more"
     when, which = body["time"][11:23], f"[dim]{body['id']}[/]"
@@ -48,6 +50,9 @@ def print_more(body: Json, before: Json) -> None:
     out.print(f"{when} [{colour}]{word:8}[/] {safe(body['vm'])}  {process_text(body)}  {which}{act}")
     if body["because"] != before["because"]:
         out.print(f"             [{colour}]{safe(body['because'], 300)}[/]")
+    if same_as is not None:
+        out.print(f"             [{colour}]*[/] the same as {same_as}")
+        return
     for item in new:
         out.print(f"             [{colour}]*[/] {_evidence(item)}")
 

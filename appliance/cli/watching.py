@@ -180,6 +180,7 @@ class _Showing:
         self._printer = Printer(output)
         self._book: Book | None = None
         self._shown: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._added: tuple[str, list[dict[str, Any]]] = "", []  # what the last verdict got that was told again
         self.unrecorded = 0
         self.exit_code = 0
 
@@ -212,8 +213,10 @@ class _Showing:
             self._shown.popitem(last=False)
         if before is None:
             story.print_row(body)
-        else:
-            story.print_more(body, before)
+            return
+        new = [item for item in body["evidence"] if item not in before["evidence"]]
+        known, self._added = self._added, (body["id"], new)
+        story.print_more(body, before, new, same_as=known[0] if new and known[1] == new else None)
 
     def idle(self) -> None:
         """Nothing waits to be shown: let ``explain`` see what was."""

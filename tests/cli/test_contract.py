@@ -118,6 +118,18 @@ def test_a_verdict_that_is_told_again_is_one_line_with_what_is_new(monkeypatch, 
         assert known in out.getvalue() and known not in again
 
 
+def test_what_many_verdicts_get_alike_is_shown_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    theirs = Evidence("Volatility's malfind: executable memory", "volatility:malfind", 0x1000, 4096, weight=1)
+    verdicts = [replace(a_verdict(), flow=flow(number)) for number in range(3)]
+    out = io.StringIO()
+    with redirect_stdout(out), _Showing(Output.TABLE, everything=True) as showing:
+        for one in verdicts + [replace(one, evidence=(*one.evidence, theirs)) for one in verdicts]:
+            showing.verdict(one)
+    assert out.getvalue().count("malfind") == 1
+    assert out.getvalue().count("the same as") == 2
+
+
 def test_long_guest_text_is_cut():
     assert len(safe("A" * 100_000)) <= 96
 
