@@ -169,9 +169,12 @@ def judge_program(
         yield _hollowed(
             f"the program's own image is gone from {base:#x}: {what} mapped there", view, base, pages, budget
         )
-    elif view is not None and view.file is not None and program.file is not None and _differ(view.file, program.file):
-        claim = f"the program's image is {view.file.path}, and the process was started from {program.file.path}"
-        yield _hollowed(claim, view, base, pages, budget)
+    elif view is not None and view.file is not None and program.file is not None:
+        difference = _difference(view.file, program.file)
+        if difference != "same":
+            claim = f"the program's image is {view.file.path}, and the process was started from {program.file.path}"
+            # A file with two names (the system's own have one in WinSxS) is mapped under the one that was used first.
+            yield _hollowed(claim, view, base, pages, budget, 2 if difference == "name" else 1)
     if view is not None and view.image:
         yield from _judge_header(view, pages, prototypes, budget)
     yield from judge_names(program, view.file if view is not None and view.image else None)
@@ -197,10 +200,8 @@ def judge_names(program: Program, file: MappedFile | None) -> Iterator[Evidence]
         yield Evidence(claim, "peb-masquerade", program.peb, 0, None, detail, 1)
 
 
-def _differ(mapped: MappedFile, started: MappedFile) -> bool:
-    if "?" in (mapped.path, started.path):
-        return False
-    return compare(started.place, mapped.place) != "same"
+def _difference(mapped: MappedFile, started: MappedFile) -> str:
+    return "same" if "?" in (mapped.path, started.path) else compare(started.place, mapped.place)
 
 
 def _judge_header(view: View, pages: Pages, prototypes: Prototypes, budget: Budget) -> Iterator[Evidence]:
@@ -229,10 +230,10 @@ def _essentials(header: Header) -> tuple[object, ...]:
     return header.machine, header.stamp, header.entry, header.size, [s[:3] for s in header.sections]
 
 
-def _hollowed(claim: str, view: View | None, address: int, pages: Pages, budget: Budget) -> Evidence:
+def _hollowed(claim: str, view: View | None, address: int, pages: Pages, budget: Budget, weight: int = 2) -> Evidence:
     if view is None:
-        return Evidence(claim, "hollowed", address, weight=2)
-    return _told(claim, "hollowed", view, pages, budget, 2)
+        return Evidence(claim, "hollowed", address, weight=weight)
+    return _told(claim, "hollowed", view, pages, budget, weight)
 
 
 def _told(claim: str, kind: str, view: View, pages: Pages, budget: Budget, weight: int) -> Evidence:

@@ -196,6 +196,8 @@ def _running(place: Place, scene: Scene, suspects: Suspects) -> Evidence | None:
 def _queued(place: Place, scene: Scene, suspects: Suspects) -> Evidence | None:
     for routine in place.routines:
         hit, view = suspects.at(routine), scene.at(routine)
+        if hit is not None and hit.weight < 2 and scene.runtime is not None:
+            continue  # code that a JIT made is called back
         if hit is not None or (view is not None and not view.image and view.executable):
             what = hit.what if hit is not None else _region(view) if view is not None else ""
             return _evidence(f"an APC waits to run {what} in {_who(place)}", place, routine, 2)

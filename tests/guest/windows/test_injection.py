@@ -350,6 +350,18 @@ def test_an_apc_that_waits_to_run_foreign_code_is_told(machine, notepad) -> None
     assert found.claim.startswith("an APC waits to run executable memory of no file")
 
 
+def test_a_jits_code_may_be_called_back_by_an_apc(machine, notepad) -> None:
+    machine.module(notepad, "C:\\Program Files\\Java\\bin\\server\\jvm.dll")
+    region = machine.region(notepad, PAGE, "RX", PLAIN)
+    apc = machine.kernel.nonpaged.take(b"Papc", types_of(machine).size("_KAPC"))
+    poke(machine, apc, "_KAPC.NormalRoutine", region.start)
+    thread, node = notepad.threads[0], apc + types_of(machine).offset("_KAPC.ApcListEntry")
+    head = thread.va + types_of(machine).offset("_ETHREAD.Tcb.ApcState.ApcListHead") + 16 * USER_APC
+    write(machine, node, struct.pack("<QQ", head, head))
+    write(machine, head, struct.pack("<QQ", node, node))
+    assert kinds(look(machine, notepad)) == [("anon-exec", 1)]
+
+
 def test_very_many_apcs_are_read_up_to_a_number_and_the_others_told(machine, notepad, monkeypatch) -> None:
     monkeypatch.setattr("appliance.guest.windows.injection_threads.MAX_QUEUED", 2)
     types, nodes = types_of(machine), []
@@ -482,6 +494,18 @@ def test_a_program_whose_image_is_gone_is_hollowed(machine, notepad) -> None:
     found = only(look(machine, notepad), "hollowed")
     assert (found.address, found.weight) == (main.base, 2)
     assert "nothing is mapped there" in found.claim
+
+
+@pytest.mark.parametrize(
+    ("path", "weight"),
+    [("C:\\Windows\\WinSxS\\amd64_notepad_10.0\\notepad.exe", 1), ("C:\\Windows\\System32\\calc.exe", 2)],
+)
+def test_a_program_that_was_started_from_another_file_is_hollowed_unless_the_file_may_have_two_names(
+    machine, notepad, path, weight
+) -> None:
+    file = machine.files.open(path)
+    poke(machine, notepad.va, "_EPROCESS.ImageFilePointer", file.va)
+    assert only(look(machine, notepad), "hollowed").weight == weight
 
 
 def test_a_program_that_points_elsewhere_for_its_image_is_hollowed(machine, notepad) -> None:
