@@ -27,8 +27,9 @@ MAX_TOLD: Final = 1 << 14
 MAX_SHARED: Final = 64  # sockets of one port that are told together
 # What the kernel sends unasked: IGMP, tunnels (IANA numbers).
 KERNEL_PROTOCOLS: Final = frozenset({2, 4, 41, 47, 50, 51, 97, 115, 137})
-KERNEL_ICMP: Final = frozenset({0, 3, 5, 11, 12, 14})  # replies, errors, redirects
-KERNEL_ICMPV6: Final = frozenset({1, 2, 3, 4, 129, 131, 132, 133, 135, 136, 137, 143})
+# Replies, errors, redirects; and echo requests, which ping has the kernel send (IcmpSendEcho): who asked is not kept.
+KERNEL_ICMP: Final = frozenset({0, 3, 5, 8, 11, 12, 14})
+KERNEL_ICMPV6: Final = frozenset({1, 2, 3, 4, 128, 129, 131, 132, 133, 135, 136, 137, 143})
 ICMP_NUMBERS: Final = frozenset({1, 58})
 
 

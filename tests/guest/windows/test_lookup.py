@@ -108,7 +108,8 @@ def test_what_the_kernel_sends_of_its_own_accord_is_the_kernels():
         assert lookup.find(flow("icmp", (US, 0), (THEM, 0), IN, icmp_type=8)).match is Match.KERNEL
         assert lookup.find(flow("icmp", (US, 0), (THEM, 0), OUT, icmp_type=0)).match is Match.KERNEL
         assert lookup.find(flow("icmp", ("fe80::5", 0), ("ff02::1", 0), OUT, icmp_type=135)).match is Match.KERNEL
-        assert lookup.find(flow("icmp", (US, 0), (THEM, 0), OUT, icmp_type=8)).match is Match.NONE
+        assert lookup.find(flow("icmp", (US, 0), (THEM, 0), OUT, icmp_type=8)).match is Match.KERNEL  # IcmpSendEcho
+        assert lookup.find(flow("icmp", (US, 0), (THEM, 0), OUT, icmp_type=13)).match is Match.NONE
 
 
 def test_where_nobody_listens_is_closed_and_an_address_that_is_nobodys_says_nothing():
