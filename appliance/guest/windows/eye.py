@@ -166,6 +166,8 @@ class WindowsEye:
                     gaps += sighted.gaps
                     found = self._views.processes_in(sighted.blocks)
                     processes += [process for process in found if process.task_va not in known]
+                    if network.adopt([process.task_va for process in found if Flag.HIDDEN_PROCESS in process.flags]):
+                        sockets[:] = network.walk().sockets
                     sockets += network.loose(sighted.blocks)
                     if not sighted.gaps:  # else what takes a port may just not have been seen
                         sockets += network.bare_ports()

@@ -82,6 +82,10 @@ class Modern:
         torn = walked.torn + len(walked.sockets) - len(owned)
         return Looked(tuple(sockets), (*walked.gaps, *gaps), torn)
 
+    def adopt(self, vas: Sequence[int]) -> bool:
+        """Sockets name their owners by address here: nobody need be found first."""
+        return False
+
     def loose(self, blocks: Sequence[Placed]) -> list[GuestSocket]:
         """What lies in pool blocks and in no table; of a running guest only what lives. Call after `walk`.
 

@@ -52,6 +52,10 @@ class Network(Protocol):
         """Who owns a flow's tuple now."""
         ...
 
+    def adopt(self, vas: Sequence[int]) -> bool:
+        """Take note of hidden processes; whether `walk` would tell other owners with them."""
+        ...
+
     def loose(self, blocks: Sequence[Placed]) -> Sequence[GuestSocket]:
         """What lies in pool blocks and in no table, flagged as what it is. Call after `walk`."""
         ...
@@ -72,7 +76,7 @@ class Old:
 
     def __init__(self, network: XpNetwork) -> None:
         self._network = network
-        self.walk, self.find, self.loose = network.walk, network.find, network.unlinked
+        self.walk, self.find, self.loose, self.adopt = network.walk, network.find, network.unlinked, network.adopt
 
     def nearby(self, seconds: float) -> Sequence[GuestSocket]:
         """Closed connections are kept for later use there, which makes a quick answer a wrong one."""
@@ -100,6 +104,10 @@ class Unread:
     def find(self, flow: Flow) -> Finding:
         """As for a guest whose memory is not read at all."""
         return Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
+
+    def adopt(self, vas: Sequence[int]) -> bool:
+        """Nothing is owned."""
+        return False
 
     def loose(self, blocks: Sequence[Placed]) -> Sequence[GuestSocket]:
         """Nothing is sought."""

@@ -69,7 +69,7 @@ _TRANSPORTS: Final = {TCP: Transport.TCP, UDP: Transport.UDP, ICMP: Transport.IC
 _NUMBERS: Final = {Transport.TCP: TCP, Transport.UDP: UDP}
 _ANY: Final = bytes(4)
 # ICMP that the kernel sends unasked: replies, errors, redirects.
-_KERNEL_ICMP: Final = frozenset({0, 3, 4, 5, 11, 12, 14, 18})
+_KERNEL_ICMP: Final = frozenset({0, 3, 4, 5, 8, 11, 12, 14, 18})
 IGMP: Final = 2
 IPPROTO_RAW: Final = 255
 
@@ -148,6 +148,10 @@ class XpNetwork:
         if self._v6 is not None:
             gaps.append(Gap("IPv6", self._v6.base, "tcpip6.sys keeps its connections for itself; they are not read"))
         return XpWalk(sockets_told, tuple(gaps[:MAX_GAPS]), self.torn - torn + self._holders.torn)
+
+    def adopt(self, vas: Iterable[int]) -> bool:
+        """Take note of hidden processes; whether `walk` would now tell other owners. Raises OutOfTime, GuestGone."""
+        return self._holders.adopt(vas)
 
     def refresh(self, *, whole: bool = False) -> None:
         """Bring both tables up to date. Raises UnsupportedGuest (no table fits), UnreadableMemory, OutOfTime."""

@@ -42,6 +42,7 @@ class Holders:
         self._views = OtherViews(kernel, processes)
         self._by_pid: dict[int, RawProcess] = {}
         self._hidden: dict[int, RawProcess] = {}
+        self._adopted: dict[int, RawProcess] = {}  # hidden ones that others found
         self._sought = False  # beside the list, since the last look
         self._owners: dict[tuple[int, int, int], Owner] = {}
         self.gaps: list[Gap] = []
@@ -54,6 +55,16 @@ class Holders:
         self._by_pid = {raw.pid: raw for raw in listing.processes}
         self._hidden, self._sought = {}, False
         self.gaps, self.torn = list(listing.gaps), listing.torn
+
+    def adopt(self, vas: Iterable[int]) -> bool:
+        """Take note of hidden processes that were found elsewhere; whether one is new. Raises OutOfTime, GuestGone."""
+        fresh = False
+        for va in vas:
+            raw = self._processes.find(va)
+            if raw is not None and not raw.exited and len(self._adopted) < MAX_REMEMBERED:
+                fresh |= self.known(raw.pid) is None
+                self._adopted[raw.pid] = raw
+        return fresh
 
     def find(self, pid: int, born_ns: int, *, read: bool = True) -> Holder:
         """Who has this pid and had it at ``born_ns`` (Unix epoch, the guest's clock). Raises GuestError.
@@ -131,4 +142,8 @@ class Holders:
         self._sought = True
         sightings, gaps = self._views.find_hidden(self._listing)
         self._hidden = {sighting.process.pid: sighting.process for sighting in sightings}
+        for before in self._adopted.values():
+            now = self._processes.find(before.va)
+            if now is not None and is_same(before, now) and now.pid not in self._by_pid:
+                self._hidden.setdefault(now.pid, now)
         self.gaps += gaps

@@ -168,19 +168,21 @@ def verify(space: AddressSpace, types: SymbolTable, base: int, kdbg: int | None 
     raw = space.read(process, types.size("_EPROCESS"))
     if space.pointer(space.pointer(head) + space.pointer_size) != head:
         raise Implausible("the list of processes does not lead back to its head")
-    _expect(raw[0] == _PROCESS_OBJECT, "the first process is no process object")
-    _expect(raw[2] * 4 == types.size("_KPROCESS"), f"_KPROCESS has {raw[2] * 4:#x} bytes")
+    if raw[0] == _PROCESS_OBJECT and raw[2]:  # _DISPATCHER_HEADER, which may have been overwritten
+        _expect(raw[2] * 4 == types.size("_KPROCESS"), f"_KPROCESS has {raw[2] * 4:#x} bytes")
     _expect(_number(raw, types, "_EPROCESS.UniqueProcessId") == SYSTEM_PID, "the first process has not the pid 4")
     name = types.offset("_EPROCESS.ImageFileName")
     _expect(raw[name : name + 7] == b"System\0", "the first process is not named System")
     entry = _number(raw, types, "_EPROCESS.ThreadListHead.Flink")
-    thread = entry - types.offset("_ETHREAD.ThreadListEntry")
-    body = space.read(thread, types.size("_ETHREAD"))
-    _expect(body[0] == _THREAD_OBJECT, "its first thread is no thread object")
-    _expect(body[2] * 4 == types.size("_KTHREAD"), f"_KTHREAD has {body[2] * 4:#x} bytes")
-    owner = _number(body, types, "_ETHREAD.ThreadsProcess")
-    _expect(owner == process, "its first thread belongs to another process")
-    _expect(_number(body, types, "_ETHREAD.Cid.UniqueProcess") == SYSTEM_PID, "its first thread names another process")
+    if entry != process + types.offset("_EPROCESS.ThreadListHead.Flink"):
+        thread = entry - types.offset("_ETHREAD.ThreadListEntry")
+        body = space.read(thread, types.size("_ETHREAD"))
+        if body[0] == _THREAD_OBJECT and body[2]:
+            _expect(body[2] * 4 == types.size("_KTHREAD"), f"_KTHREAD has {body[2] * 4:#x} bytes")
+        owner = _number(body, types, "_ETHREAD.ThreadsProcess")
+        _expect(owner == process, "its first thread belongs to another process")
+        named = _number(body, types, "_ETHREAD.Cid.UniqueProcess")
+        _expect(named == SYSTEM_PID, "its first thread names another process")
     if kdbg is not None and space.u32(kdbg + KDBG_SIZE) >= _KDBG_2003:
         said = {path: space.u16(kdbg + at) for at, path in _KDBG_OFFSETS.items()}
         wrong = [path for path, offset in said.items() if types.offset(path) != offset]

@@ -134,12 +134,19 @@ def test_the_layout_is_chosen_by_the_guests_own_system_process(era, pae):
     assert xp_types.verify(space, types, machine.base, kdbg) == machine.system.va
 
 
+def test_headers_that_were_overwritten_refuse_no_layout():
+    machine = XpMachine()
+    for va, path in ((machine.system.va, "_EPROCESS.Pcb.Header"), (machine.system.threads[0], "_ETHREAD.Tcb.Header")):
+        machine._put(va, f"{path}.Type", 0)
+        machine._put(va, f"{path}.Size", 0)
+    assert attach(machine.memory()).build == 2600
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
         ("_EPROCESS.UniqueProcessId", 8),
         ("_EPROCESS.Pcb.Header.Size", 0x1E),
-        ("_EPROCESS.Pcb.Header.Type", 6),
         ("_EPROCESS.ImageFileName", b"Systen\0"),
         ("_EPROCESS.ThreadListHead.Flink", 0x81800008),
     ],
@@ -407,11 +414,13 @@ def test_a_datagram_belongs_to_who_is_bound_to_its_address_rather_than_to_any():
     assert {owner.process.pid for owner in both.owners} == {exact.pid, other.pid}
 
 
-def test_raw_packets_belong_to_who_holds_a_raw_socket_and_else_to_nobody():
+def test_raw_packets_belong_to_who_holds_a_raw_socket_and_else_to_the_kernel_or_nobody():
     machine, browser, _ = busy()
     network = network_of(machine)
     echo = flow((HERE, 0), (THERE, 0), Transport.ICMP, icmp_type=8)
-    assert network.find(echo).match is Match.NONE
+    assert network.find(echo).match is Match.KERNEL  # which sends it for ping (IcmpSendEcho)
+    stamp = flow((HERE, 0), (THERE, 0), Transport.ICMP, icmp_type=13)
+    assert network.find(stamp).match is Match.NONE
     machine.raw(browser, ("0.0.0.0", 0), 1)
     finding = network.find(echo)
     assert (finding.match, finding.reason) == (Match.UNCONNECTED, Reason.RAW)
@@ -515,6 +524,16 @@ def test_of_a_running_guest_what_is_over_is_not_told_nor_what_is_linked_meanwhil
     blocks = connections_in_ram(machine, network, kernel)
     machine._push(late)
     assert [each.address for each in network.unlinked(blocks)] == [taken.va]
+
+
+def test_a_hidden_process_that_only_its_pool_tells_of_owns_its_connection():
+    machine, _, hidden = busy("xp-sp3", pae=True)
+    machine._put(machine._cid, "_HANDLE_TABLE.TableCode", 0)
+    eye = WindowsEye(attach(machine.memory()))
+    for _ in range(2):
+        (connection,) = (each for each in eye.read_snapshot().sockets if each.local.port == 1040 and each.remote)
+        assert connection.flags == (Flag.HIDDEN_PROCESS,)
+        assert [owner.process.task_va for owner in connection.owners] == [hidden.va]
 
 
 @pytest.mark.parametrize(
