@@ -199,7 +199,9 @@ class Portraits:
         return file_name(path) if self._agrees(raw, path) else raw.name
 
     def _agrees(self, raw: RawProcess, path: str) -> bool:
-        return file_name(path).casefold()[:SHORT_NAME] == raw.name.casefold()[:SHORT_NAME]
+        """Whether a path has the name that the kernel noted in short: the lower bytes of its characters."""
+        low = file_name(path).encode("utf-16-le", "replace")[::2].split(b"\0", 1)[0].decode("latin-1")
+        return low.casefold()[:SHORT_NAME] == raw.name.casefold()[:SHORT_NAME]
 
     def _path(self, path: str, *, minimal: bool) -> str | Missing:
         """The kernel's path with a drive letter. The process's own word for it is not taken."""

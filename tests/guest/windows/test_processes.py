@@ -105,6 +105,18 @@ def test_names_are_whole_though_the_kernel_keeps_fourteen_characters(machine):
     assert (raw.name[:14], processes.describe(raw).name) == ("a-very-long-na", "a-very-long-name-indeed.exe")
 
 
+def test_names_in_any_script_are_whole_though_the_kernel_keeps_half_of_each_character(machine):
+    made = machine.process("портал-служба.exe")
+    short = bytes(ord(each) & 0xFF for each in made.name)[:14]
+    where = types_of(machine).offset("_EPROCESS.ImageFileName")
+    write(machine, made.va + where, short + b"\0")
+    processes = Processes(kernel_of(machine))
+    assert processes.describe(processes.read(made.va)).name == "портал-служба.exe"
+    write(machine, made.va + where, b"x" + short[1:])
+    processes.forget()
+    assert processes.describe(processes.read(made.va)).name != "портал-служба.exe"
+
+
 def test_a_name_that_the_short_one_contradicts_is_not_believed(xp):
     made = xp.process("honest.exe")
     poke(xp, made.va, "_EPROCESS.ImageFileName", int.from_bytes(b"other.exe", "little"))
