@@ -142,6 +142,7 @@ class Connections:
         self._bits: dict[int, int] = {}  # by the address of what may be a connection: the tables it is in
         self._loose: set[int] = set()  # entries of other tables
         self._connections: dict[int, RawSocket] = {}
+        self._before: dict[int, RawSocket] = {}  # the same, before the last look at everything
         self._prints: dict[int, bytes] = {}  # of them: what tells one from the next that is made in its place
         self._waiting: dict[int, RawSocket] = {}  # by the address of an entry
         self._doubtful: set[int] = set()  # what may be a connection, and is none
@@ -225,6 +226,7 @@ class Connections:
         self.changes += 1
         changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]
         if self._hashes.is_new:
+            self._before = self._connections
             self._bits, self._loose, self._connections, self._waiting, self.by_key = {}, set(), {}, {}, {}
             self._prints = {}
             self._doubtful = set()
@@ -361,6 +363,12 @@ class Connections:
             if pair is None:
                 continue
             owner = self._one.unpack_from(raw, owner_at)[0]
+            owner = owner if is_kernel(owner) else 0
+            marks = (4, raw[4:8]), (af_at, raw[af_at : af_at + header]), (ports_at, raw[ports_at : ports_at + 4])
+            before, now = self._before.get(va), (state, owner, self._bits.get(va, 0), marks, pair.pieces)
+            if before is not None and now == (before.state, before.owner, before.tables, before.marks, before.pieces):
+                found[va] = before
+                continue
             found[va] = RawSocket(
                 Kind.TCP,
                 va,
@@ -368,11 +376,11 @@ class Connections:
                 pair.family,
                 Endpoint(ip_of(pair.local), local_port),
                 Endpoint(ip_of(pair.remote), remote_port),
-                owner if is_kernel(owner) else 0,
+                owner,
                 plain(pair.local) + raw[ports_at : ports_at + 4] + plain(pair.remote),  # see `key_of`
                 self._bits.get(va, 0),
                 1,
-                ((4, raw[4:8]), (af_at, raw[af_at : af_at + header]), (ports_at, raw[ports_at : ports_at + 4])),
+                marks,
                 pair.pieces,
             )
         return found

@@ -169,16 +169,23 @@ class Modern:
         blocks: list[Placed] = []
         for _ in around:
             self._next = (self._next + 1) % len(around)
-            start = around[self._next]
-            pages = range(start, start + AROUND, PAGE)
-            for page, raw in zip(pages, self._kernel.space.readv([(page, PAGE) for page in pages]), strict=True):
-                found = find_blocks(raw, page, self._header, pools.ENDPOINT_TAGS)[0] if raw is not None else []
+            for at, raw in self._read_around(around[self._next]):
+                found = find_blocks(raw, at, self._header, pools.ENDPOINT_TAGS)[0]
                 blocks += [(block.at, block) for block in found if block.at not in known]
             if self._clock_s() > until:
                 break
         living = [each for each in self._judged(blocks) if each[2] is Flag.UNLINKED_ENDPOINT] if blocks else []
         self._unlinked |= {raw.key: raw for raw, _, _ in living}
         return living
+
+    def _read_around(self, start: int) -> list[tuple[int, bytes]]:
+        """A neighbourhood, in one piece where all of it is there; else the pages that are."""
+        whole = self._kernel.space.readv([(start, AROUND)])[0]
+        if whole is not None:
+            return [(start, whole)]
+        pages = range(start, start + AROUND, PAGE)
+        raws = self._kernel.space.readv([(page, PAGE) for page in pages])
+        return [(page, raw) for page, raw in zip(pages, raws, strict=True) if raw is not None]
 
     # -- the parts --
 

@@ -26,6 +26,7 @@ TCPIP: Final = "tcpip.sys"
 TRIES: Final = 3
 MAX_PATIENCE: Final = 64  # looks
 MAX_OWNERS: Final = 1 << 16  # processes remembered as owners
+MAX_BUILT: Final = 1 << 16  # sockets remembered as they were told
 
 
 class SocketList(NamedTuple):
@@ -56,6 +57,7 @@ class Sockets:
         self._patience = 1  # looks until the next try
         self._next_look = 0
         self._owners: dict[int, RawProcess] = {}
+        self._built: dict[int, tuple[RawSocket, GuestProcess | None, bool, GuestSocket]] = {}
         self._pair = struct.Struct("<QQ" if kernel.pointer_size == 8 else "<II")
         self._space = kernel.space
         self._trusted: tuple[Kind, ...] = ()
@@ -170,7 +172,8 @@ class Sockets:
         if known is not None:
             seen_owner = found.pop(0)
             owner = self._processes.parse(known.va, seen_owner) if seen_owner is not None else None
-            if owner is None or owner.key != known.key or not self._processes.is_sound(owner):
+            is_it = owner is not None and (owner.pid, owner.created) == (known.pid, known.created)
+            if owner is None or not is_it or not self._processes.is_sound(owner):
                 self._owners.pop(known.va, None)
                 return None
         for seen, (_, told) in zip(found, told_by, strict=False):
@@ -238,14 +241,18 @@ class Sockets:
         return found
 
     def _socket(self, raw: RawSocket, owner: RawProcess | None, process: GuestProcess | None) -> GuestSocket:
+        exited = owner is not None and owner.exited != 0
+        known = self._built.get(raw.va)
+        if known is not None and known[1] is process and known[2] is exited and known[0] == raw:
+            return known[3]
         flags = []
         if process is not None and Flag.HIDDEN_PROCESS in process.flags:
             flags.append(Flag.HIDDEN_PROCESS)
         if raw.kind is Kind.TCP and raw.tables not in (0, BOTH):
             flags.append(Flag.ONE_TABLE_ONLY)
-        if owner is not None and owner.exited:
+        if exited:
             flags.append(Flag.OWNER_EXITED)
-        return GuestSocket(
+        socket = GuestSocket(
             Transport.UDP if raw.kind is Kind.UDP else Transport.TCP,
             raw.state_name,
             raw.local,
@@ -255,6 +262,10 @@ class Sockets:
             raw.va,
             flags=tuple(flags),
         )
+        if len(self._built) >= MAX_BUILT:
+            self._built.clear()
+        self._built[raw.va] = raw, process, exited, socket
+        return socket
 
     def _measure(self, *, again: bool = False) -> Measured:
         """Find the layout; ``again``: there may be more to verify it with by now."""
