@@ -117,6 +117,8 @@ class Injection:
         except OutOfTime:
             cut.append(f"all that would have taken longer than {MAX_LOOK_SECONDS} s")
             return _Look(found, unsettled, False)
+        except UnreadableMemory as error:  # what was found before stands
+            gaps.append(Gap("process", error.address, error.why))
         return _Look(found, unsettled, True)
 
     def _is_settled(self, address: int, process: GuestProcess, memory: MemoryMap) -> bool:
@@ -207,7 +209,10 @@ class Injection:
         va = process.task_va
         if not self._kernel.is_kernel(va) or va % self._kernel.pointer_size:
             raise GuestError(f"process {process.pid} has no known _EPROCESS")
-        raw = self._layout.parse(va, self._kernel.space.read(*self._layout.span(va)))
+        try:
+            raw = self._layout.parse(va, self._kernel.space.read(*self._layout.span(va)))
+        except UnreadableMemory:
+            return None
         return raw if raw.key == process.key and not raw.exited else None
 
 

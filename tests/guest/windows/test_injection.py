@@ -5,6 +5,7 @@ import random
 import struct
 import time
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -813,6 +814,19 @@ def test_a_process_that_has_ended_or_whose_place_was_reused_is_a_gap(machine, no
     injection = Injection(kernel_of(machine))
     assert kinds(injection.find(other)) == [("gap", 0)]
     machine.exit(notepad)
+    assert kinds(injection.find(process)) == [("gap", 0)]
+
+
+def test_a_process_whose_place_cannot_be_read_any_more_is_a_gap(machine, notepad) -> None:
+    process, kernel = described(machine, notepad), kernel_of(machine)
+    gone = replace(process, task_va=0xFFFF_9000_0000_0000)
+    assert kinds(Injection(kernel).find(gone)) == [("gap", 0)]
+
+
+def test_a_memory_map_that_cannot_be_read_is_a_gap(machine, notepad) -> None:
+    process, kernel = described(machine, notepad), kernel_of(machine)
+    injection = Injection(kernel)
+    injection._vads._root = 1 << 40  # beyond what is mapped
     assert kinds(injection.find(process)) == [("gap", 0)]
 
 
