@@ -57,7 +57,7 @@ class Files:
         fresh = [(va, name) for va, (_, _, name) in found.items() if name.size and (va, name) not in self._texts]
         if len(self._texts) + len(fresh) > MAX_CACHE:
             self._texts.clear()
-            fresh = [(va, name) for va, (_, _, name) in found.items() if name.size]
+            fresh = [(va, name) for va, (_, _, name) in found.items() if name.size][:MAX_CACHE]
         for key, data in zip(fresh, kernel.space.readv([(name.buffer, name.size) for _, name in fresh]), strict=True):
             if data is not None:
                 self._texts[key] = decode_wide(data)

@@ -174,7 +174,10 @@ class Vads:
         if bad:
             gaps.append(Gap("memory map", process_va, f"changed {TRIES} times while read: {bad} entries contradict it"))
         nodes.sort(key=lambda each: each.start)
-        return MemoryMap(tuple(self._describe(nodes)), tuple(gaps), torn)
+        vads = tuple(self._describe(nodes))
+        if nameless := sum(vad.kind is VadKind.IMAGE and vad.path is None for vad in vads):
+            gaps.append(Gap("memory map", process_va, f"the names of the files of {nameless} images cannot be read"))
+        return MemoryMap(vads, tuple(gaps), torn)
 
     def find(self, process_va: int, address: int) -> Vad | None:
         """The range that an address lies in now, by the way to it from the root. Raises UnreadableMemory."""

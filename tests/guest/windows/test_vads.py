@@ -129,6 +129,26 @@ def test_a_file_that_is_being_deleted_is_said_to_be(server):
     assert [vad.path for vad in found.vads if vad.deleted] == ["\\Device\\HarddiskVolume3\\Temp\\gone.dll"]
 
 
+def test_an_image_whose_files_name_cannot_be_read_is_a_gap(machine):
+    process = machine.process("notepad.exe")
+    kernel = kernel_of(machine)
+    image = next(vad for vad in Vads(kernel).walk(process.va).vads if vad.kind is VadKind.IMAGE)
+    poke(machine, image.file, "_FILE_OBJECT.FileName.Buffer", 0x10)
+    found = Vads(kernel).walk(process.va)
+    assert [gap.why for gap in found.gaps] == ["the names of the files of 1 images cannot be read"]
+    assert [vad.path for vad in found.vads if vad.start == image.start] == [None]
+
+
+def test_more_files_than_are_remembered_cost_no_more_and_are_a_gap(server, monkeypatch):
+    monkeypatch.setattr("appliance.guest.windows.files.MAX_CACHE", 2)
+    process = server.process("notepad.exe", session=1)
+    for number in range(3):
+        server.module(process, f"C:\\Windows\\System32\\lib{number}.dll")
+    found = Vads(kernel_of(server)).walk(process.va)
+    assert sum(vad.path is not None for vad in found.vads) == 2
+    assert len(found.gaps) == 1 and "cannot be read" in found.gaps[0].why
+
+
 def test_a_range_outside_the_bounds_that_its_parents_leave_is_torn_and_not_told(machine):
     process = machine.process("notepad.exe")
     kernel = kernel_of(machine)
