@@ -104,9 +104,13 @@ class NetChains(interfaces.plugins.PluginInterface):
             return
         base = int(tcpip.DllBase)
         path = interfaces.configuration.path_join(self.config_path, "tcpip")
-        names = pdbutil.PDBUtility.symbol_table_from_pdb(
-            self.context, path, kernel.layer_name, "tcpip.pdb", base, tcpip.SizeOfImage
-        )
+        try:
+            names = pdbutil.PDBUtility.symbol_table_from_pdb(
+                self.context, path, kernel.layer_name, "tcpip.pdb", base, tcpip.SizeOfImage
+            )
+        except exceptions.VolatilityException as error:
+            vollog.error(f"the symbols of tcpip.sys cannot be had: {error}; put them where vol -s looks")
+            return
         yield from self._connections(base, names)
         yield from self._ports(base, names, kernel.layer_name)
 

@@ -1,7 +1,7 @@
 """Changes bytes of a guest at random and looks at it, again and again: nothing may hang, crash or raise but GuestError.
 
 The bytes that are changed are those that a clean look reads, so every structure on the way is hit, whatever the guest.
-One round in `FRESH` attaches anew to the damaged guest; the others go on with an eye that knows the guest from before.
+One round in ``fresh`` attaches anew to the damaged guest; the others go on with an eye that knows the guest from before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from appliance.model import Direction, FiveTuple, Flow, FlowId, GuestId, GuestPr
 from appliance.ports import GuestEye, GuestMemory
 from tests.worlds.overlay import PAGE, Overlay
 
-FRESH = 16
+FRESH = 16  # attaching takes as long as several looks
 HANG_S = 30.0  # of one round: far beyond every deadline that an eye has
 MAX_CHANGES = 6
 MAX_EVIDENCE = 2  # processes that are looked through in one round
@@ -55,7 +55,7 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
 
-def fuzz(target: Target, rounds: int, seed: int = 0) -> Result:
+def fuzz(target: Target, rounds: int, seed: int = 0, fresh: int = FRESH) -> Result:
     """Do so many rounds; ``failures`` tells each seed that reproduces one."""
     memory = Overlay(target.memory, live=False)
     result = Result(target.name)
@@ -71,7 +71,7 @@ def fuzz(target: Target, rounds: int, seed: int = 0) -> Result:
         start = time.monotonic()
         try:
             with _watched(HANG_S):
-                if number % FRESH == 0:
+                if number % fresh == 0:
                     eye = target.open(memory)
                 found = _look(eye, chance, snapshot)
             result.outcomes["looked"] += 1
@@ -82,7 +82,7 @@ def fuzz(target: Target, rounds: int, seed: int = 0) -> Result:
             result.failures.append(f"{target.name}, seed {seed}, round {number}:\n{traceback.format_exc()}")
         result.rounds += 1
         result.slowest_s = max(result.slowest_s, time.monotonic() - start)
-        if number % FRESH == FRESH - 1:  # what an eye remembers of the damage is part of the trial, but not for ever
+        if number % fresh == fresh - 1:  # what an eye remembers of the damage is part of the trial, but not for ever
             memory.pages = {}
             eye = target.open(memory)
     return result

@@ -15,6 +15,7 @@ from tests.worlds.windows import FAMILIES, Machine
 from tests.worlds.windows.xp import XpMachine
 
 LOOK_S = 5.0
+RAM = 24 << 20  # each look goes through all of it
 OLD = {"xp-sp3": ("xp-sp3", True), "xp-sp2": ("xp-sp2", False), "2003-sp2": ("2003-sp2", True)}
 NAMES = (*OLD, *FAMILIES)
 
@@ -35,7 +36,7 @@ def open_target(name: str, folder: Path) -> Iterator[Target]:
 
 
 def _recent(family: str) -> Machine:
-    machine = Machine(family)
+    machine = Machine(family, ram=RAM)
     explorer = machine["explorer.exe"]
     notepad = machine.process("notepad.exe", parent=explorer)
     machine.inject(notepad)
@@ -56,7 +57,7 @@ def _recent(family: str) -> Machine:
 
 def _old(name: str) -> XpMachine:
     era, pae = OLD[name]
-    machine = XpMachine(era, pae=pae)
+    machine = XpMachine(era, pae=pae, ram=RAM)
     explorer = machine.process("explorer.exe")
     svchost = machine.process("svchost.exe")
     machine.inject(svchost)
