@@ -142,7 +142,6 @@ class Connections:
         self._bits: dict[int, int] = {}  # by the address of what may be a connection: the tables it is in
         self._loose: set[int] = set()  # entries of other tables
         self._connections: dict[int, RawSocket] = {}
-        self._before: dict[int, RawSocket] = {}  # the same, before the last look at everything
         self._prints: dict[int, bytes] = {}  # of them: what tells one from the next that is made in its place
         self._waiting: dict[int, RawSocket] = {}  # by the address of an entry
         self._doubtful: set[int] = set()  # what may be a connection, and is none
@@ -224,9 +223,11 @@ class Connections:
     def _take(self) -> None:
         """Parse what is new, drop what has left."""
         self.changes += 1
+        known: dict[int, RawSocket] = {}
+        prints: dict[int, bytes] = {}
         changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]
         if self._hashes.is_new:
-            self._before = self._connections
+            known, prints = self._connections, self._prints
             self._bits, self._loose, self._connections, self._waiting, self.by_key = {}, set(), {}, {}, {}
             self._prints = {}
             self._doubtful = set()
@@ -240,7 +241,18 @@ class Connections:
             ]
         touched = self._relink(changed)
         loose = self._reloose(changed)
+        self._take_over([raw for va, raw in known.items() if va in touched and va in prints], prints)
         self._parse_all(touched | self._doubtful, loose)
+
+    def _take_over(self, known: Sequence[RawSocket], prints: dict[int, bytes]) -> None:
+        """Connections of before whose addresses are still where they were; whether each is the same, `_keep` sees."""
+        places = list({piece for raw in known for piece in raw.pieces})
+        seen = self._readv([(va, len(told)) for va, told in places])
+        same = {piece for piece, now in zip(places, seen, strict=True) if piece[1] == now}
+        for raw in known:
+            if same.issuperset(raw.pieces):
+                self._connections[raw.va], self._prints[raw.va] = raw, prints[raw.va]
+                self.by_key[raw.key] = raw
 
     def _reloose(self, changed: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> set[int]:
         """The same for entries of tables in which no connections are."""
@@ -365,10 +377,6 @@ class Connections:
             owner = self._one.unpack_from(raw, owner_at)[0]
             owner = owner if is_kernel(owner) else 0
             marks = (4, raw[4:8]), (af_at, raw[af_at : af_at + header]), (ports_at, raw[ports_at : ports_at + 4])
-            before, now = self._before.get(va), (state, owner, self._bits.get(va, 0), marks, pair.pieces)
-            if before is not None and now == (before.state, before.owner, before.tables, before.marks, before.pieces):
-                found[va] = before
-                continue
             found[va] = RawSocket(
                 Kind.TCP,
                 va,

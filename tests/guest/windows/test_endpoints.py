@@ -195,6 +195,19 @@ def test_a_connection_with_the_ports_and_in_the_memory_of_another_is_parsed_anew
         assert told == {(50000, THEM): explorer, (50001, "198.51.100.1"): services, (50002, THEM): explorer}
 
 
+def test_a_look_at_everything_reads_addresses_again_though_the_connection_stayed_as_it_was():
+    with Machine() as machine:
+        machine.tcp(machine["explorer.exe"], (US, 50001), (THEM, 443))
+        machine.tcp(machine["explorer.exe"], (US, 50002), ("198.51.100.1", 443))
+        eye = Eye(machine)
+        eye.walk()
+        raw = next(each for each in eye.sockets.connections if each.local.port == 50002)
+        (place,) = (va for va, told in raw.pieces if told == raw.remote.ip.packed)
+        machine.kernel.space.write(place, bytes((203, 0, 113, 9)))
+        found = {socket.local.port: str(socket.remote.ip) for socket in eye.walk()}
+        assert found == {50001: THEM, 50002: "203.0.113.9"}
+
+
 def test_what_is_left_of_a_connection_is_told_without_an_owner():
     with Machine() as machine:
         past = machine.time_wait((US, 50001), (THEM, 443))
