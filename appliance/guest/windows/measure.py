@@ -117,13 +117,18 @@ class Measure:
     def _shape(
         self, base: Layout, rows: Sequence[Layout], partitions: Partitions
     ) -> tuple[Layout, list[tuple[int, int]]]:
-        """The distance of partitions and the place of their tables; and all entries, with the kind of their table."""
+        """The distance of partitions and the place of their tables; and all entries, with the kind of their table.
+
+        Where no row finds every table (one is paged out, or its pointer was overwritten), that which finds most.
+        """
         why: GuestError | None = None
-        tried = set()
+        shapes: dict[tuple[int, tuple[int, ...]], int] = {}  # how many tables each finds
+        best: tuple[Layout, list[tuple[int, int]]] | None = None
         for row in (base, *rows):
-            if (row.stride, row.tables) in tried:
+            shape = row.stride, row.tables
+            if shape in shapes:
                 continue
-            tried.add((row.stride, row.tables))
+            shapes[shape] = 0
             hashes = HashTables(self._kernel)
             partitions.forget()
             try:
@@ -135,13 +140,18 @@ class Measure:
             except GuestError as error:
                 why = error
                 continue
-            if not all(table.spans for table in hashes.tables) or partitions.lacking:
-                continue
-            entries = [
-                (entry, table.kind) for table in hashes.tables for chain in table.chains.values() for entry in chain
-            ]
-            return replace(base, stride=row.stride, tables=row.tables), entries
-        raise why or UnsupportedGuest(("tcpip's partitions, as this build of Windows lays them out",))
+            sound = [table for table in hashes.tables if table.spans]
+            is_best = len(sound) > max(shapes.values())
+            shapes[shape] = len(sound)
+            if is_best:
+                entries = [(entry, table.kind) for table in sound for chain in table.chains.values() for entry in chain]
+                best = replace(base, stride=row.stride, tables=row.tables), entries
+                if len(sound) == len(hashes.tables) and not partitions.lacking:
+                    return best
+        partitions.forget()
+        if best is None or list(shapes.values()).count(max(shapes.values())) > 1:
+            raise why or UnsupportedGuest(("tcpip's partitions, as this build of Windows lays them out",))
+        return best
 
     def _samples(
         self, entries: list[tuple[int, int]], expected: tuple[int, int]

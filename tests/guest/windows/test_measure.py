@@ -182,6 +182,23 @@ def test_torn_connections_among_the_sound_ones_do_not_spoil_the_measuring():
         assert len(found) == 38 and {row(socket)[4] for socket in found} == {"explorer.exe"}
 
 
+@pytest.mark.parametrize("family", ["17763", "20348"])
+@pytest.mark.parametrize("lost", [[2], range(4)])
+def test_a_table_that_is_gone_takes_nothing_with_it_that_another_one_has(family, lost):
+    with Machine(family) as machine:
+        eye = Eye(machine)
+        for number in range(40):
+            machine.tcp(machine["explorer.exe"], (US, 50000 + number), (THEM, 443))
+        table = machine.kernel.u64(eye.sockets.symbol("PartitionTable"))
+        stride = next(row.stride for row in X64 if row.first <= eye.kernel.build <= row.last)
+        for number in lost:
+            machine.kernel.set_u64(table + number * stride + 0x10, 0)
+        found = eye.walk()
+        assert len(found) == 40 and {row(socket)[4] for socket in found} == {"explorer.exe"}
+        lacks = [gap.why for gap in eye.sockets.connections.gaps]
+        assert f"{len(lost)} partitions lack a table" in lacks
+
+
 @pytest.mark.parametrize("pointer", [8, 4])
 @pytest.mark.parametrize(
     "build", [6000, 6002, 7601, 9200, 9600, 10240, 10586, 14393, 15063, 16299, 17134, 18363, 19045]
