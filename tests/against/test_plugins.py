@@ -23,6 +23,7 @@ from tests.worlds.windows.scene import Scene, plant
 from tests.worlds.windows.xp import XpMachine
 
 ROOT = Path(__file__).parents[2]
+RAM = 32 << 20  # stock Volatility scans all of it
 OURS = {"parasight", "netchains", "connections"}
 SAME = ("Offset", "Proto", "LocalAddr", "LocalPort", "ForeignAddr", "ForeignPort", "State", "PID", "Owner", "Created")
 
@@ -36,7 +37,7 @@ def symbols(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def world(symbols):
     """A server with 1,000 connections in shared buckets, and all that is odd."""
-    with Machine("20348", path=symbols / "memory.raw", partitions=4) as machine:
+    with Machine("20348", path=symbols / "memory.raw", partitions=4, ram=RAM) as machine:
         scene = plant(machine)
         for number in range(1000):
             remote = (f"203.0.113.{number % 250}", 1024 + number)
@@ -49,7 +50,7 @@ def world(symbols):
 @pytest.fixture(scope="module")
 def deep(symbols):
     """A server whose tables have a second level."""
-    with Machine("19041", path=symbols / "deep.raw", table_size=300, partitions=1) as machine:
+    with Machine("19041", path=symbols / "deep.raw", table_size=300, partitions=1, ram=RAM) as machine:
         for number in range(350):
             machine.tcp(machine["lsass.exe"], ("10.0.0.5", 10000 + number), ("203.0.113.1", 443))
         machine.write_symbols(symbols)
@@ -64,7 +65,7 @@ def old(symbols):
     """What is true of XP and Server 2003, by their eras."""
     truth = {}
     for era, (pae, named) in XP.items():
-        machine = XpMachine(era, pae=pae, path=symbols / f"{era}.raw")
+        machine = XpMachine(era, pae=pae, ram=RAM, path=symbols / f"{era}.raw")
         for number in range(40):
             machine.tcp(machine.explorer, ("172.16.112.128", 1038 + number), ("41.168.5.140", 8080))
         machine.listener(machine.svchost, ("0.0.0.0", 135))
