@@ -118,7 +118,7 @@ class Threads:
         """A thread from the bytes of its span; nothing of it is checked."""
         values = self._record.parse(raw)
         created, exited = values[4:6]
-        # ExitTime shares its place with a list entry while the thread lives (LpcReplyChain, KeyedWaitChain): one pointer
+        # ExitTime shares its place with a list entry while the thread lives (LpcReplyChain, KeyedWaitChain): a pointer
         # of 8 bytes or two of 4, which make no time.
         ended = time_ns(exited)
         times = time_ns(created >> self._shift), ended if is_plausible_time(ended) else 0
