@@ -1,7 +1,7 @@
 """Changes bytes of a guest at random and looks at it, again and again: nothing may hang, crash or raise but GuestError.
 
 The bytes that are changed are those that a clean look reads, so every structure on the way is hit, whatever the guest.
-One round in ``fresh`` attaches anew to the damaged guest; the others go on with an eye that knows the guest from before.
+One round in ``fresh`` attaches anew to the damaged guest; the others go on with an eye that knows it from before.
 """
 
 from __future__ import annotations
