@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,6 +165,16 @@ def _same_name(wanted: str | None, found: str) -> bool:
     return short == long or (len(short) >= 14 and long.startswith(short))
 
 
+def _same_ip(wanted: str | None, found: str | None) -> bool:
+    """Addresses are compared as such: IPv6 has many ways to write one."""
+    if wanted is None or wanted == found:
+        return True
+    try:
+        return found is not None and ip_address(wanted) == ip_address(found)
+    except ValueError:
+        return False
+
+
 def _connection(wanted: ExpectedConnection, rows: list[dict[str, Any]]) -> Check:
     near = sorted(rows, key=lambda row: -sum(_fits(wanted, row)))[:1]
     ok = bool(near) and all(_fits(wanted, near[0]))
@@ -176,7 +187,7 @@ def _fits(wanted: ExpectedConnection, row: dict[str, Any]) -> Iterator[bool]:
         yield getattr(wanted, key) in (None, row[key])
     for key in ("local", "remote"):
         end, found = getattr(wanted, key), row[key] or {}
-        yield end is None or (end.ip in (None, found.get("ip")) and end.port in (None, found.get("port")))
+        yield end is None or (_same_ip(end.ip, found.get("ip")) and end.port in (None, found.get("port")))
     owners = row["owners"]
     yield wanted.pid is None or any(owner["pid"] == wanted.pid for owner in owners)
     yield wanted.name is None or any(_same_name(wanted.name, owner["name"]) for owner in owners)

@@ -16,6 +16,7 @@ def image(tmp_path_factory):
         notepad = machine.process("notepad.exe", parent=machine["explorer.exe"])
         machine.inject(notepad)
         machine.tcp(notepad, ("10.0.0.5", 49_800), ("203.0.113.9", 443), "CLOSE_WAIT")
+        machine.tcp(notepad, ("fd00::5", 49_801), ("2001:db8::1", 443))
         machine.write_symbols(folder)
         yield folder, notepad.pid
 
@@ -62,6 +63,13 @@ def test_a_wrong_answer_is_told_beside_the_nearest_that_was_found(image, changed
     (wrong,) = [one for one in done.objects if not one["ok"]]
     assert wrong["check"] == "connection"
     assert "10.0.0.5:49800" in wrong["found"]
+
+
+def test_an_address_may_be_written_in_any_way(image):
+    known = {"local": {"ip": "FD00:0:0::0:5"}, "remote": {"ip": "2001:0DB8::0:1"}, "state": "ESTABLISHED"}
+    assert check(image, answers(image[1], **known)).code == 0
+    assert check(image, answers(image[1], **(known | {"remote": {"ip": "2001:db8::2"}}))).code == 1
+    assert check(image, answers(image[1], **(known | {"remote": {"ip": "nowhere"}}))).code == 1
 
 
 def test_answers_that_are_no_answers_are_refused(image):
