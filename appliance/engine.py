@@ -2,7 +2,7 @@
 
     FlowStarted ──▶ LookUp ──▶ LookedUp ──▶ (ask again) ──▶ add the process, then judge ──▶ (Handle ──▶ Handled)
                                                                                                     │
-                            Report ◀── (GatherEvidence ──▶ EvidenceFound, where it is denied) ◀─────┘
+                            Report ◀── (GatherEvidence ──▶ EvidenceFound, where it is suspect) ◀─────┘
                                └─▶ (AskOther ──▶ OpinionFound ──▶ Report, again)
 
 One engine serves one guest. Time comes with each event, so that replay equals live (P10: add, then judge).
@@ -369,9 +369,10 @@ class Engine:
     # -- telling --
 
     def _gather(self, verdict: Verdict, at_ns: int) -> Iterator[Command]:
-        """Look for foreign code in a denied process, once in a while, then report."""
+        """Look for foreign code, once in a while, in a process that is denied or that the guest conceals; then report."""
         process = verdict.binding.process
-        if verdict.judgement.decision is Decision.ALLOW or process is None or process.task_va == 0:
+        suspected = verdict.judgement.decision is not Decision.ALLOW or concealed(verdict.binding) is not None
+        if not suspected or process is None or process.task_va == 0:
             yield from self._report(verdict)
             return
         looked_at_ns, evidence = self._evidence.get(process.key, (None, ()))
@@ -397,7 +398,7 @@ class Engine:
             yield from self._tell(self._pending.pop(sought_for), evidence, at_ns)
 
     def _tell(self, verdict: Verdict, evidence: tuple[Evidence, ...], at_ns: int) -> Iterator[Command]:
-        """Report a denied process with what is foreign in it, and ask the other engine."""
+        """Report with what is foreign in its process, and ask the other engine."""
         process = verdict.binding.process
         known = self._opinions.known(process.key, at_ns) if process else ()
         verdict = _with(verdict, evidence + known)
@@ -425,4 +426,5 @@ def _on_the_wire(end: Endpoint) -> Endpoint:
 def _with(verdict: Verdict, evidence: tuple[Evidence, ...]) -> Verdict:
     """Attach what was found in the process; foreign code in a denied process makes it parasitic (P15)."""
     foreign = any(item.weight >= 2 for item in evidence)
-    return replace(verdict, evidence=verdict.evidence + evidence, parasitic=foreign)
+    parasitic = foreign and verdict.judgement.decision is Decision.DENY
+    return replace(verdict, evidence=verdict.evidence + evidence, parasitic=parasitic)

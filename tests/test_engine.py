@@ -159,7 +159,11 @@ def test_a_process_that_is_not_on_the_guests_own_list_is_an_alert_whatever_the_r
     one, first = engine(Decision.ALLOW), flow()
     unlisted = Owner(replace(owner().process, flags=(Flag.HIDDEN_PROCESS,)))
     say(one, started(first))
-    (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (unlisted,)), first.started_ns))
+    (gather,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (unlisted,)), first.started_ns))
+    assert isinstance(gather, GatherEvidence)
+    code = Evidence("foreign code", "anon-exec", weight=2)
+    (report,) = say(one, EvidenceFound(first.id, (code,), first.started_ns))
+    assert (report.verdict.evidence, report.verdict.parasitic) == ((code,), False)
     binding, judged = report.verdict.binding, report.verdict.judgement
     assert (binding.match, binding.reason, binding.process.pid) == (Match.EXACT, Reason.HIDDEN, 100)
     assert (judged.decision, judged.alert, judged.severity) == (Decision.ALLOW, True, Severity.HIGH)
@@ -175,8 +179,11 @@ def test_a_connection_that_the_guests_own_tables_conceal_is_an_alert(flag, alert
         Transport.TCP, "ESTABLISHED", first.tuple.local, first.tuple.remote, (owner(),), 1, 0, flags=(flag,)
     )
     say(one, started(first))
-    (report,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),), socket), first.started_ns))
-    assert report.verdict.judgement.alert is alert
+    (told,) = say(one, LookedUp(first.id, Finding(Match.EXACT, (owner(),), socket), first.started_ns))
+    assert isinstance(told, GatherEvidence) is alert
+    if alert:
+        (told,) = say(one, EvidenceFound(first.id, (), first.started_ns))
+    assert told.verdict.judgement.alert is alert
 
 
 def test_what_is_left_of_a_closed_connection_says_nothing_of_the_next_one():
