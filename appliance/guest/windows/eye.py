@@ -55,7 +55,8 @@ class WindowsEye:
     ) -> None:
         """``thorough``: full looks go through all RAM, also of a running guest. ``missing``: of its memory.
 
-        Raises UnsupportedGuest naming what this kernel or its symbols lack, except for what only the network needs.
+        Raises UnsupportedGuest naming what this kernel or its symbols lack, except for what only the network or
+        `find_foreign` needs.
         """
         self.os, self.live = "windows", kernel.memory.live
         self.describe = kernel.describe
@@ -67,7 +68,11 @@ class WindowsEye:
         self._views = CrossView(kernel, self._processes, clock_s)
         self._network = open_network(kernel, self._processes, self._views.header, clock_ns, clock_s)
         self._unread, self._unread_until_s = Unread(UnsupportedGuest(())), 0.0
-        self._injection = Injection(kernel, clock_s)
+        self._blind: tuple[Evidence, ...] = ()
+        try:
+            self._injection = Injection(kernel, clock_s)
+        except UnsupportedGuest as error:
+            self._blind = (Evidence(f"its memory cannot be looked into: {'; '.join(error.missing)}", "gap", weight=0),)
         self._missing = tuple(missing)
         self._took_s, self._fresh = self._look_s, True  # the first lookup may have to do all that a full look does
 
@@ -119,7 +124,7 @@ class WindowsEye:
 
     def find_foreign(self, process: GuestProcess) -> tuple[Evidence, ...]:
         """What in this process is foreign."""
-        return self._injection.find(process)
+        return self._blind or self._injection.find(process)
 
     def read_pulse(self) -> int:
         """InterruptTime: changes while this very kernel runs."""

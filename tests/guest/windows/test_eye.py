@@ -1,5 +1,6 @@
 """The Windows eye as the appliance uses it: full looks, one flow's owner, deadlines, eras."""
 
+import json
 from dataclasses import replace
 from itertools import count
 
@@ -8,11 +9,13 @@ import pytest
 from appliance.errors import GuestGone, UnsupportedGuest
 from appliance.guest.windows.attach import attach
 from appliance.guest.windows.eye import UNREAD_S, WindowsEye
+from appliance.guest.windows.isf import parse_isf
 from appliance.model import Direction, Flag, Match, ProcessKey, Reason, Transport
 from tests.guest.windows.eyes import Store, eye_of, odd_processes, odd_sockets
 from tests.guest.windows.machines import OLD, REAL, make
 from tests.guest.windows.network import Meddled, flow
 from tests.worlds.windows import FAMILIES, Machine
+from tests.worlds.windows.symbols import invented
 
 HOME, PEER = "10.0.0.5", "203.0.113.9"
 S = 1_000_000_000
@@ -215,6 +218,26 @@ def test_a_hidden_process_can_be_described_and_looked_through():
         process = eye.read_process(ProcessKey(hidden.pid, hidden.created_ns))
         assert process.flags == (Flag.HIDDEN_PROCESS,)
         assert "injected-pe" in {one.kind for one in eye.find_foreign(process)}
+
+
+def test_types_that_are_too_few_to_look_into_a_process_cost_only_that():
+    with Machine("20348") as machine:
+        process = machine.process("notepad.exe")
+        machine.tcp(process, (HOME, 50000), (PEER, 443))
+        document = json.loads(json.dumps(invented("20348")[0].document))
+        del document["user_types"]["_ETHREAD"]["fields"]["StartAddress"]
+        few = parse_isf(json.dumps(document).encode())
+
+        class Poor(Store):
+            def find(self, pdb):
+                return few if pdb == few.pdb else super().find(pdb)
+
+        eye = WindowsEye(attach(machine.memory(), symbols=Poor()))
+        (socket,) = (each for each in eye.read_snapshot().sockets if each.remote)
+        (owner,) = (each.process for each in socket.owners)
+        assert owner.pid == process.pid
+        (lack,) = eye.find_foreign(owner)
+        assert (lack.kind, lack.weight) == ("gap", 0) and "_ETHREAD.StartAddress" in lack.claim
 
 
 def test_the_pulse_beats_while_the_guest_runs_and_stops_when_it_is_gone():
