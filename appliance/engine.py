@@ -369,7 +369,7 @@ class Engine:
     # -- telling --
 
     def _gather(self, verdict: Verdict, at_ns: int) -> Iterator[Command]:
-        """Look for foreign code, once in a while, in a process that is denied or that the guest conceals; then report."""
+        """Look for foreign code in a process that is denied or that the guest conceals, once in a while; report."""
         process = verdict.binding.process
         suspected = verdict.judgement.decision is not Decision.ALLOW or concealed(verdict.binding) is not None
         if not suspected or process is None or process.task_va == 0:

@@ -215,8 +215,10 @@ class _Showing:
             story.print_row(body)
             return
         new = [item for item in body["evidence"] if item not in before["evidence"]]
-        known, self._added = self._added, (body["id"], new)
-        story.print_more(body, before, new, same_as=known[0] if new and known[1] == new else None)
+        same = bool(new) and self._added[1] == new
+        story.print_more(body, before, new, same_as=self._added[0] if same else None)
+        if not same:
+            self._added = body["id"], new
 
     def idle(self) -> None:
         """Nothing waits to be shown: let ``explain`` see what was."""

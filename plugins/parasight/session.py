@@ -172,7 +172,8 @@ def open_windows(kernel: WindowsKernel, location: str) -> Session:
 
 def add_symbol_dirs(folders: Sequence[Path]) -> None:
     """Search these for symbol tables first, as ``vol -s`` does; the folder ``windows`` itself will do, too."""
-    places = [str(folder.parent if folder.name == "windows" else folder) for folder in folders]
+    found = [folder.absolute() for folder in folders]  # Volatility looks for no others
+    places = [str(folder.parent if folder.name == "windows" else folder) for folder in found]
     volatility3.symbols.__path__ = [*places, *constants.SYMBOL_BASEPATHS]
 
 

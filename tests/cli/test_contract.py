@@ -127,7 +127,7 @@ def test_what_many_verdicts_get_alike_is_shown_once(monkeypatch, tmp_path):
         for one in verdicts + [replace(one, evidence=(*one.evidence, theirs)) for one in verdicts]:
             showing.verdict(one)
     assert out.getvalue().count("malfind") == 1
-    assert out.getvalue().count("the same as") == 2
+    assert out.getvalue().count(f"the same as {contract.verdict_id(verdicts[0])}") == 2
 
 
 def test_long_guest_text_is_cut():
