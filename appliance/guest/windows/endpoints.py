@@ -168,7 +168,7 @@ class Connections:
         """Read everything afresh. What is found in doubt, or in one table only, is looked at again."""
         self.refresh(whole=True)
         for _ in range(TRIES - 1):
-            if not self._doubtful and all(raw.tables == BOTH for raw in self._connections.values()):
+            if not self.gaps and all(raw.tables == BOTH for raw in self._connections.values()):
                 break
             self.refresh()
 
