@@ -233,6 +233,13 @@ def test_volatility_names_what_was_injected_into_one_process(world, opinion):
     assert any(scene.injected.start <= address < scene.injected.start + scene.injected.size for address in threads)
 
 
+def test_a_relative_folder_of_symbols_will_do(world, tmp_path, monkeypatch):
+    scene, folder = world
+    monkeypatch.chdir(folder)
+    with contextlib.closing(keeper(folder / "memory.raw", Path(), tmp_path)) as one:
+        assert ask(one, scene.victim).trouble is None
+
+
 def test_volatility_names_a_hollowed_process_and_a_liar(world, opinion):
     scene, _ = world
     assert kinds(ask(opinion, scene.hollowed)) & {"hollowprocesses", "malfind"}
@@ -312,7 +319,7 @@ def test_a_machine_with_bytes_changed_at_random_gets_an_answer_each_time(tmp_pat
         near = [victim.va + offset for offset in (*range(0, 0xA00, 8), *range(-0x4000, 0x8000, 8))]
         with contextlib.closing(keeper(tmp_path / "memory.raw", tmp_path, tmp_path)) as one:
             sound = ask(one, victim)
-            for _ in range(20):
+            for _ in range(12):
                 places = {
                     space.gpa(chance.choice(near)) + chance.randrange(8) for _ in range(10 ** chance.randrange(4))
                 }
