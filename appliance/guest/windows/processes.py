@@ -73,8 +73,9 @@ class Processes:
         gaps: list[Gap] = []
         if why:
             gaps.append(Gap("process list", at, why))
+            found, _, _ = self._follow({}, forwards=True, strict=False)
+            backwards, _, _ = self._follow({}, forwards=False, strict=False)
             seen = {raw.va for raw in found}
-            backwards, _, _ = self._follow({}, forwards=False)
             found += [raw for raw in reversed(backwards) if raw.va not in seen]
         self._known = [raw.va for raw in found]
         self._listed = {raw.va: raw for raw in found}
@@ -210,8 +211,13 @@ class Processes:
         raws = self._kernel.space.readv([self._layout.span(va) for va in self._known])
         return dict(zip(self._known, raws, strict=True))
 
-    def _follow(self, fresh: dict[int, bytes | None], *, forwards: bool) -> tuple[list[RawProcess], int, str]:
-        """Follow one direction; what was found, where it ended, and why if that was too early."""
+    def _follow(
+        self, fresh: dict[int, bytes | None], *, forwards: bool, strict: bool = True
+    ) -> tuple[list[RawProcess], int, str]:
+        """Follow one direction; what was found, where it ended, and why if that was too early.
+
+        Unless ``strict``, what is soundly a process need not point back.
+        """
         try:
             head = self._kernel.space.read(self._head, 2 * self._pointer)
         except UnreadableMemory:
@@ -226,7 +232,7 @@ class Processes:
             if raw is None:
                 return found, node, "a link leads to what cannot be read, or is no process"
             back, following = (raw.blink, raw.flink) if forwards else (raw.flink, raw.blink)
-            if back != previous:
+            if back != previous and (strict or not self.is_sound(raw)):
                 return found, node, "a process does not point back to the one before it"
             if raw.va in seen:
                 return found, node, "the list runs in a circle"

@@ -685,6 +685,16 @@ def test_the_last_process_is_found_though_the_one_before_it_leads_past_it(machin
     assert made[2].pid in {raw.pid for raw in listing.processes} and listing.gaps
 
 
+def test_links_back_that_were_overwritten_hide_nobody_between_them(machine):
+    made = [machine.process(f"p{number}.exe") for number in range(6)]
+    for broken in (made[1], made[4]):
+        poke(machine, broken.va, "_EPROCESS.ActiveProcessLinks.Blink", 0x0BAD)
+    processes = Processes(kernel_of(machine))
+    listing = processes.walk()
+    assert [raw.pid for raw in listing.processes] == [each.pid for each in planted(machine)]
+    assert len(listing.gaps) == 1 and all(map(processes.is_listed, listing.processes))
+
+
 def test_a_circle_in_the_list_ends_the_walk(machine):
     made = [machine.process(f"p{number}.exe") for number in range(3)]
     poke(machine, made[2].va, "_EPROCESS.ActiveProcessLinks.Flink", made[0].va + links(machine))
