@@ -301,19 +301,14 @@ class HashTables:
         found: list[tuple[int, int] | None] = [None] * len(entries)
         wanted: list[tuple[int, int]] = []
         places: list[tuple[int, int]] = []  # index in found, offset of the entry in what is read
+        before, size = around or Fetch(0, self._head)
         for index, entry in enumerate(entries):
-            if entry % self._pointer or not self._is_kernel(entry):
-                continue
-            if around is None:
-                wanted.append((entry, self._head))
-                places.append((index, 0))
-                continue
-            base = entry - around.before
-            if base in self._fresh:
-                found[index] = pair.unpack_from(fetched[base], around.before)
-                continue
-            wanted.append((base, around.size))
-            places.append((index, around.before))
+            base = entry - before
+            if before and base in self._fresh:  # nothing is read that cannot be an entry
+                found[index] = pair.unpack_from(fetched[base], before)
+            elif not entry % self._pointer and self._is_kernel(entry):
+                wanted.append((base, size))
+                places.append((index, before))
         again = []
         for (index, offset), (base, _), raw in zip(places, wanted, self._space.readv(wanted), strict=True):
             if raw is None:

@@ -170,8 +170,8 @@ class Modern:
         for _ in around:
             self._next = (self._next + 1) % len(around)
             for at, raw in self._read_around(around[self._next]):
-                found = find_blocks(raw, at, self._header, pools.ENDPOINT_TAGS)[0]
-                blocks += [(block.at, block) for block in found if block.at not in known]
+                found = find_blocks(raw, at, self._header, pools.ENDPOINT_TAGS, known)[0]
+                blocks += [(block.at, block) for block in found]
             if self._clock_s() > until:
                 break
         living = [each for each in self._judged(blocks) if each[2] is Flag.UNLINKED_ENDPOINT] if blocks else []

@@ -113,8 +113,12 @@ class Sweep:
         return b"".join([page or _NOTHING[:PAGE] for page in pages])
 
 
-def find_blocks(raw: bytes, at: int, header: PoolHeader, tags: Collection[bytes]) -> tuple[list[Block], bool]:
+def find_blocks(
+    raw: bytes, at: int, header: PoolHeader, tags: Collection[bytes], known: Collection[int] = ()
+) -> tuple[list[Block], bool]:
     """The blocks in a piece of memory that begins at ``at``, aligned as headers are, in order; and whether all of them.
+
+    Those at ``known`` addresses are left out.
 
     A guest that writes beginnings of tags everywhere is followed for `MAX_HITS` of them.
     """
@@ -127,6 +131,9 @@ def find_blocks(raw: bytes, at: int, header: PoolHeader, tags: Collection[bytes]
         while place >= 0 and hits < MAX_HITS:
             hits += 1
             index = place // 4
+            if at + index * step in known:
+                place = words.find(needle, 4 * index + 4)
+                continue
             tag = words[4 * index : 4 * index + 3] + bytes((words[4 * index + 3] & 0x7F,))
             if tag in tags:
                 block = header.parse(raw, index * step, at + index * step, tag)

@@ -243,7 +243,7 @@ class Sockets:
     def _socket(self, raw: RawSocket, owner: RawProcess | None, process: GuestProcess | None) -> GuestSocket:
         exited = owner is not None and owner.exited != 0
         known = self._built.get(raw.va)
-        if known is not None and known[1] is process and known[2] is exited and known[0] == raw:
+        if known is not None and known[1] is process and known[2] is exited and (known[0] is raw or known[0] == raw):
             return known[3]
         flags = []
         if process is not None and Flag.HIDDEN_PROCESS in process.flags:
