@@ -270,9 +270,7 @@ def _types(data: dict[str, Any], sizes: _Sizes) -> bytes:
 
 def _symbols(data: dict[str, Any]) -> bytes:
     addresses = {name: int(entry["address"]) for name, entry in data["symbols"].items() if "\n" not in name}
-    lines = [
-        f"{name}\t{rva:x}" for name, rva in addresses.items() if 0 <= rva < MAX_SIZE
-    ]
+    lines = [f"{name}\t{rva:x}" for name, rva in addresses.items() if 0 <= rva < MAX_SIZE]
     return _text([line.encode("utf-8", "replace") for line in lines])
 
 
