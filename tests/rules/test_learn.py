@@ -10,6 +10,7 @@ from appliance.rules import load_text
 from appliance.rules.draft import write_draft
 from appliance.rules.learn import Limits, learn
 from tests.rules.builders import flow, process, subject
+from tests.worlds.command import parasight
 
 
 def body(
@@ -148,23 +149,14 @@ def test_what_is_no_verdict_is_counted():
     assert learnt_of([{"a": 1}, body(1)]).unused == {"not a verdict": 1}
 
 
-def test_the_command_writes_a_draft_once_and_watch_refuses_it(tmp_path, monkeypatch, capsys):
-    from appliance.cli import main
-
+def test_the_command_writes_a_draft_once_and_watch_refuses_it(tmp_path):
     history = tmp_path / "verdicts.jsonl"
     history.write_text("".join(json.dumps(body(number)) + "\n" for number in range(60)))
     draft = tmp_path / "draft.yaml"
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["parasight", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, capsys.readouterr()
-
-    words = ["rules", "suggest", "--from", str(history), "--since", "36500d", "--write", str(draft)]
-    assert run(*words)[0] == 0
-    assert run("rules", "test", str(draft))[0] == 0
-    code, said = run(*words)
-    assert (code, "replaces nothing" in said.err) == (2, True)
-    code, said = run("watch", "port:lo", "--rules", str(draft), "--for", "1s")
-    assert (code, "is a draft" in said.err) == (ConfigError.exit_code, True)
+    words = ("rules", "suggest", "--from", history, "--since", "36500d", "--write", draft)
+    assert parasight(*words, home=tmp_path).code == 0
+    assert parasight("rules", "test", draft, home=tmp_path).code == 0
+    again = parasight(*words, home=tmp_path)
+    assert (again.code, "replaces nothing" in again.err) == (2, True)
+    refused = parasight("watch", "port:lo", "--rules", draft, "--for", "1s", home=tmp_path)
+    assert (refused.code, "is a draft" in refused.err) == (ConfigError.exit_code, True)
