@@ -14,7 +14,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.cli import contract
-from appliance.cli.look import OutputOption, SymbolsOption
+from appliance.cli.look import OutputOption, SymbolsOption, tell_gaps
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, print_objects, safe
 from appliance.errors import ConfigError, GuestError, UsageError
@@ -130,6 +130,7 @@ def conformance(
 def compare(eye: GuestEye, vm: str, answers: Answers) -> list[Check]:
     """Look once, and compare with every answer."""
     snapshot = eye.read_snapshot()
+    tell_gaps(snapshot)
     processes = {process.pid: process for process in snapshot.processes}
     rows = [contract.connection(vm, socket) for socket in snapshot.sockets]
     checks = [

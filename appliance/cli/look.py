@@ -17,6 +17,8 @@ from appliance.hosts.targets import resolve
 from appliance.model import NO_NETWORK, GuestInfo, Snapshot
 from appliance.opening import open_eye
 
+MAX_GAPS = 20  # told one by one
+
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A libvirt name or UUID, qemu:PID or file:PATH.")]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
 SymbolsOption = Annotated[
@@ -108,12 +110,17 @@ def _look(target: str, symbols: list[Path] | None) -> tuple[GuestInfo, str, Snap
             snapshot = eye.read_snapshot()
         finally:
             eye.close()
-    for gap in snapshot.gaps[:20]:
+    tell_gaps(snapshot)
+    return info, eye.os, snapshot
+
+
+def tell_gaps(snapshot: Snapshot) -> None:
+    """Say what a look could not see."""
+    for gap in snapshot.gaps[:MAX_GAPS]:
         where = f" at {gap.address:#x}" if gap.address else ""
         tell(f"not seen: {gap.what}{where}: {gap.why}")
-    if len(snapshot.gaps) > 20:
-        tell(f"not seen: {len(snapshot.gaps) - 20} more gaps")
-    return info, eye.os, snapshot
+    if len(snapshot.gaps) > MAX_GAPS:
+        tell(f"not seen: {len(snapshot.gaps) - MAX_GAPS} more gaps")
 
 
 def _user(owner: dict[str, Any]) -> str:

@@ -87,3 +87,13 @@ def test_an_unknown_name_tells_the_shipped_ones(image):
 @pytest.mark.parametrize("name", [path.stem for path in sorted(ANSWERS.glob("*.json"))])
 def test_every_shipped_file_is_sound(name):
     assert _load(name).image.source
+
+
+def test_what_could_not_be_seen_is_told(image):
+    folder, pid = image
+    whole = (folder / "win.raw").read_bytes()
+    (folder / "cut.raw").write_bytes(whole[: len(whole) - 4096 - 100])
+    expected = folder / "cut.json"
+    expected.write_text(json.dumps(answers(pid)))
+    done = parasight("conformance", folder / "cut.raw", "--expect", expected, "--symbols", folder, home=folder)
+    assert "not seen: memory image: the file is cut short" in done.err

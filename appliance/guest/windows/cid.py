@@ -84,6 +84,9 @@ class OtherViews:
         if where is None or not self._entry_size:
             return set()
         table = self._kernel.space.pointer(where)
+        if not self._kernel.is_kernel(table):
+            gaps.append(Gap("processes by cid", where, "PspCidTable names no table"))
+            return set()
         code = self._kernel.space.pointer(table + self._kernel.types.offset("_HANDLE_TABLE.TableCode"))
         found = set()
         leaves = self._read_leaves(code, gaps)
