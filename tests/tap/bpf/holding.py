@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from appliance.model import HoldPolicy
-from tests.tap.bpf.lan import Judge, release
+from tests.tap.bpf.both import wait_for
+from tests.tap.bpf.lan import Judge, nothing, release
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 BOTH_WAYS = pytest.mark.parametrize("outgoing", [True, False], ids=["out", "in"])
@@ -38,6 +41,21 @@ def talk(client, server, family, ask: bytes = b"ask", answer: bytes = b"answer")
             sender.join()
             accepted.sendall(answer)
             assert read(asker, len(answer)) == answer
+
+
+@contextmanager
+def datagrams(lan) -> Iterator[tuple]:
+    """A flow of the guest to port 53 whose first datagram has passed: its judge and start, who takes and who sends."""
+    with (
+        Judge(lan.open_tap(), nothing) as judge,
+        lan.server.socket(V4, socket.SOCK_DGRAM) as receiver,
+        lan.guest.socket(V4, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind((lan.server.address(V4), 53))
+        sender.sendto(b"first", (lan.server.address(V4), 53))
+        assert receiver.recv(100) == b"first"
+        (start,) = wait_for(lambda: judge.starts(53))
+        yield judge, start, receiver, sender
 
 
 def read(sock, size: int) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 
 from appliance.model import Decision, HoldPolicy
 from tests.tap.bpf.both import wait_for
-from tests.tap.bpf.holding import BOTH_WAYS, FAMILIES, V4, ends_of, held, read
+from tests.tap.bpf.holding import BOTH_WAYS, FAMILIES, V4, datagrams, ends_of, held, read
 from tests.tap.bpf.lan import Judge, nothing
 
 pytestmark = pytest.mark.root("network namespaces and bpf(2)")
@@ -132,15 +132,7 @@ def test_an_established_connection_is_paused_and_resumed(lan, family) -> None:
 
 @pytest.mark.parametrize("default", [Decision.ALLOW, Decision.DENY])
 def test_a_pause_ends_with_its_default(lan, default) -> None:
-    with (
-        Judge(lan.open_tap(), nothing) as judge,
-        lan.server.socket(V4, socket.SOCK_DGRAM) as receiver,
-        lan.guest.socket(V4, socket.SOCK_DGRAM) as sender,
-    ):
-        receiver.bind((lan.server.address(V4), 53))
-        sender.sendto(b"first", (lan.server.address(V4), 53))
-        assert receiver.recv(100) == b"first"
-        (start,) = wait_for(lambda: judge.starts(53))
+    with datagrams(lan) as (judge, start, receiver, sender):
         assert judge.do(lambda: judge.tap.hold(start.flow.id, 1, default))
         sender.sendto(b"second", (lan.server.address(V4), 53))
         wait_for(lambda: judge.tap.held() == 1)

@@ -8,7 +8,7 @@ import pytest
 
 from appliance.model import FlowEnd
 from tests.tap.bpf.both import wait_for
-from tests.tap.bpf.holding import BOTH_WAYS, FAMILIES, V4, ends_of, read
+from tests.tap.bpf.holding import BOTH_WAYS, FAMILIES, V4, datagrams, ends_of, read
 from tests.tap.bpf.lan import Judge, Sniffer, make_lan, nothing
 
 pytestmark = pytest.mark.root("network namespaces and bpf(2)")
@@ -154,15 +154,7 @@ def test_a_challenge_is_answered(lan) -> None:
 
 
 def test_a_block_is_undone(lan) -> None:
-    with (
-        Judge(lan.open_tap(), nothing) as judge,
-        lan.server.socket(V4, socket.SOCK_DGRAM) as receiver,
-        lan.guest.socket(V4, socket.SOCK_DGRAM) as sender,
-    ):
-        receiver.bind((lan.server.address(V4), 53))
-        sender.sendto(b"first", (lan.server.address(V4), 53))
-        assert receiver.recv(100) == b"first"
-        (start,) = wait_for(lambda: judge.starts(53))
+    with datagrams(lan) as (judge, start, receiver, sender):
         assert judge.do(lambda: judge.tap.block(start.flow.id, reset=True))
         sender.sendto(b"second", (lan.server.address(V4), 53))
         wait_for(lambda: judge.tap.dropped() == 1)
