@@ -21,6 +21,7 @@ OLD = {"xp-sp3": ("xp-sp3", True), "xp-sp2 without PAE": ("xp-sp2", False), "200
 OLD |= {"2003-sp2-x64": ("2003-sp2-x64", True)}
 REAL = {f"{build} with its own symbols": build for build in ("17763", "20348")}
 ALL = (*OLD, *FAMILIES, *REAL)
+ALICE = "S-1-5-21-1-2-3-1001"  # a person's account
 SOME = ("xp-sp2 without PAE", "2003-sp2-x64", "17763", "26100")
 
 
@@ -105,3 +106,8 @@ def began_ns(process) -> int:
     if hasattr(process, "created_ns"):
         return process.created_ns // 100 * 100
     return (process.created - 116_444_736_000_000_000) * 100 if process.created else 0
+
+
+def links(machine: Machine | XpMachine) -> int:
+    """Where a process is linked to the list of all."""
+    return types_of(machine).offset("_EPROCESS.ActiveProcessLinks")

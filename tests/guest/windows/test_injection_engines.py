@@ -3,10 +3,9 @@
 from appliance.guest.windows.injection import Injection
 from appliance.guest.windows.processes import Processes
 from tests.against.windows_oracle import ask
-from tests.guest.windows.machines import kernel_of
+from tests.guest.windows.machines import ALICE, kernel_of
 from tests.worlds.windows import Machine
 
-ALICE = "S-1-5-21-1-2-3-1001"
 PLUGINS = ("malfind", "ldrmodules", "suspicious_threads", "hollowprocesses")
 
 

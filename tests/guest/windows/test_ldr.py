@@ -9,21 +9,8 @@ import pytest
 from appliance.errors import GuestError
 from appliance.guest.windows.ldr import Loaders
 from appliance.guest.windows.processes import Processes
-from tests.guest.windows.machines import ALL, SOME, kernel_of, make, peek, types_of, user
+from tests.guest.windows.machines import ALL, kernel_of, make, peek, types_of, user
 from tests.worlds.windows import FAMILIES, Machine
-
-
-@pytest.fixture(params=SOME)
-def machine(request):
-    made = make(request.param, standard=False)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def server():
-    with Machine("20348", standard=False) as made:
-        yield made
 
 
 def look(machine, process):
@@ -55,18 +42,18 @@ def test_every_windows_tells_its_modules(machine):
     assert not any("evil" in str(each.path) for each in found.modules)
 
 
-def test_a_module_says_on_which_of_the_lists_it_is(server):
-    process = server.process("notepad.exe", session=1)
-    server.module(process, "C:\\Windows\\System32\\odd.dll", in_ldr=("InMemoryOrder",))
-    rings = {each.name: each.rings for each in look(server, process).modules}
+def test_a_module_says_on_which_of_the_lists_it_is(bare):
+    process = bare.process("notepad.exe", session=1)
+    bare.module(process, "C:\\Windows\\System32\\odd.dll", in_ldr=("InMemoryOrder",))
+    rings = {each.name: each.rings for each in look(bare, process).modules}
     assert rings["odd.dll"] == (False, True, False)
     assert rings["ntdll.dll"] == (True, True, True)
     assert rings["notepad.exe"] == (True, True, False)  # a program initializes itself
 
 
-def test_a_32_bit_process_has_the_modules_of_both_its_loaders(server):
-    process = server.process("old.exe", session=1)
-    region = server.region(process, 0x4000, "RW", start=0x40_0000)
+def test_a_32_bit_process_has_the_modules_of_both_its_loaders(bare):
+    process = bare.process("old.exe", session=1)
+    region = bare.region(process, 0x4000, "RW", start=0x40_0000)
     base = region.start
     peb, ldr, entry, text = base, base + 0x800, base + 0x1000, base + 0x2000
     space = user(process)
@@ -80,48 +67,48 @@ def test_a_32_bit_process_has_the_modules_of_both_its_loaders(server):
     space.write(
         entry + 0x18, struct.pack("<IIIHHIHHI", 0x77B0_0000, 0x77B0_1000, 0x1A_0000, 58, 60, text, 18, 20, text + 40)
     )
-    kernel = server.kernel
-    wow64 = kernel.nonpaged.take(b"Wow6", types_of(server).size("_EWOW64PROCESS"))
+    kernel = bare.kernel
+    wow64 = kernel.nonpaged.take(b"Wow6", types_of(bare).size("_EWOW64PROCESS"))
     kernel.set(wow64, "_EWOW64PROCESS.Peb", peb)
     kernel.set(process.va, "_EPROCESS.WoW64Process", wow64)
-    second = [each for each in look(server, process).modules if each.wow64]
+    second = [each for each in look(bare, process).modules if each.wow64]
     assert [(each.base, each.size, each.name, each.path, each.rings) for each in second] == [
         (0x77B0_0000, 0x1A_0000, "ntdll.dll", "C:\\Windows\\SysWOW64\\ntdll.dll", (True, True, False))
     ]
 
 
-def test_a_list_that_runs_in_a_circle_or_does_not_lead_back_ends_and_is_named(server):
-    process = server.process("notepad.exe", session=1)
+def test_a_list_that_runs_in_a_circle_or_does_not_lead_back_ends_and_is_named(bare):
+    process = bare.process("notepad.exe", session=1)
     _, second, third = (each.entry_va for each in process.modules)
-    links, space = server.kernel.types.offset("_LDR_DATA_TABLE_ENTRY.InLoadOrderLinks"), user(process)
+    links, space = bare.kernel.types.offset("_LDR_DATA_TABLE_ENTRY.InLoadOrderLinks"), user(process)
     space.write(third + links, struct.pack("<Q", second + links))
-    found = look(server, process)
+    found = look(bare, process)
     assert [each.rings[0] for each in found.modules] == [True, True, True]
     assert [gap.what for gap in found.gaps] == ["loader's list InLoadOrder"] and found.gaps[0].address == second + links
     space.write(third + links, struct.pack("<Q", third + links))
     space.write(second + links + 8, struct.pack("<Q", 0x5_0000))
-    found = look(server, process)
+    found = look(bare, process)
     assert [each.rings[0] for each in found.modules] == [True, False, False]
     assert found.gaps[0].why == "a module does not point back to the one before it"
 
 
-def test_more_modules_than_there_can_be_are_a_gap(server, monkeypatch):
+def test_more_modules_than_there_can_be_are_a_gap(bare, monkeypatch):
     monkeypatch.setattr("appliance.guest.windows.ldr.MAX_MODULES", 2)
-    process = server.process("notepad.exe", session=1)
-    found = look(server, process)
+    process = bare.process("notepad.exe", session=1)
+    found = look(bare, process)
     assert len(found.modules) == 2 < len(process.modules)
     assert {gap.why for gap in found.gaps} == {"more than 2 modules"}
 
 
-def test_a_loader_that_cannot_be_read_is_a_gap_and_no_empty_list(server):
-    process = server.process("notepad.exe", session=1)
-    server.kernel.set(process.va, "_EPROCESS.Peb", 0x5_0000)
-    found = look(server, process)
+def test_a_loader_that_cannot_be_read_is_a_gap_and_no_empty_list(bare):
+    process = bare.process("notepad.exe", session=1)
+    bare.kernel.set(process.va, "_EPROCESS.Peb", 0x5_0000)
+    found = look(bare, process)
     assert (found.modules, found.loaded, len(found.gaps)) == ((), False, 1)
 
 
-def test_a_process_without_a_peb_has_no_modules_and_no_gap(server):
-    found = look(server, server["Registry"])
+def test_a_process_without_a_peb_has_no_modules_and_no_gap(bare):
+    found = look(bare, bare["Registry"])
     assert (found.modules, found.gaps, found.loaded) == ((), (), False)
 
 

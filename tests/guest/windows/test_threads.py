@@ -7,33 +7,7 @@ import pytest
 
 from appliance.errors import GuestError
 from appliance.guest.windows.threads import TRIES, Threads
-from tests.guest.windows.machines import (
-    ALL,
-    SOME,
-    began_ns,
-    kernel_of,
-    make,
-    peek,
-    planted,
-    poke,
-    read,
-    types_of,
-    write,
-)
-from tests.worlds.windows import Machine
-
-
-@pytest.fixture(params=SOME)
-def machine(request):
-    made = make(request.param, standard=False)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def server():
-    with Machine("20348", standard=False) as made:
-        yield made
+from tests.guest.windows.machines import ALL, began_ns, kernel_of, make, peek, planted, poke, read, types_of, write
 
 
 def addresses(process):
@@ -77,11 +51,11 @@ def test_a_thread_lives_while_a_list_lies_where_its_end_will_be_noted(machine):
     assert not threads.walk(process.va).threads[0].alive
 
 
-def test_a_suspended_thread_and_one_in_another_process_are_told_as_they_are(server):
-    process, other = server.process("notepad.exe", session=1), server.process("lsass.exe")
-    made = server.thread(process, 0x7FFB_0000_1000, native=0x7FFB_0000_2000, suspended=2)
-    server.kernel.set(made.va, "_ETHREAD.Tcb.ApcState.Process", other.va)
-    thread = Threads(kernel_of(server)).walk(process.va).threads[-1]
+def test_a_suspended_thread_and_one_in_another_process_are_told_as_they_are(bare):
+    process, other = bare.process("notepad.exe", session=1), bare.process("lsass.exe")
+    made = bare.thread(process, 0x7FFB_0000_1000, native=0x7FFB_0000_2000, suspended=2)
+    bare.kernel.set(made.va, "_ETHREAD.Tcb.ApcState.Process", other.va)
+    thread = Threads(kernel_of(bare)).walk(process.va).threads[-1]
     assert (thread.suspended, thread.attached, thread.process) == (2, other.va, process.va)
     assert (thread.start, thread.win32_start, thread.teb) == (0x7FFB_0000_2000, 0x7FFB_0000_1000, made.teb)
 

@@ -7,21 +7,8 @@ import pytest
 
 from appliance.errors import GuestError
 from appliance.guest.windows.vads import MAX_DEPTH, VadKind, Vads, protection_name
-from tests.guest.windows.machines import ALL, SOME, kernel_of, make, peek, poke, types_of, write
+from tests.guest.windows.machines import ALL, kernel_of, make, peek, poke, types_of, write
 from tests.worlds.windows import FAMILIES, Machine
-
-
-@pytest.fixture(params=SOME)
-def machine(request):
-    made = make(request.param, standard=False)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def server():
-    with Machine("20348", standard=False) as made:
-        yield made
 
 
 def root_of(machine, process):
@@ -91,8 +78,8 @@ def test_the_way_from_the_root_leads_to_the_range_that_an_address_lies_in(machin
     assert vads.find(process.va, 1 << 46) is None
 
 
-def test_a_process_without_user_memory_has_no_ranges(server):
-    found = Vads(kernel_of(server)).walk(server["Registry"].va)
+def test_a_process_without_user_memory_has_no_ranges(bare):
+    found = Vads(kernel_of(bare)).walk(bare["Registry"].va)
     assert (found.vads, found.gaps) == ((), ())
 
 
@@ -113,19 +100,19 @@ def test_protections_have_the_names_that_programs_ask_for_them_by(value, name):
     assert protection_name(value) == name
 
 
-def test_many_ranges_are_all_found(server):
-    process = server.process("big.exe", session=1)
+def test_many_ranges_are_all_found(bare):
+    process = bare.process("big.exe", session=1)
     for _ in range(300):
-        server.region(process, 0x1000, "RW", backed=False)
-    found = Vads(kernel_of(server)).walk(process.va)
+        bare.region(process, 0x1000, "RW", backed=False)
+    found = Vads(kernel_of(bare)).walk(process.va)
     assert len(found.vads) == len(process.user.regions) > 300 and found.torn == 0
 
 
-def test_a_file_that_is_being_deleted_is_said_to_be(server):
-    process = server.process("notepad.exe", session=1)
-    module = server.module(process, "C:\\Temp\\gone.dll")
-    server.kernel.set(module.file.va, "_FILE_OBJECT.DeletePending", 1)
-    found = Vads(kernel_of(server)).walk(process.va)
+def test_a_file_that_is_being_deleted_is_said_to_be(bare):
+    process = bare.process("notepad.exe", session=1)
+    module = bare.module(process, "C:\\Temp\\gone.dll")
+    bare.kernel.set(module.file.va, "_FILE_OBJECT.DeletePending", 1)
+    found = Vads(kernel_of(bare)).walk(process.va)
     assert [vad.path for vad in found.vads if vad.deleted] == ["\\Device\\HarddiskVolume3\\Temp\\gone.dll"]
 
 
@@ -139,12 +126,12 @@ def test_an_image_whose_files_name_cannot_be_read_is_a_gap(machine):
     assert [vad.path for vad in found.vads if vad.start == image.start] == [None]
 
 
-def test_more_files_than_are_remembered_cost_no_more_and_are_a_gap(server, monkeypatch):
+def test_more_files_than_are_remembered_cost_no_more_and_are_a_gap(bare, monkeypatch):
     monkeypatch.setattr("appliance.guest.windows.files.MAX_CACHE", 2)
-    process = server.process("notepad.exe", session=1)
+    process = bare.process("notepad.exe", session=1)
     for number in range(3):
-        server.module(process, f"C:\\Windows\\System32\\lib{number}.dll")
-    found = Vads(kernel_of(server)).walk(process.va)
+        bare.module(process, f"C:\\Windows\\System32\\lib{number}.dll")
+    found = Vads(kernel_of(bare)).walk(process.va)
     assert sum(vad.path is not None for vad in found.vads) == 2
     assert len(found.gaps) == 1 and "cannot be read" in found.gaps[0].why
 
@@ -172,18 +159,18 @@ def test_a_tree_that_leads_back_to_itself_ends(machine):
     assert len(found.vads) == 1 and found.gaps and found.torn
 
 
-def test_a_tree_deeper_than_any_can_be_is_cut_short_and_named(server):
-    process = server.process("deep.exe", session=1)
+def test_a_tree_deeper_than_any_can_be_is_cut_short_and_named(bare):
+    process = bare.process("deep.exe", session=1)
     for _ in range(MAX_DEPTH + 8):
-        server.region(process, 0x1000, "RW", backed=False)
+        bare.region(process, 0x1000, "RW", backed=False)
     ordered = sorted(process.user.regions, key=lambda each: each.start)
-    set_ = server.kernel.set
+    set_ = bare.kernel.set
     for region, following in zip(ordered, [*ordered[1:], None], strict=True):
         set_(region.vad, "_MMVAD_SHORT.VadNode.Left", 0)
         set_(region.vad, "_MMVAD_SHORT.VadNode.Right", following.vad if following else 0)
         set_(region.vad, "_MMVAD_SHORT.VadNode.ParentValue", 0)
     set_(process.va, "_EPROCESS.VadRoot.Root", ordered[0].vad)
-    found = Vads(kernel_of(server)).walk(process.va)
+    found = Vads(kernel_of(bare)).walk(process.va)
     assert len(found.vads) == MAX_DEPTH and "deeper" in found.gaps[0].why
 
 
