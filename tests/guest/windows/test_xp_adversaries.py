@@ -49,7 +49,7 @@ def test_a_chain_that_leads_astray_ends_and_is_named(shape):
     machine.space.write(0x00400000, machine.space.read(made[5].va, 0x100))
     machine.space.map(0x003FF000, machine.ram.page())
     machine.space.write(0x00400000 - 8, machine.space.read(made[5].va - 8, 8))  # a connection as good as any
-    machine._pointer(last.va, target)
+    machine.put_pointer(last.va, target)
     walk = network_of(machine).walk()
     found, _ = told(walk)
     assert len(found) == len(set(found)) >= 7

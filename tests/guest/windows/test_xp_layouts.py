@@ -10,7 +10,8 @@ from appliance.guest.windows.attach import attach
 from appliance.guest.windows.space import AddressSpace, Mode
 from appliance.guest.windows.xp_kpcr import find_by_kpcr
 from tests.guest.windows.xp_network import MACHINES, PAGE
-from tests.worlds.windows.xp import SYMBOLS, XpMachine
+from tests.worlds.windows.xp import XpMachine
+from tests.worlds.windows.xp_kernel import SYMBOLS
 
 X86 = [each for each in MACHINES if "x64" not in each[0]]
 
@@ -71,8 +72,8 @@ def test_the_layout_is_chosen_by_the_guests_own_system_process(era, pae):
 def test_headers_that_were_overwritten_refuse_no_layout():
     machine = XpMachine()
     for va, path in ((machine.system.va, "_EPROCESS.Pcb.Header"), (machine.system.threads[0], "_ETHREAD.Tcb.Header")):
-        machine._put(va, f"{path}.Type", 0)
-        machine._put(va, f"{path}.Size", 0)
+        machine.put(va, f"{path}.Type", 0)
+        machine.put(va, f"{path}.Size", 0)
     assert attach(machine.memory()).build == 2600
 
 
@@ -87,7 +88,7 @@ def test_headers_that_were_overwritten_refuse_no_layout():
 )
 def test_a_system_process_that_contradicts_a_layout_refuses_it(path, value):
     machine = XpMachine()
-    machine._put(machine.system.va, path, value)
+    machine.put(machine.system.va, path, value)
     with pytest.raises(UnsupportedGuest, match="Windows XP"):
         attach(machine.memory())
 
@@ -98,7 +99,7 @@ def test_a_system_process_that_contradicts_a_layout_refuses_it(path, value):
 )
 def test_a_system_thread_that_contradicts_a_layout_refuses_it(path, value):
     machine = XpMachine()
-    machine._put(machine.system.threads[0], path, value)
+    machine.put(machine.system.threads[0], path, value)
     with pytest.raises(UnsupportedGuest, match=r"first thread|_KTHREAD"):
         attach(machine.memory())
 

@@ -38,7 +38,7 @@ def test_a_connection_seen_before_its_pid_was_reused_is_nobodys_after():
     network = network_of(machine)
     assert network.find(flow((HERE, 1044), (THERE, 80))).owners[0].process.name == "cmd.exe"
     machine.tick(60)
-    machine._put(victim.va, "_EPROCESS.CreateTime", machine.filetime())  # another one, at the same place
+    machine.put(victim.va, "_EPROCESS.CreateTime", machine.filetime())  # another one, at the same place
     finding = network.find(flow((HERE, 1044), (THERE, 80)))
     assert (finding.match, finding.owners) == (Match.NONE, ())
 

@@ -8,7 +8,9 @@ from appliance.errors import UnsupportedGuest
 from appliance.guest.windows.symbols import SymbolStore
 from appliance.model import Flag, Match, Reason
 from tests.guest.windows.xp_network import HERE, MACHINES, THERE, busy, flow, network_of, told
-from tests.worlds.windows.xp import SYMBOLS, TCP, XpMachine
+from tests.worlds.windows.xp import XpMachine
+from tests.worlds.windows.xp_kernel import SYMBOLS
+from tests.worlds.windows.xp_net import TCP
 
 
 @pytest.mark.parametrize(("era", "pae"), MACHINES)
@@ -73,13 +75,13 @@ def test_tables_that_cannot_be_told_are_refused_by_name():
 
 def test_where_two_builds_fit_equally_well_neither_is_believed():
     machine, *_ = busy("xp-sp3")
-    size, sockets = machine.buckets * 4, machine.socket_buckets * 4
-    for rva, table, length in ((0x49768, machine.tcb_table, size), (0x486E0, machine.address_table, sockets)):
+    size, sockets = machine.net.buckets * 4, machine.net.socket_buckets * 4
+    for rva, table, length in ((0x49768, machine.net.tcb_table, size), (0x486E0, machine.net.address_table, sockets)):
         copy = machine.pool.take(b"Copy", length)
         machine.space.write(copy, machine.space.read(table, length))
-        machine._pointer(machine.tcpip + rva, copy)
-    machine.space.write(machine.tcpip + 0x3F73C, struct.pack("<I", machine.buckets))
-    machine.space.write(machine.tcpip + 0x486E4, struct.pack("<I", machine.socket_buckets))
+        machine.put_pointer(machine.tcpip + rva, copy)
+    machine.space.write(machine.tcpip + 0x3F73C, struct.pack("<I", machine.net.buckets))
+    machine.space.write(machine.tcpip + 0x486E4, struct.pack("<I", machine.net.socket_buckets))
     with pytest.raises(UnsupportedGuest, match="may be that of XP 3394 as well as of XP SP3 5625"):
         network_of(machine).refresh()
 
@@ -97,7 +99,7 @@ def test_a_guest_without_tcpip_is_said_to_be_one():
     machine = XpMachine()
     machine.space.write(machine.base + SYMBOLS["PsLoadedModuleList"], b"")
     head = machine.base + SYMBOLS["PsLoadedModuleList"]
-    machine._ring(head)
+    machine.ring(head)
     with pytest.raises(UnsupportedGuest, match=r"tcpip\.sys is not loaded"):
         network_of(machine)
 
@@ -105,10 +107,10 @@ def test_a_guest_without_tcpip_is_said_to_be_one():
 def test_a_driver_of_ipv6_is_a_gap_and_its_flows_are_not_called_hidden():
     machine, *_ = busy()
     entry = machine.pool.take(b"MmLd", 0x80)
-    machine._entry(
-        machine.space, entry, 0xF8500000, 0x30000, "tcpip6.sys", "\\SystemRoot\\tcpip6.sys", machine._kernel_text
+    machine.module_entry(
+        machine.space, entry, 0xF8500000, 0x30000, "tcpip6.sys", "\\SystemRoot\\tcpip6.sys", machine.kernel_text
     )
-    machine._append(machine.base + SYMBOLS["PsLoadedModuleList"], entry)
+    machine.append(machine.base + SYMBOLS["PsLoadedModuleList"], entry)
     network = network_of(machine)
     assert [gap.what for gap in network.walk().gaps] == ["IPv6"]
     finding = network.find(flow(("fe80::1", 1038), ("fe80::2", 80)))

@@ -62,13 +62,13 @@ def test_of_a_running_guest_what_is_over_is_not_told_nor_what_is_linked_meanwhil
     network = XpNetwork(kernel, Processes(kernel))
     network.walk()
     blocks = connections_in_ram(machine, network, kernel)
-    machine._push(late)
+    machine.net.push(late)
     assert [each.address for each in network.unlinked(blocks)] == [taken.va]
 
 
 def test_a_hidden_process_that_only_its_pool_tells_of_owns_its_connection():
     machine, _, hidden = busy("xp-sp3", pae=True)
-    machine._put(machine._cid, "_HANDLE_TABLE.TableCode", 0)
+    machine.put(machine.cid, "_HANDLE_TABLE.TableCode", 0)
     eye = WindowsEye(attach(machine.memory()))
     for _ in range(2):
         (connection,) = (each for each in eye.read_snapshot().sockets if each.local.port == 1040 and each.remote)

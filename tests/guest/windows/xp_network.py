@@ -7,7 +7,8 @@ from appliance.guest.windows.pools import PoolHeader, Sweep
 from appliance.guest.windows.processes import Processes
 from appliance.guest.windows.xp import XpNetwork
 from appliance.model import Direction, Endpoint, FiveTuple, Flow, FlowId, GuestId, Transport
-from tests.worlds.windows.xp import TCP, UDP, VARIABLES, XpMachine
+from tests.worlds.windows.xp import XpMachine
+from tests.worlds.windows.xp_net import TCP, UDP, VARIABLES
 
 MACHINES = [(era, pae) for era in VARIABLES for pae in (True, False) if pae or "x64" not in era]
 HERE, THERE = "172.16.112.128", "41.168.5.140"

@@ -47,7 +47,7 @@ def build(
     directories = [(0, 0)] * 16
     pieces: dict[int, bytes] = {}
     if debug is not None:
-        record = _rsds(debug)
+        record = rsds(debug)
         entry_bytes = struct.pack("<IIHHIIII", 0, stamp, 0, 0, 2, len(record), tables + 0x40, tables + 0x40)
         pieces[tables] = entry_bytes.ljust(0x40, b"\0") + record
         directories[6] = (tables, len(entry_bytes))
@@ -101,7 +101,7 @@ def _headers(
     return bytes(dos) + coff + optional + table
 
 
-def _rsds(debug: Debug) -> bytes:
+def rsds(debug: Debug) -> bytes:
     guid = bytes.fromhex(debug.guid)
     mixed = guid[3::-1] + guid[5:3:-1] + guid[7:5:-1] + guid[8:]
     return b"RSDS" + mixed + struct.pack("<I", debug.age) + debug.pdb.encode() + b"\0"
