@@ -97,7 +97,7 @@ def test_a_thousand_endpoints_in_shared_buckets_are_all_told_with_their_owners()
 def test_a_process_that_gave_up_its_place_in_every_table_is_found_in_its_pool():
     with Machine("19041") as machine:
         ghost = machine.process("ghost.exe", hidden=True)
-        machine.all._cid(ghost.pid, 0)
+        machine.all.enter_cid(ghost.pid, 0)
         machine.tick(5)
         assert odd_processes(eye_of(machine, thorough=False).read_snapshot()) == {}
         assert odd_processes(eye_of(machine).read_snapshot()) == {ghost.pid: {Flag.HIDDEN_PROCESS}}

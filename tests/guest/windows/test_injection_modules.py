@@ -83,7 +83,7 @@ def test_a_module_of_the_loader_that_is_no_image_is_told(machine, notepad) -> No
 def test_an_image_that_the_loader_calls_by_another_files_name_is_told(machine, notepad) -> None:
     module = machine.module(notepad, "C:\\Program Files\\Vendor\\a.dll")
     offset = types_of(machine).offset("_LDR_DATA_TABLE_ENTRY.FullDllName")
-    text = machine.all.text(notepad, "C:\\Windows\\System32\\user32.dll")
+    text = machine.all.loader.text(notepad, "C:\\Windows\\System32\\user32.dll")
     notepad.user.space.write(module.entry_va + offset, text)
     found = only(look(machine, notepad), "peb-masquerade")
     assert (found.address, found.weight) == (module.base, 2)

@@ -47,7 +47,7 @@ def test_a_module_that_is_just_being_loaded_is_not_accused(machine, notepad) -> 
     def happen() -> None:
         reads.append(1)
         if len(reads) == steps:
-            machine.all._load(notepad, module, ("InLoadOrder", "InMemoryOrder", "InInitializationOrder"))
+            machine.all.loader.load(notepad, module, ("InLoadOrder", "InMemoryOrder", "InInitializationOrder"))
 
     steps = -1
     moving(kernel, happen)

@@ -14,7 +14,7 @@ from pathlib import Path
 from appliance.errors import UnreadableMemory
 from appliance.model import Region, VcpuState
 from tests.worlds.windows.boot import Kernel
-from tests.worlds.windows.processes import Process
+from tests.worlds.windows.planted import Process
 
 CR0, CR4, LA57 = 0x80050033, 0x3506F8, 1 << 12
 STATE_SIZE = 440  # QEMUCPUState: version, size, 18 registers, ten segments of 24 bytes, cr0 to cr4, kernel_gs_base

@@ -11,7 +11,7 @@ from typing import Self
 
 from tests.worlds.windows.machine import Machine
 from tests.worlds.windows.net import Endpoint
-from tests.worlds.windows.processes import Process
+from tests.worlds.windows.planted import Process
 
 HOME = "10.0.0.5"
 PORTS = range(20000, 48000)

@@ -18,13 +18,16 @@ from tests.worlds.windows.files import Files
 from tests.worlds.windows.memory import Region
 from tests.worlds.windows.net import Endpoint, Net
 from tests.worlds.windows.paging import PAGE
-from tests.worlds.windows.processes import REGION_VA, SYSTEM_SID, Module, Process, Processes, Thread
+from tests.worlds.windows.planted import Module, Process, Thread
+from tests.worlds.windows.processes import Processes
+from tests.worlds.windows.tokens import SYSTEM_SID
 
 FAMILIES = ("17763", "19041", "20348", "26100")
 NOW_NS = 1_780_315_200_000_000_000  # 2026-06-01 12:00 UTC
 ALICE = "S-1-5-21-1004336348-1177238915-682003330-1001"
 SHELLCODE = bytes.fromhex("fc4883e4f0e8c0000000415141505251564831d265488b5260488b5218") + b"\xcc" * 16
 PE_CODE = b"MZ\x90\0" + bytes(56) + struct.pack("<I", 0x80) + bytes(64) + b"PE\0\0" + struct.pack("<H", 0x8664)
+REGION_VA = 0x01C0_8000_0000
 S32 = "C:\\Windows\\System32\\"
 # name, parent, command (None: the path), SID, session, protected signer, signature level
 STANDARD: tuple[tuple[str, str, str | None, str, int | None, int, int], ...] = (
@@ -198,7 +201,7 @@ class Machine:
         changed: bool = False,
     ) -> Module:
         """A DLL. ``changed``: a page of its code was written to (a hook)."""
-        module = self.all.module(process, path, in_ldr=in_ldr, in_vad=in_vad)
+        module = self.all.loader.module(process, path, in_ldr=in_ldr, in_vad=in_vad)
         if changed:
             self.hook(process, module)
         return module
@@ -230,7 +233,7 @@ class Machine:
 
     def masquerade(self, process: Process, path: str, command: str | None = None) -> None:
         """The process lies in its PEB about its path and command line."""
-        self.all.masquerade(process, path, command)
+        self.all.loader.masquerade(process, path, command)
 
     # -- the net --
 

@@ -17,7 +17,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from tests.worlds.windows.boot import Kernel, filetime
-from tests.worlds.windows.processes import Process
+from tests.worlds.windows.planted import Process
 
 STATES = {
     "CLOSE": 0, "LISTEN": 1, "SYN_SENT": 2, "SYN_RECV": 3, "ESTABLISHED": 4, "FIN_WAIT1": 5, "FIN_WAIT2": 6,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tests.worlds.windows.machine import ALICE, Machine
 from tests.worlds.windows.memory import Region
 from tests.worlds.windows.net import Endpoint
-from tests.worlds.windows.processes import Module, Process
+from tests.worlds.windows.planted import Module, Process
 
 HOME, HOME6 = "10.0.0.5", "fe80::5"
 
