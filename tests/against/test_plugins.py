@@ -19,6 +19,7 @@ from appliance.evidence.volatility import SecondOpinion
 from tests.against import stock
 from tests.worlds.nouns import owner
 from tests.worlds.windows import Machine
+from tests.worlds.windows.real import real_symbols
 from tests.worlds.windows.scene import Scene, plant
 from tests.worlds.windows.xp import XpMachine
 
@@ -291,9 +292,7 @@ def test_so_do_xp_and_server_2003(symbols, old, tmp_path, era):
 
 @pytest.mark.parametrize("family", ["17763", "20348"])
 def test_and_machines_with_the_symbols_of_real_builds(tmp_path, family):
-    real = Path(os.environ.get("PARASIGHT_SYMBOLS") or "/nonexistent")
-    if not (real / "windows").is_dir():
-        pytest.skip("PARASIGHT_SYMBOLS names no folder with symbol tables of real builds")
+    real = real_symbols()
     with Machine(family, path=tmp_path / "memory.raw", symbols=real) as machine:
         scene: Scene = plant(machine)
         with contextlib.closing(keeper(tmp_path / "memory.raw", real, tmp_path)) as one:

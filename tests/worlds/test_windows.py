@@ -1,13 +1,12 @@
 """The Windows machine made of bytes keeps its own promises; for what engines make of it see tests/against."""
 
-import os
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 
 from appliance.memory.file import open_file
 from tests.worlds.windows import FAMILIES, Machine, symbols
+from tests.worlds.windows.real import real_symbols
 from tests.worlds.windows.scene import plant
 
 ESSENTIAL = (
@@ -60,10 +59,7 @@ def test_no_two_families_share_symbols_or_most_of_their_offsets():
 
 @pytest.mark.parametrize("build", symbols.REAL)
 def test_nothing_that_matters_is_where_a_real_windows_has_it(build):
-    folder = os.environ.get("PARASIGHT_SYMBOLS", "")
-    if not (Path(folder) / "windows" / symbols.NT).is_dir():
-        pytest.skip("PARASIGHT_SYMBOLS names no folder with symbol tables of real builds")
-    real = offsets(symbols.real(Path(folder), build)[0])
+    real = offsets(symbols.real(real_symbols(), build)[0])
     for family in FAMILIES:
         invented = offsets(symbols.invented(family)[0])
         assert [path for path, place in invented.items() if real.get(path) == place] == [], family

@@ -8,8 +8,8 @@ from appliance.guest.windows.eye import WindowsEye
 from appliance.guest.windows.isf import PdbId, SymbolTable, parse_isf
 from appliance.guest.windows.symbols import SymbolStore
 from appliance.model import Flag, GuestSocket, Snapshot
-from tests.guest.windows.real import REAL
 from tests.worlds.windows import FAMILIES, Machine
+from tests.worlds.windows.real import REAL
 from tests.worlds.windows.symbols import invented
 
 

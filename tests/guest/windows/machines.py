@@ -5,14 +5,12 @@ import lzma
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 from appliance.guest.windows.isf import SymbolTable, parse_isf
 from appliance.guest.windows.kernel import UserShared, WindowsKernel
 from appliance.guest.windows.space import AddressSpace, Mode
-from tests.guest.windows.real import REAL as FOLDER
 from tests.worlds.windows import FAMILIES, Machine
 from tests.worlds.windows.boot import ROOT_GPA
+from tests.worlds.windows.real import real_symbols
 from tests.worlds.windows.symbols import NT, invented
 from tests.worlds.windows.symbols import REAL as REAL_PAIRS
 from tests.worlds.windows.xp import XpMachine
@@ -31,13 +29,6 @@ def make(name: str, *, standard: bool = True) -> Machine | XpMachine:
         era, pae = OLD[name]
         return XpMachine(era, pae=pae)
     return Machine(REAL.get(name, name), symbols=real_symbols() if name in REAL else None, standard=standard)
-
-
-def real_symbols() -> Path:
-    """The folder with symbol tables of Windows itself, where there is one."""
-    if not (FOLDER / "windows").is_dir():
-        pytest.skip("PARASIGHT_SYMBOLS names no folder with real symbol tables")
-    return FOLDER
 
 
 @cache

@@ -14,12 +14,12 @@ from appliance.guest.windows.space import Mode
 from appliance.guest.windows.symbols import SymbolStore
 from appliance.memory.file import open_file
 from appliance.model import VcpuState
-from tests.guest.windows.real import REAL, needs_real
 from tests.worlds import tiny
 from tests.worlds.overlay import Overlay
 from tests.worlds.tiny import ByteMemory, Tiny
 from tests.worlds.windows import FAMILIES, Machine, crash
 from tests.worlds.windows.boot import CPU_VA, KUSER_VA, ROOT_GPA
+from tests.worlds.windows.real import REAL, needs_real
 from tests.worlds.windows.xp import XpMachine
 
 PAGE, MB = 4096, 1 << 20

@@ -11,8 +11,8 @@ from appliance.guest.windows.sockets import Sockets
 from appliance.guest.windows.symbols import SymbolStore
 from appliance.model import Flag
 from tests.guest.windows.network import THEM, US, Eye, Meddled, row
-from tests.guest.windows.real import REAL, needs_real
 from tests.worlds.windows import FAMILIES, Machine
+from tests.worlds.windows.real import REAL, needs_real
 
 
 def busy(machine: Machine) -> set[tuple[str, str, str, str, str]]:

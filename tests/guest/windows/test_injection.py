@@ -14,9 +14,9 @@ from appliance.guest.windows.processes import Processes
 from appliance.model import GuestProcess, ProcessKey
 from tests.guest.windows.foreign import PLAIN, described, heavy, kinds, look
 from tests.guest.windows.machines import ALICE, ALL, OLD, kernel_of, make, peek, planted, types_of
-from tests.guest.windows.real import REAL, needs_real
 from tests.worlds.windows import Machine
 from tests.worlds.windows.paging import PAGE, PRESENT, WRITABLE
+from tests.worlds.windows.real import REAL, needs_real
 
 
 @pytest.fixture

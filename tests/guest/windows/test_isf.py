@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from appliance.errors import GuestError, Implausible, UnsupportedGuest
 from appliance.guest.windows.isf import Field, PdbId, SymbolTable, parse_isf
-from tests.guest.windows.real import REAL, needs_real
+from tests.worlds.windows.real import REAL, needs_real
 
 
 def base(name):

@@ -107,8 +107,8 @@ def test_the_signer_is_told_where_the_kernel_noted_one(server):
 
 def test_minimal_processes_have_neither_path_nor_command(server):
     processes = Processes(kernel_of(server))
-    registry = processes.describe(processes.read(server["Registry"].va))
-    assert (registry.path, registry.command) == (Missing.NOT_APPLICABLE, Missing.NOT_APPLICABLE)
+    minimal = processes.describe(processes.read(server["Registry"].va))
+    assert (minimal.path, minimal.command) == (Missing.NOT_APPLICABLE, Missing.NOT_APPLICABLE)
 
 
 def test_an_unreadable_command_line_is_said_to_be_and_is_read_once_it_can_be(xp):
