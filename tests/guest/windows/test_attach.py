@@ -158,7 +158,7 @@ def test_a_crash_dump_of_xp_is_attached_to(tmp_path):
 
 def attach_remembering(machine, folder, cache):
     """Attach with the tables of a folder, then without it; for how long that takes see ``./run bench windows``."""
-    attach(machine.memory(), symbols=SymbolStore([folder], cache))
+    attach(machine.memory(), symbols=SymbolStore([folder], cache)).module_symbols("tcpip.sys")
     return attach(machine.memory(), symbols=SymbolStore([], cache))
 
 
@@ -167,6 +167,7 @@ def test_the_second_attach_needs_no_symbol_file(tmp_path):
         machine.write_symbols(tmp_path / "isf")
         kernel = attach_remembering(machine, tmp_path / "isf", tmp_path / "cache")
         assert kernel.types.has("_EPROCESS.UniqueProcessId")
+        assert kernel.module_symbols("tcpip.sys").get("PartitionTable")
 
 
 @needs_real
