@@ -15,7 +15,7 @@ from appliance.errors import HostError
 from appliance.evidence.volatility import probe as probe_other
 from appliance.flow.names import Names
 from appliance.front import Front
-from appliance.hosts.qemu import is_running
+from appliance.hosts.inventory import is_running
 from appliance.hosts.targets import resolve
 from appliance.model import Decoy, GuestInfo, HoldPolicy, Verdict
 from appliance.opening import open_eye_or_none, open_eye_or_say, open_other, open_tap, teach

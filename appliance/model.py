@@ -539,16 +539,53 @@ class GuestPort:
     ifindex: int | None = None
 
 
+class GuestState(StrEnum):
+    """What a guest that is here does now."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    INCOMING = "incoming"  # it is being migrated to this host, or restored: its memory is not complete
+    CRASHED = "crashed"  # its kernel gave up, and what holds it was kept
+
+
 @dataclass(frozen=True, slots=True)
 class GuestInfo:
-    """A guest that runs here: what the inventory knows of it."""
+    """A guest that is here: what the inventory knows of it."""
 
     id: GuestId
-    pid: int | None = None
+    pid: int | None = None  # of its QEMU
     memory_bytes: int | None = None
     ports: tuple[GuestPort, ...] = ()
     routes: tuple[str, ...] = ()  # memory routes that can reach it, best first
     notes: tuple[str, ...] = field(default=())  # why an eye cannot see it
+    domid: int | None = None  # of its Xen domain: another one after each reboot
+    hypervisor: str | None = None  # "qemu", "xen"; None: what is looked at is no running guest
+    state: GuestState = GuestState.RUNNING
+    tags: tuple[str, ...] = ()  # what its operator calls it, for ``applies_to`` of the rules
+    wanted: bool | None = None  # whether its metadata asks for a watch, or forbids it; None: says nothing
+
+
+class Change(StrEnum):
+    """What a hypervisor tells of a guest while it happens. A hint to look again, never the state itself."""
+
+    STARTED = "started"
+    ENDED = "ended"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    REBOOTED = "rebooted"  # the same virtual machine, another kernel soon
+    REVERTED = "reverted"  # to a snapshot: time went backwards inside
+    MIGRATED = "migrated"  # its memory is complete now
+    CRASHED = "crashed"
+    DEVICES = "devices"  # a port has come or gone
+    DESCRIBED = "described"  # name, metadata
+
+
+@dataclass(frozen=True, slots=True)
+class GuestChange:
+    """One such hint; ``uuid`` is None where only the hypervisor as a whole is known to have changed."""
+
+    what: Change
+    uuid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

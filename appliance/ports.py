@@ -13,7 +13,9 @@ from appliance.model import (
     Flow,
     FlowEvent,
     FlowId,
+    GuestChange,
     GuestId,
+    GuestInfo,
     GuestProcess,
     HoldPolicy,
     IpNetwork,
@@ -107,6 +109,28 @@ class OtherEngine(Protocol):
 
     def close(self) -> None:
         """End it, whatever it is doing; may be called twice."""
+        ...
+
+
+class GuestSource(Protocol):
+    """One kind of hypervisor's own view of the guests that are here. Used by one thread."""
+
+    name: str  # "qemu", "libvirt", "xen": shown to people
+
+    def find_guests(self) -> list[GuestInfo]:
+        """Every guest that is here now, running or paused. Raises HostError when the hypervisor cannot be asked."""
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when guests may have changed; -1: it can only be asked again and again."""
+        ...
+
+    def changes(self) -> tuple[GuestChange, ...]:
+        """Take what has been told since the last call, and clear the descriptor."""
+        ...
+
+    def close(self) -> None:
+        """Ask no more; may be called twice."""
         ...
 
 

@@ -218,4 +218,9 @@ def guest(one: GuestInfo) -> Json:
         "ports": [{"ifname": port.ifname, "mac": port.mac, "netns": port.netns} for port in one.ports],
         "routes": list(one.routes),
         "notes": list(one.notes),
+        "hypervisor": one.hypervisor,
+        "domid": one.domid,
+        "state": one.state.value,
+        "tags": list(one.tags),
+        "watch": one.wanted,
     }

@@ -19,9 +19,30 @@ from appliance.hosts.arguments import NetDevice, parse_arguments
 from appliance.hosts.netns import find_interface, find_port, iter_namespaces
 from appliance.hosts.switch import explain_switch, read_switch
 from appliance.hosts.untappable import explain_untappable
-from appliance.model import GuestId, GuestInfo, GuestPort
+from appliance.model import GuestChange, GuestId, GuestInfo, GuestPort
 
 _MACVTAP: Final = re.compile(r"/dev/tap(\d+)$")  # the number is the interface's index (drivers/net/macvtap.c)
+
+
+class QemuSource:
+    """The QEMU processes of this host: implements `ports.GuestSource`."""
+
+    name = "qemu"
+
+    def find_guests(self) -> list[GuestInfo]:
+        """Every QEMU guest that runs here and that we may look at, by pid."""
+        return find_guests()
+
+    def fileno(self) -> int:
+        """Nothing tells of processes: they are looked for again."""
+        return -1
+
+    def changes(self) -> tuple[GuestChange, ...]:
+        """Nothing is told."""
+        return ()
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +89,7 @@ def find_guest(pid: int) -> GuestInfo:
     if proc.read_start_time(pid) != start:
         raise UsageError(f"process {pid} ended while it was looked at")
     guest = GuestId(f"qemu:{pid}", arguments.uuid, arguments.name, f"{pid}-{start}")
-    return GuestInfo(guest, pid, arguments.memory_bytes, ports, ("qemu",), tuple(notes))
+    return GuestInfo(guest, pid, arguments.memory_bytes, ports, ("qemu",), tuple(notes), hypervisor="qemu")
 
 
 def is_running(guest: GuestInfo) -> bool:
