@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from appliance.flow.community import community_id
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
 from appliance.guest.attach import NO_LINUX, attach
+from appliance.guest.linux import eye as linux
 from appliance.guest.linux.eye import LinuxEye
+from appliance.guest.windows import eye as windows
 from appliance.guest.windows.attach import attach as attach_windows
 from appliance.guest.windows.eye import WindowsEye
 from appliance.guest.windows.roots import is_linux, looks_like_windows
 from appliance.guest.windows.symbols import SymbolStore
-from appliance.memory.file import open_file
-from appliance.memory.qemu import open_qemu
 from appliance.model import Gap, GuestInfo, IpAddress, Snapshot, Transport
 from appliance.ports import GuestEye, GuestMemory, OtherEngine, PacketTap
+from appliance.routes import PATIENCE, choose, open_memory
 from appliance.tap import ladder
 from appliance.tap.af_packet import PortSource
 from appliance.tap.bpf.tap import KernelTap
@@ -30,48 +32,57 @@ from appliance.tap.ladder import ObservingTap, Rung
 from appliance.tap.merged import MergedSource
 
 SEARCH_S, OFFLINE_SEARCH_S = 5.0, 60.0  # for a Windows kernel that no register leads to
+_FAST = {"qemu", "xen"}  # routes by which Volatility's many reads are done in time
 _TCP = 6  # IANA protocol number
 Tell = Callable[[str], None]
 Learn = Callable[[int, IpAddress | None, int], None]
 
 
-def open_eye(info: GuestInfo, symbols: Sequence[Path] = (), *, thorough: bool = False) -> GuestEye:
+def open_eye(
+    info: GuestInfo,
+    symbols: Sequence[Path] = (),
+    *,
+    thorough: bool = False,
+    route: str | None = None,
+    change_domain: bool = False,
+) -> GuestEye:
     """Attach to a guest's memory; ``symbols`` are folders with symbol tables of Windows.
 
     ``thorough``: a full look may take as long as it takes to look everywhere, since nobody waits with packets in hand.
+    ``route`` and ``change_domain`` as for `open_memory`; where reading is slow, a look may take longer.
     Raises GuestError, HostError, ConfigError or UsageError with what to do.
     """
-    target = info.id.target
-    if target.startswith("file:"):
-        return _open_image(Path(target.removeprefix("file:")), symbols)
-    if info.pid is None:
-        raise UsageError(f"{target} has no memory to read: only its packets can be watched")
-    return _attach_to(open_qemu(info.pid), symbols, thorough=thorough)
-
-
-def _open_image(path: Path, symbols: Sequence[Path]) -> GuestEye:
-    """Attach to a memory image; where that fails and the image has holes, they are the reason to tell."""
-    memory = open_file(path)
-    missing = memory.gaps[:1]  # the others are its parts
+    chosen = choose(info, route)
+    memory = open_memory(info, chosen, change_domain=change_domain)
+    missing: tuple[Gap, ...] = getattr(memory, "gaps", ())[:1]  # the others are its parts
+    look = _Look(thorough or not memory.live, PATIENCE.get(chosen, 1.0), missing)
     try:
-        return _attach_to(memory, symbols, thorough=True, missing=missing)
+        return _attach_to(memory, symbols, look)
     except GuestError as error:
-        if missing:
+        if missing and not memory.live:
+            path = info.id.target.removeprefix("file:")
             raise ConfigError(f"{path}: {missing[0].why}; {error}") from error
         raise
 
 
-def _attach_to(
-    memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool, missing: Sequence[Gap] = ()
-) -> GuestEye:
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How an eye may look: everywhere or not, how many times slower than usual, and what it will not find."""
+
+    thorough: bool
+    patience: float
+    missing: tuple[Gap, ...]
+
+
+def _attach_to(memory: GuestMemory, symbols: Sequence[Path], look: _Look) -> GuestEye:
     """The eye that fits what runs there; where there is neither Linux nor Windows, both are said to be missing."""
-    open_windows = partial(_open_windows, memory, symbols, thorough=thorough, missing=missing)
+    open_windows = partial(_open_windows, memory, symbols, look)
     try:
         # Cheap: a Linux guest must not wait for more; nor may what is left of a Windows that ran before it mislead.
         if not is_linux(memory) and looks_like_windows(memory, near=False):
             return open_windows()
         try:
-            return _open_linux(memory, missing)
+            return _open_linux(memory, look)
         except UnsupportedGuest as error:
             if error.missing != (NO_LINUX,):
                 raise
@@ -85,22 +96,31 @@ def _attach_to(
         raise
 
 
-def _open_linux(memory: GuestMemory, missing: Sequence[Gap]) -> GuestEye:
-    vcpus = memory.vcpus()  # an ELF core carries them; a running QEMU is not asked
-    return LinuxEye(attach(memory, cr3=vcpus[0].cr3 if vcpus else None), missing=missing)
+def _open_linux(memory: GuestMemory, look: _Look) -> GuestEye:
+    vcpus = memory.vcpus()  # an ELF core and Xen tell them; a running QEMU is not asked
+    kernel = attach(memory, cr3=vcpus[0].cr3 if vcpus else None)
+    if look.patience == 1 or not memory.live:
+        return LinuxEye(kernel, missing=look.missing)
+    look_s, lookup_s = look.patience * linux.LOOK_S, look.patience * linux.LOOKUP_S
+    return LinuxEye(kernel, look_s=look_s, lookup_s=lookup_s, missing=look.missing)
 
 
-def _open_windows(memory: GuestMemory, symbols: Sequence[Path], *, thorough: bool, missing: Sequence[Gap]) -> GuestEye:
-    seconds = SEARCH_S if memory.live else OFFLINE_SEARCH_S
+def _open_windows(memory: GuestMemory, symbols: Sequence[Path], look: _Look) -> GuestEye:
+    seconds = look.patience * SEARCH_S if memory.live else OFFLINE_SEARCH_S
     kernel = attach_windows(memory, symbols=SymbolStore.default(symbols), seconds=seconds)
-    return WindowsEye(kernel, thorough=thorough, missing=missing)
+    if look.patience == 1 or not memory.live:
+        return WindowsEye(kernel, thorough=look.thorough, missing=look.missing)
+    look_s, lookup_s = look.patience * windows.LOOK_S, look.patience * windows.LOOKUP_S
+    return WindowsEye(kernel, look_s=look_s, lookup_s=lookup_s, thorough=look.thorough, missing=look.missing)
 
 
-def open_eye_or_say(info: GuestInfo, tell: Tell, symbols: Sequence[Path] = ()) -> GuestEye | None:
+def open_eye_or_say(
+    info: GuestInfo, tell: Tell, symbols: Sequence[Path] = (), *, route: str | None = None, change_domain: bool = False
+) -> GuestEye | None:
     """Attach, and tell a person how that went; None: this guest is watched by its packets only."""
     start_s = time.monotonic()
     try:
-        eye = open_eye(info, symbols)
+        eye = open_eye(info, symbols, route=route, change_domain=change_domain)
     except GuestError as error:
         tell(f"{info.id.target}: {error}; watching its packets only")
         return None
@@ -108,19 +128,21 @@ def open_eye_or_say(info: GuestInfo, tell: Tell, symbols: Sequence[Path] = ()) -
     return eye
 
 
-def open_eye_or_none(info: GuestInfo, symbols: Sequence[Path] = ()) -> GuestEye | None:
+def open_eye_or_none(
+    info: GuestInfo, symbols: Sequence[Path] = (), *, route: str | None = None, change_domain: bool = False
+) -> GuestEye | None:
     """Attach once more, without a word where that fails: it was said before."""
     try:
-        return open_eye(info, symbols)
+        return open_eye(info, symbols, route=route, change_domain=change_domain)
     except (GuestError, HostError, UsageError):
         return None
 
 
-def open_other(info: GuestInfo, symbols: Sequence[Path] = ()) -> OtherEngine | None:
-    """Whom to ask for a second opinion; None: nobody is here, or the guest's memory cannot be reached."""
-    if info.pid is None or not probe_other().ok:
+def open_other(info: GuestInfo, symbols: Sequence[Path] = (), *, route: str | None = None) -> OtherEngine | None:
+    """Whom to ask for a second opinion; None: nobody is here, or the guest's memory cannot be reached fast enough."""
+    if not info.routes or choose(info, route) not in _FAST or not probe_other().ok:
         return None
-    return SecondOpinion(f"qemu:{info.pid}", symbols=symbols)
+    return SecondOpinion(info.id.target, symbols=symbols)
 
 
 def open_tap(info: GuestInfo, tell: Tell, *, rung: str | None, fail_closed: bool) -> tuple[PacketTap, Rung, Learn]:

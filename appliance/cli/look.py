@@ -31,6 +31,22 @@ SymbolsOption = Annotated[
         help="Windows: a folder that holds windows/PDB/GUID-AGE.json.xz; may be given several times.",
     ),
 ]
+RouteOption = Annotated[
+    str | None,
+    typer.Option(
+        "--route",
+        metavar="ROUTE",
+        help="Read memory this way instead of the best one: qemu, xen, libvirt, qmp, file or libvmi; `guests` lists "
+        "what each guest has.",
+    ),
+]
+ChangesOption = Annotated[
+    bool,
+    typer.Option(
+        "--libvmi-allow-domain-changes",
+        help="LibVMI on Xen raises the domain's memory limit while it is open; it is put back afterwards.",
+    ),
+]
 Column = Callable[[dict[str, Any]], str]
 
 
@@ -53,9 +69,15 @@ def guests(output: OutputOption = Output.TABLE) -> None:
         tell("no running guest was found here; qemu:PID, file:PATH and port:IFNAME can be named all the same")
 
 
-def processes(target: TargetArgument, symbols: SymbolsOption = None, output: OutputOption = Output.TABLE) -> None:
+def processes(
+    target: TargetArgument,
+    symbols: SymbolsOption = None,
+    route: RouteOption = None,
+    changes: ChangesOption = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
     """List the processes of one guest, as its kernel's own memory tells them."""
-    _, os, snapshot = _look(target, symbols)
+    _, os, snapshot = _look(target, symbols, route, changes)
     bodies = [contract.process(one) or {} for one in snapshot.processes]
     windows = os == "windows"
     columns: dict[str, Column] = {
@@ -70,9 +92,15 @@ def processes(target: TargetArgument, symbols: SymbolsOption = None, output: Out
     _print(output, bodies, columns)
 
 
-def connections(target: TargetArgument, symbols: SymbolsOption = None, output: OutputOption = Output.TABLE) -> None:
+def connections(
+    target: TargetArgument,
+    symbols: SymbolsOption = None,
+    route: RouteOption = None,
+    changes: ChangesOption = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
     """List every socket of one guest with the processes that hold it, like ss -tuanp run from outside."""
-    info, os, snapshot = _look(target, symbols)
+    info, os, snapshot = _look(target, symbols, route, changes)
     bodies = [contract.connection(info.id.target, one) for one in snapshot.sockets]
     windows = os == "windows"
     several = len({body["netns"] for body in bodies}) > 1  # Windows: compartments; usually there is one
@@ -102,10 +130,10 @@ def _print(output: Output, bodies: list[dict[str, Any]], columns: dict[str, Colu
     print_objects(output, bodies, tuple(columns), rows, folding=("PATH", "USER", "NAME", "COMMAND"))
 
 
-def _look(target: str, symbols: list[Path] | None) -> tuple[GuestInfo, str, Snapshot]:
+def _look(target: str, symbols: list[Path] | None, route: str | None, changes: bool) -> tuple[GuestInfo, str, Snapshot]:
     info = resolve(target)
     with working(f"attaching to {info.id.target}"):
-        eye = open_eye(info, symbols or (), thorough=True)
+        eye = open_eye(info, symbols or (), thorough=True, route=route, change_domain=changes)
         try:
             snapshot = eye.read_snapshot()
         finally:
