@@ -7,7 +7,6 @@ like any other: one tap, and where asked for one QMP socket that nobody else use
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import socket
 import subprocess
@@ -19,19 +18,19 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lab.accel import QEMU, accelerator
-from lab.agent import Agent, CompletedRun, Job
+from lab.agent import Agent
 from lab.image import Image
+from lab.inside import Inside
 from lab.network import Network, Port
 from lab.packages import LabError
 from lab.qmp import Qmp
-from lab.truth import Truth
 
 BOOT_S = 120.0
 
 Shared = Literal["memfd", "file"]
 
 
-class Guest:
+class Guest(Inside):
     """A booted guest. Ended, and its files and its tap removed, by `close` or at the end of a `with`."""
 
     def __init__(
@@ -49,34 +48,6 @@ class Guest:
         self._monitor: Qmp | None = None
         self._connections: list[socket.socket] = []
         atexit.register(self.close)
-
-    def run(self, command: Sequence[str] | str, timeout_s: float = 60.0) -> CompletedRun:
-        """Run a command in the guest to its end; a string goes to the guest's shell. TimeoutError kills it."""
-        job = self.spawn(command)
-        try:
-            return job.wait(timeout_s)
-        except TimeoutError:
-            job.kill()
-            raise
-
-    def spawn(self, command: Sequence[str] | str) -> Job:
-        """Start a command in the guest and let it run."""
-        return self.agent.spawn(command if isinstance(command, str) else list(command))
-
-    def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Write a file in the guest."""
-        self.agent.put(path, content, mode)
-
-    def get(self, path: str) -> bytes:
-        """Read a file of the guest."""
-        return self.agent.get(path)
-
-    def truth(self, *symbols: str) -> Truth:
-        """What the guest itself says about its sockets and processes, and where these kernel symbols are."""
-        done = self.run(["/usr/bin/python3", "-S", "-E", "/opt/lab/truth.py", *symbols], timeout_s=120)
-        if done.returncode != 0:
-            raise LabError(f"truth script failed: {done.stderr[-800:]}")
-        return Truth.parse(json.loads(done.stdout))
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Execute a command on the lab's own monitor."""

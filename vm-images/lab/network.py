@@ -80,11 +80,16 @@ class Network:
 
     def add_port(self) -> Port:
         """A new tap on the bridge."""
+        port = self.next_place()
+        _run(*self.enter("ip", "tuntap", "add", port.ifname, "mode", "tap", "vnet_hdr"))
+        _run(*self.enter("ip", "link", "set", port.ifname, "master", BRIDGE, "up"))
+        return port
+
+    def next_place(self) -> Port:
+        """The addresses of the next guest, whose tap somebody else makes under this name."""
         self._ports += 1
-        number, name = 10 + self._ports, f"tap{self._ports}"
-        _run(*self.enter("ip", "tuntap", "add", name, "mode", "tap", "vnet_hdr"))
-        _run(*self.enter("ip", "link", "set", name, "master", BRIDGE, "up"))
-        return Port(name, f"52:54:00:77:00:{number:02x}", f"10.77.0.{number}", f"fd77::{number:x}")
+        number = 10 + self._ports
+        return Port(f"tap{self._ports}", f"52:54:00:77:00:{number:02x}", f"10.77.0.{number}", f"fd77::{number:x}")
 
     def remove_port(self, port: Port) -> None:
         """Take the tap away again."""
