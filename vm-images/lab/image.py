@@ -27,7 +27,8 @@ from lab.packages import LabError, cache_dir, fetch, locked, resolve
 IMAGES = Path(__file__).resolve().parent.parent
 COMMON = IMAGES / "common"
 LIBRARY = ["-shared", "-fPIC", "-pthread"]
-MODULE_FOLDERS = r"(?:drivers/(?:virtio|char|net)/|net/(?:[^/]+/)*)"  # the rest of a kernel package is hardware
+# The rest of a kernel package is hardware.
+MODULE_FOLDERS = r"(?:drivers/(?:virtio|char|net|net/xen-netback|xen|xen/xenfs)/|net/(?:[^/]+/)*)"
 
 Progress = Callable[[str], None]
 
@@ -54,8 +55,8 @@ def build(name: str, progress: Progress = lambda message: None) -> Image:
     """
     recipe = _recipe(name)
     kernel, packages = resolve(recipe["packages"], recipe["skip"], recipe["kernel"], recipe["choose"])
-    root_key = _key([[p.name, p.version] for p in packages], recipe["prune"], _sources())
-    home = cache_dir() / "images" / f"{name}-{_key(root_key, kernel.name, kernel.version, recipe['modules'])}"
+    root_key = key([[p.name, p.version] for p in packages], recipe["prune"], _sources())
+    home = cache_dir() / "images" / f"{name}-{key(root_key, kernel.name, kernel.version, recipe['modules'])}"
     if not home.exists():
         with locked(f"image-{name}"):
             if not home.exists():
@@ -82,14 +83,16 @@ def _sources() -> list[list[str]]:
     """Every file of ours that ends up in a guest or decides how it is made, with its digest."""
     files = [path for path in COMMON.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     files.append(Path(__file__))
-    return [[str(path.relative_to(IMAGES)), _digest(path)] for path in sorted(files)]
+    return [[str(path.relative_to(IMAGES)), digest(path)] for path in sorted(files)]
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _key(*parts: object) -> str:
+def key(*parts: object) -> str:
+    """A short name for exactly these parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -98,15 +101,15 @@ def _assemble(home: Path, kernel: Path, root: Path, modules: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f"{home.name}.") as work:
         image, tree = Path(work, "image"), Path(work, "tree")
         image.mkdir()
-        release = _unpack_kernel(kernel, image / "vmlinuz", tree, modules)
+        release = unpack_kernel(kernel, image / "vmlinuz", tree, modules)
         (image / "release").write_text(release + "\n")
-        (image / "initramfs").write_bytes(_cpio(tree) + root.read_bytes())
+        (image / "initramfs").write_bytes(cpio(tree) + root.read_bytes())
         image.rename(home)
 
 
-def _root_archive(key: str, debs: list[Path], prune: list[str], progress: Progress) -> Path:
+def _root_archive(root_key: str, debs: list[Path], prune: list[str], progress: Progress) -> Path:
     """The root file system all guests with these packages share, as an lz4 cpio archive."""
-    archive = cache_dir() / f"root-{key}.cpio.lz4"
+    archive = cache_dir() / f"root-{root_key}.cpio.lz4"
     with locked("root"):
         if archive.exists():
             return archive
@@ -115,29 +118,24 @@ def _root_archive(key: str, debs: list[Path], prune: list[str], progress: Progre
             tree = Path(work, "tree")
             tree.mkdir()
             for deb in debs:
-                _tool("dpkg-deb", "-x", str(deb), str(tree))
+                tool("dpkg-deb", "-x", str(deb), str(tree))
             _furnish(tree, prune)
             plain, partial = Path(work, "cpio"), Path(work, "lz4")
-            plain.write_bytes(_cpio(tree))
-            _tool("lz4", "-q", "-l", "-9", str(plain), str(partial))  # -l: the only lz4 frame the kernel reads
+            plain.write_bytes(cpio(tree))
+            tool("lz4", "-q", "-l", "-9", str(plain), str(partial))  # -l: the only lz4 frame the kernel reads
             partial.rename(archive)
     return archive
 
 
 def _furnish(tree: Path, prune: list[str]) -> None:
     """Make one /usr, drop what nobody reads, add our own files, compile Python once instead of at every boot."""
-    for name in ("bin", "sbin", "lib", "lib64"):
-        (tree / "usr" / name).mkdir(parents=True, exist_ok=True)
-        if (tree / name).is_dir():
-            _tool("cp", "-a", f"{tree / name}/.", str(tree / "usr" / name))
-            shutil.rmtree(tree / name)
-        (tree / name).symlink_to(f"usr/{name}")
+    merge_usr(tree)
     for path in prune:
         shutil.rmtree(tree / path, ignore_errors=True)
     for name in ("proc", "sys", "dev", "run", "tmp", "root", "var/lib/nginx", "var/log/nginx", "opt", "usr/local/bin"):
         (tree / name).mkdir(parents=True, exist_ok=True)
     (tree / "tmp").chmod(0o1777)
-    _tool("cp", "-a", "--no-preserve=ownership", f"{COMMON / 'rootfs'}/.", str(tree))
+    tool("cp", "-a", "--no-preserve=ownership", f"{COMMON / 'rootfs'}/.", str(tree))
     shutil.copytree(COMMON / "workloads", tree / "opt/workloads", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(COMMON / "truth.py", tree / "opt/lab/truth.py")
     shutil.copytree(COMMON / "parasite", tree / "opt/parasite")
@@ -150,18 +148,28 @@ def _furnish(tree: Path, prune: list[str]) -> None:
     (tree / "init").symlink_to("usr/bin/busybox")
     compiler = "import compileall; compileall.compile_dir('/usr/lib/python3.11', quiet=2, invalidation_mode="
     mode = "compileall.py_compile.PycInvalidationMode.UNCHECKED_HASH)"
-    _tool("chroot", str(tree), "/usr/bin/python3.11", "-c", compiler + mode)
+    tool("chroot", str(tree), "/usr/bin/python3.11", "-c", compiler + mode)
+
+
+def merge_usr(tree: Path) -> None:
+    """Move what packages put beside /usr into it, and leave links, as Debian has it since 12."""
+    for name in ("bin", "sbin", "lib", "lib64"):
+        (tree / "usr" / name).mkdir(parents=True, exist_ok=True)
+        if (tree / name).is_dir():
+            tool("cp", "-a", f"{tree / name}/.", str(tree / "usr" / name))
+            shutil.rmtree(tree / name)
+        (tree / name).symlink_to(f"usr/{name}")
 
 
 def _compile(tree: Path) -> None:
     """The guest's C programs, made with the host's compiler: the host is the same Debian, so libc fits."""
-    _tool("gcc", "-O2", "-o", str(tree / "usr/local/bin/updater"), str(COMMON / "programs/updater.c"))
+    tool("gcc", "-O2", "-o", str(tree / "usr/local/bin/updater"), str(COMMON / "programs/updater.c"))
     for source, target, options in (("inject.c", "inject", []), ("parasite.c", "libparasite.so", LIBRARY)):
         place = tree / "opt/parasite"
-        _tool("gcc", "-O2", *options, "-o", str(place / target), str(place / source))
+        tool("gcc", "-O2", *options, "-o", str(place / target), str(place / source))
 
 
-def _unpack_kernel(deb: Path, vmlinuz: Path, tree: Path, wanted: list[str]) -> str:
+def unpack_kernel(deb: Path, vmlinuz: Path, tree: Path, wanted: list[str]) -> str:
     """Write the kernel and the wanted modules; return its release."""
     modules: dict[str, bytes] = {}
     release = ""
@@ -207,7 +215,7 @@ def _in_load_order(modules: dict[str, bytes], wanted: list[str]) -> list[str]:
     return order
 
 
-def _cpio(tree: Path) -> bytes:
+def cpio(tree: Path) -> bytes:
     """The tree as a cpio archive in the form the kernel unpacks, everything owned by root."""
     paths = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
     listing = "\0".join([".", *paths]).encode()
@@ -218,7 +226,8 @@ def _cpio(tree: Path) -> bytes:
         raise LabError(f"cpio failed ({error}); remedy: apt-get install cpio") from None
 
 
-def _tool(*command: str) -> None:
+def tool(*command: str) -> None:
+    """Run a program of the host; LabError says what it complained about."""
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:

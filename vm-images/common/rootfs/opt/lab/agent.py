@@ -21,23 +21,25 @@ PORT = "lab.agent"
 CHUNK = 48 * 1024
 
 
-def port_path() -> str:
+def port_path(wanted: str = PORT) -> str:
     while True:
         for name in os.listdir("/sys/class/virtio-ports"):
             with open(f"/sys/class/virtio-ports/{name}/name") as text:
-                if text.read().strip() == PORT:
+                if text.read().strip() == wanted:
                     return f"/dev/{name}"
         time.sleep(0.1)
 
 
 class Agent:
+    mark = b""  # what a message begins with
+
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.lock = threading.Lock()
         self.jobs: dict[int, int] = {}
 
     def send(self, **answer: object) -> None:
-        line = json.dumps(answer).encode() + b"\n"
+        line = self.mark + json.dumps(answer).encode() + b"\n"
         with self.lock:
             while line:
                 line = line[os.write(self.fd, line) :]
@@ -133,9 +135,13 @@ class Agent:
             self.send(job=job, stream=stream, data=base64.b64encode(data).decode())
 
 
-def main() -> None:
+def prepare() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     os.environ.update(PATH="/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", LANG="C.UTF-8", PYTHONDONTWRITEBYTECODE="1")
+
+
+def main() -> None:
+    prepare()
     Agent(os.open(port_path(), os.O_RDWR)).serve()
 
 
