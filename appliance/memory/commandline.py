@@ -57,7 +57,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     ram_size = _size(memory["size"], MIB) if "size" in memory else DEFAULT_RAM
     below = machine.get("max-ram-below-4g")
     return CommandLine(
-        machine=_machine_kind(str(machine.get("type", "pc"))),
+        machine=machine_kind(str(machine.get("type", "pc"))),
         ram_size=-(-ram_size // 8192) * 8192,
         blocks=_blocks(options, machine, backends, ram_size),
         max_below_4g=_size(below) if below else None,
@@ -140,7 +140,8 @@ def _size(text: str, unit: int = 1) -> int:
     return int(number * (_SUFFIX[found[2]] if found[2] else unit))
 
 
-def _machine_kind(name: str) -> str:
+def machine_kind(name: str) -> str:
+    """The kind of machine a QEMU machine type is, which decides where RAM lies. Raises HostError."""
     if "q35" in name:
         return "q35"
     if name.startswith("microvm"):

@@ -77,7 +77,7 @@ class _Place(NamedTuple):
 def locate(process: ProcessMemory, line: CommandLine) -> HostMap:
     """Find every block. Raises HostError when one cannot be found, PermissionRefused, GuestGone."""
     maps = read_maps(process.pid)
-    layout = extents(line, above_start(line, _is_amd()))
+    layout = extents(line, above_start(line, is_amd()))
     wanted = list(_wanted(line))
     places: dict[_Wanted, _Place] = {}
     for quick in (True, False):  # the thorough search only where the quick one leaves a doubt
@@ -250,7 +250,8 @@ def _open_shared(pid: int, inode: int, size: int) -> int | None:
     return None
 
 
-def _is_amd() -> bool:
+def is_amd() -> bool:
+    """Whether guests of this host have processors of AMD, as far as the map of RAM is concerned."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()[:400]
     except OSError:
