@@ -1,7 +1,8 @@
 """What a QEMU command line says of a guest's identity and network cards. Parses text only, touches nothing.
 
-Sources: qemu-options.hx (-name, -uuid, -m, -netdev, -nic, -net, -device), qapi/net.json (netdev types and the JSON
-syntax), util/qemu-option.c (``a=b,c,,d``: a doubled comma stands for one), net/net.c (default MAC addresses).
+Sources: qemu-options.hx (-name, -uuid, -m, -netdev, -nic, -net, -device, -machine, -object), qapi/net.json (netdev
+types and the JSON syntax), util/qemu-option.c (``a=b,c,,d``: a doubled comma stands for one), net/net.c (default MAC
+addresses).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final
 _NO_VALUE: Final = frozenset({"S", "nodefaults", "no-user-config", "snapshot", "daemonize", "enable-kvm", "nographic"})
 _UNITS: Final = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 _DEFAULT_MEMORY: Final = 128 << 20  # hw/core/machine.c
+_SEV_POLICY_ES: Final = 1 << 2  # docs/system/i386/amd-memory-encryption.rst
 _DEFAULT_MAC: Final = "52:54:00:12:34:{:02x}"  # net/net.c: 0x56 + index
 
 
@@ -40,6 +42,7 @@ class Arguments:
     nets: tuple[NetDevice, ...]
     passthrough: tuple[str, ...]  # devices handed to the guest as they are
     default_net: bool  # nothing was said of networks: QEMU adds a user-mode one
+    encryption: str | None = None  # what encrypts the guest's memory: QEMU's kind of object
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -55,6 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         nets=tuple(_with_default_macs(_net_devices(options))),
         passthrough=tuple(_passthrough(options)),
         default_net=not keys & {"netdev", "nic", "net", "nodefaults"},
+        encryption=_encryption(machine, options),
     )
 
 
@@ -162,6 +166,19 @@ def _passthrough(options: list[tuple[str, str]]) -> Iterator[str]:
             if driver.startswith(("vfio-", "vhost-vdpa-device")):
                 where = _text(found.get("host") or found.get("sysfsdev") or found.get("vhostdev")) or "?"
                 yield f"{driver} {where}"
+
+
+def _encryption(machine: dict[str, Any], options: list[tuple[str, str]]) -> str | None:
+    """The kind of the object that the machine refers to; one that it does not refer to encrypts nothing."""
+    ident = _text(machine.get("confidential-guest-support") or machine.get("memory-encryption"))
+    if ident is None:
+        return None
+    objects = (_properties(text, "qom-type") for key, text in options if key == "object")
+    found = next((one for one in objects if _text(one.get("id")) == ident), {})
+    kind = _text(found.get("qom-type")) or ident
+    policy = _text(found.get("policy")) or "0"
+    number = int(policy, 0) if re.fullmatch(r"0x[0-9a-fA-F]+|[1-9]\d*|0", policy) else 0
+    return "sev-es-guest" if kind == "sev-guest" and number & _SEV_POLICY_ES else kind
 
 
 def _descriptors(found: dict[str, Any]) -> tuple[int, ...]:

@@ -25,11 +25,16 @@ def iter_pids() -> Iterator[int]:
 
 def is_qemu(pid: int) -> bool:
     """Whether the process is a QEMU system emulator, by its executable; by its name only where that is unreadable."""
+    return read_qemu(pid) is not None
+
+
+def read_qemu(pid: int) -> str | None:
+    """The file name of the QEMU system emulator that a process is, None when it is none."""
     try:
         names = [str((PROC / str(pid) / "exe").readlink()).removesuffix(" (deleted)")]
     except OSError:
         names = [read_name(pid), *read_argv(pid)[:1]]
-    return any(_QEMU.fullmatch(name.rsplit("/", 1)[-1]) for name in names)
+    return next((name for path in names if _QEMU.fullmatch(name := path.rsplit("/", 1)[-1])), None)
 
 
 def read_name(pid: int) -> str:

@@ -18,6 +18,7 @@ from appliance.hosts import proc
 from appliance.hosts.arguments import NetDevice, parse_arguments
 from appliance.hosts.netns import find_interface, find_port, iter_namespaces
 from appliance.hosts.switch import explain_switch, read_switch
+from appliance.hosts.unreadable import emulated, explain_unreadable
 from appliance.hosts.untappable import explain_untappable
 from appliance.model import GuestChange, GuestId, GuestInfo, GuestPort
 
@@ -82,14 +83,16 @@ def find_guest(pid: int) -> GuestInfo:
     except PermissionError:
         ports = ()
         notes.append(f"its ports cannot be seen: /proc/{pid}/fd needs root or CAP_SYS_PTRACE")
-    notes += explain_untappable(arguments)
+    unreadable = list(explain_unreadable(arguments, emulated(proc.read_qemu(pid) or argv[0])))
+    notes += [*unreadable, *explain_untappable(arguments)]
     for port in ports:
         if port.ifindex is not None and (note := explain_switch(port, read_switch(port.netns, port.ifindex))):
             notes.append(note)
     if proc.read_start_time(pid) != start:
         raise UsageError(f"process {pid} ended while it was looked at")
     guest = GuestId(f"qemu:{pid}", arguments.uuid, arguments.name, f"{pid}-{start}")
-    return GuestInfo(guest, pid, arguments.memory_bytes, ports, ("qemu",), tuple(notes), hypervisor="qemu")
+    routes = () if unreadable else ("qemu",)
+    return GuestInfo(guest, pid, arguments.memory_bytes, ports, routes, tuple(notes), hypervisor="qemu")
 
 
 def is_running(guest: GuestInfo) -> bool:
