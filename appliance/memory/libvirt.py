@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from appliance.bounded import Worker
 from appliance.errors import GuestGone, HostError, ParasightError, PermissionRefused, UnreadableMemory, UsageError
 from appliance.memory.batches import Ram, gather
-from appliance.memory.bounded import Worker
 from appliance.memory.commandline import CommandLine
 from appliance.memory.domainxml import parse_domain
 from appliance.memory.hostmap import is_amd
