@@ -53,8 +53,8 @@ class Worker:
 
     def _serve(self) -> None:
         while (work := self._work.get()) is not None:
+            result: tuple[Any, BaseException | None]
             try:
-                result = work(), None
+                self._results.put((work(), None))
             except BaseException as error:
-                result = None, error
-            self._results.put(result)
+                self._results.put((None, error))
