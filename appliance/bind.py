@@ -49,7 +49,7 @@ ALARM_REST_NS = 60_000 * MS  # one forged address is one alarm a minute, whateve
 MAX_ALARMS = 32  # and so many of them in that time: who forges one address forges a million
 
 _ANSWER_RANK = {Match.EXACT: 4, Match.KERNEL: 3, Match.LISTENER: 2, Match.UNCONNECTED: 2, Match.NONE: 0}
-_LASTING_MISSES = (Reason.CLOSED, Reason.FORWARDED, Reason.NO_MEMORY, Reason.TIME_WAIT, Reason.ORPHAN)
+_LASTING_MISSES = (Reason.CLOSED, Reason.FORWARDED, Reason.TIME_WAIT, Reason.ORPHAN)
 # "No socket" or "no listed holder" of one instant. A DHCP client's packet socket is there all day, so RAW is no more
 # than a suspicion either, until the flow is known to live on.
 _DOUBTFUL_MISSES = (None, Reason.HIDDEN, Reason.RAW)

@@ -28,8 +28,9 @@ from appliance.respond.control import ControlServer
 from appliance.respond.never import host_addresses, spare
 from appliance.respond.place import control_path
 from appliance.respond.room import ControlRoom, Words
+from appliance.summary import Summary
 from appliance.tap.pcap import PcapSource
-from appliance.watch import POLL_S, GuestWatch, Summary, Tell
+from appliance.watch import POLL_S, GuestWatch, Tell
 
 MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
 TICK_S = 0.5  # how often bans are seen to where no control socket does it

@@ -138,6 +138,14 @@ class Engine:
         self.records: OrderedDict[FlowId, Verdict] = OrderedDict()
         self.waiting = self._acts.waiting  # for a person
 
+    def describe(self, tags: tuple[str, ...]) -> None:
+        """What its operator calls this guest from now on."""
+        self._tags = tags
+
+    def hold_new(self, hold: HoldPolicy | None) -> None:
+        """The tap holds new flows by another policy from now on."""
+        self._acts.hold = hold or HoldPolicy()
+
     @property
     def next_due_ns(self) -> int | None:
         """When a Tick is wanted; None: nothing waits."""

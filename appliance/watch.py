@@ -12,12 +12,11 @@ import contextlib
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from appliance.engine import Engine
-from appliance.errors import GuestError, GuestGone, HostError, ParasightError
+from appliance.errors import GuestGone, HostError, ParasightError
 from appliance.messages import (
     AskOther,
     Command,
@@ -35,6 +34,7 @@ from appliance.messages import (
 )
 from appliance.model import (
     Act,
+    Change,
     Decoy,
     Direction,
     Evidence,
@@ -45,53 +45,24 @@ from appliance.model import (
     Match,
     Reason,
     Snapshot,
-    TapStats,
     Verdict,
 )
 from appliance.ports import GuestEye, OtherEngine, PacketHand, PacketTap
+from appliance.sight import Aside, Sight, at_once
+from appliance.summary import Summary
 
 POLL_S = 0.1  # how long a quiet guest is waited for before the engine's timers and the stop flag are looked at
 CHECK_NS = 1_000_000_000  # how often a guest is asked for signs of life
-STILL_NS = 10 * CHECK_NS  # a kernel that does not tick for so long is paused, or is not the running one any more
-RETRY_NS = 2 * CHECK_NS  # first pause before another try to attach; doubled with each failure
-MAX_RETRY_NS = 300 * CHECK_NS
 MAX_PUT_OFF = 256  # searches that wait: a guest can start processes faster than anybody can look into them
 PUT_OFF_NS = 250_000_000  # so long evidence may wait for a moment without events; then its process may be gone
 SHOWN_GAPS = 3  # of a first look; the summary counts all
+MAX_HINTS = 64  # that wait; they are about what the loop sees by itself a moment later
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
+_NOT_YET = Finding(Match.NONE, reason=Reason.NO_MEMORY)
 
 Clock = Callable[[], int]
 Tell = Callable[[str], None]
-
-
-@dataclass(slots=True)
-class Summary:
-    """What one watch has seen and cost. Every loss is a figure here."""
-
-    vm: str
-    tap: TapStats = field(default_factory=TapStats)
-    bound: Counter[str] = field(default_factory=Counter)
-    unbound: Counter[str] = field(default_factory=Counter)
-    verdicts: Counter[str] = field(default_factory=Counter)
-    torn: int = 0
-    gaps: int = 0  # what the full looks could not see
-    guest_errors: Counter[str] = field(default_factory=Counter)
-    acts: Counter[str] = field(default_factory=Counter)  # what the hand did
-    acts_failed: int = 0  # what it could not do: the flow was gone, the decoy is unknown, the host refused
-    opinions: Counter[str] = field(default_factory=Counter)  # of the other engine, by what became of the question
-    cpu_s: float = 0.0
-    unshown: int = 0  # verdicts dropped because their reader was too slow
-    defect: bool = False  # it ended by an error of ours
-    ended: str = ""  # why the watch of this guest ended early; "" when it did not
-
-    def count(self, verdict: Verdict) -> None:
-        """Count one judged flow by how it was bound and what was decided."""
-        binding = verdict.binding
-        if binding.match is Match.NONE:
-            self.unbound[(binding.reason or Reason.LATE).value] += 1
-        else:
-            self.bound[binding.match.value] += 1
-        self.verdicts[verdict.judgement.decision.value] += 1
+Policy = Callable[[str, tuple[str, ...]], HoldPolicy | None]
 
 
 class GuestWatch:
@@ -110,9 +81,15 @@ class GuestWatch:
         runs: Callable[[], bool] = lambda: True,
         reopen: Callable[[], GuestEye | None] = lambda: None,
         looked: Callable[[Snapshot], None] = lambda snapshot: None,
+        use: Callable[[GuestEye | None], None] = lambda eye: None,
+        aside: Aside = at_once,
+        work_s: Callable[[], float] | None = None,
+        young: bool = False,
+        silent: bool = True,
         other: OtherEngine | None = None,
         hand: PacketHand | None = None,
         hold: HoldPolicy | None = None,
+        policy: Policy | None = None,
         decoys: Mapping[str, Decoy] = MappingProxyType({}),
         serve: Callable[[], object] = lambda: None,
         ports: Callable[[], None] = lambda: None,
@@ -120,15 +97,18 @@ class GuestWatch:
     ) -> None:
         """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks.
 
+        ``aside``, ``work_s``, ``young`` and ``silent`` are those of ``Sight``; ``use`` is given every new eye, and None
+        while there is none.
         ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
-        same policy), ``decoys`` are the far ends of redirects by name. ``serve`` does what others ask of this thread,
+        same policy), ``policy`` what that is for another system and other tags. ``decoys`` are the far ends of
+        redirects by name. ``serve`` does what others ask of this thread,
         ``ports`` looks whether the guest's ports have changed. ``abandon`` leaves the tap as a dead appliance would:
         for an operator who wants the guest's network to fail closed, also by an error of ours. ``other`` is asked for
         a second opinion.
         """
-        self.info, self._tap, self._eye, self.engine = info, tap, eye, engine
+        self.info, self._tap, self.engine = info, tap, engine
         self._report, self.clock, self._tell = report, clock, tell
-        self._runs, self._reopen, self._looked = runs, reopen, looked
+        self._runs, self._looked, self._use, self._policy = runs, looked, use, policy
         self._other, self._unanswered = other, 0
         self._hand, self._hold, self._decoys, self._serve, self._ports = hand, hold, decoys, serve, ports
         self._abandon = abandon
@@ -136,9 +116,23 @@ class GuestWatch:
         self._later: deque[tuple[GatherEvidence, int]] = deque()  # with the time it was asked for
         self._complained: set[str] = set()
         self._next_check_ns = 0
-        self._pulse, self._beat_ns, self._spoke_ns, self._still_ns = -1, 0, 0, STILL_NS
-        self._retry_ns, self._next_try_ns = RETRY_NS, clock() + RETRY_NS
+        self._hints: deque[Change] = deque(maxlen=MAX_HINTS)
+        self._news: GuestInfo | None = None
+        self._over = ""
         self.summary = Summary(info.id.target)
+        self._sight = Sight(
+            info.id.target,
+            eye,
+            reopen,
+            clock(),
+            tell=tell,
+            errors=self.summary.guest_errors,
+            aside=aside,
+            work_s=work_s,
+            young=young,
+            silent=silent,
+        )
+        self._used = eye
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Watch until told to stop, or until the tap has nothing more to give."""
@@ -154,10 +148,11 @@ class GuestWatch:
                     self._tick(event.at_ns)
                     self.take(event)
                     if isinstance(event, FlowPayload) and event.direction is Direction.OUT:
-                        self._spoke_ns = event.at_ns
+                        self._sight.heard(event.at_ns)
                 self._tick(self.clock())
                 self._catch_up(quiet=quiet)
                 self._hear()
+                self._see()
                 self._check()
                 self._serve()
                 self._turns += 1
@@ -172,7 +167,7 @@ class GuestWatch:
             self.summary.defect = True
             self._end(f"a defect of Parasight, please report it: {error!r}\n{traceback.format_exc()}", failed=True)
         finally:
-            self._drop_eye()
+            self._sight.close()
             if self._other is not None:
                 self._other.close()
                 self.summary.opinions["not waited for"] += self._unanswered
@@ -213,73 +208,83 @@ class GuestWatch:
                 self._complain("second opinion", f"no second opinion, or not all of it: {opinion.trouble}")
             self.take(OpinionFound(opinion.process, opinion.evidence, self.clock()))
 
-    def _check(self) -> None:
-        """Once a second: a guest that has ended sends no more packets, and its tap may stay; a kernel may restart."""
+    # -- what is told from outside --
+
+    def hint(self, change: Change) -> None:
+        """The hypervisor tells of a change: any thread."""
+        self._hints.append(change)
+
+    def renew(self, info: GuestInfo) -> None:
+        """What the inventory knows of this life of the guest now: any thread."""
+        self._news = info
+
+    def end(self, why: str) -> None:
+        """Let the watch end: any thread."""
+        self._over = why
+
+    # -- the guest's thread --
+
+    def _see(self) -> None:
+        """See to the eye: its kernel may be another one by now."""
         now_ns = self.clock()
+        if (news := self._news) is not None:
+            self._news = None
+            self._learn(news, now_ns)
+        while self._hints:
+            change = self._hints.popleft()
+            if change is Change.DEVICES:
+                self._next_check_ns = now_ns
+            self._sight.hint(change, now_ns)
+        found = self._sight.look(now_ns)
+        if self._used is not self._sight.eye:
+            self._used = self._sight.eye
+            self._use(self._used)
+        if found:
+            self._seed()
+
+    def _learn(self, info: GuestInfo, now_ns: int) -> None:
+        """The guest may have other tags, or do something else."""
+        tags, self.info = self.info.tags, info
+        self._sight.learn_state(info.state, now_ns)
+        if info.tags != tags:
+            self.engine.describe(info.tags)
+            self._hold_anew()
+
+    def _hold_anew(self) -> None:
+        """Which new flows wait depends on the guest's system and tags."""
+        if self._policy is None or self._hand is None:
+            return
+        eye = self._sight.eye
+        hold = self._policy(eye.os if eye is not None else "", self.info.tags)
+        if hold != self._hold:
+            self._hold = hold
+            self.engine.hold_new(hold)
+            self._hand.hold_new(hold)
+
+    def _check(self) -> None:
+        """Once a second: a guest that has ended sends no more packets, and its tap may stay."""
+        now_ns = self.clock()
+        if self._over:
+            raise GuestGone(self._over)
         if 0 < self._next_check_ns - now_ns <= CHECK_NS:  # further away: the host's clock was set back
             return
         self._next_check_ns = now_ns + CHECK_NS
         if not self._runs():
             raise GuestGone("the guest has ended")
         self._ports()
-        if self._eye is None:
-            if now_ns >= self._next_try_ns:
-                self._adopt(self._reopen(), now_ns)
-        elif self._eye.live:
-            self._check_pulse(self._eye, now_ns)
-
-    def _check_pulse(self, eye: GuestEye, now_ns: int) -> None:
-        """A kernel that does not tick any more is paused, or was replaced by a reboot: attach once more to learn which.
-
-        A paused guest sends nothing, so one that does is waited for less.
-        """
-        pulse = self._pulse
-        with self._guest_errors("pulse"):
-            pulse = eye.read_pulse()
-        if pulse != self._pulse:
-            self._pulse, self._beat_ns, self._still_ns = pulse, now_ns, STILL_NS
-            return
-        speaks = self._spoke_ns - self._beat_ns > CHECK_NS
-        if now_ns - self._beat_ns <= (2 * CHECK_NS if speaks else self._still_ns):
-            return
-        fresh = self._reopen()
-        fresh_pulse = None
-        if fresh is not None:
-            with self._guest_errors("pulse"):
-                fresh_pulse = fresh.read_pulse()
-        if fresh is not None and fresh_pulse == self._pulse:  # the same kernel: the guest is paused
-            fresh.close()
-            self._still_ns = min(2 * self._still_ns, MAX_RETRY_NS)
-            return
-        self._drop_eye()
-        self._tell(f"{self.info.id.target}: its kernel does not run any more")
-        self._adopt(fresh, now_ns)
-
-    def _adopt(self, eye: GuestEye | None, now_ns: int) -> None:
-        self._eye = eye
-        if eye is None:
-            self._retry_ns = min(2 * self._retry_ns, MAX_RETRY_NS)
-            self._next_try_ns = now_ns + self._retry_ns
-            return
-        self._tell(f"{self.info.id.target}: {eye.describe}, attached again")
-        self._retry_ns, self._still_ns, self._beat_ns, self._pulse = RETRY_NS, STILL_NS, now_ns, -1
-        self._seed()
-
-    def _drop_eye(self) -> None:
-        if self._eye is not None:
-            self._eye.close()
-            self._eye = None
 
     def _seed(self) -> None:
         """Learn the processes and the connections that are already open."""
-        if self._eye is not None:
-            with self._guest_errors("first look"):
-                snapshot = self._eye.read_snapshot()
+        eye = self._sight.eye
+        if eye is not None:
+            with self._sight.guard("first look"):
+                snapshot = eye.read_snapshot()
                 self.summary.gaps += len(snapshot.gaps)
                 for gap in snapshot.gaps[:SHOWN_GAPS]:
                     self._tell(f"{self.info.id.target}: not seen: {gap.what}: {gap.why}")
                 self._looked(snapshot)
-                self.take(SnapshotTaken(snapshot, self._eye.os))
+                self.take(SnapshotTaken(snapshot, eye.os))
+            self._hold_anew()
 
     def take(self, event: Event) -> None:
         """Feed one event and do what the engine commands, until it asks for nothing more; in the guest's own thread."""
@@ -291,11 +296,11 @@ class GuestWatch:
     def _do(self, command: Command) -> Event | None:
         match command:
             case LookUp(flow):
-                finding = _NO_EYE
-                if self._eye is not None:
+                finding = _NOT_YET if self._sight.opening else _NO_EYE
+                if (eye := self._sight.eye) is not None:
                     finding = Finding(Match.NONE, reason=Reason.TORN)
-                    with self._guest_errors("look-up"):
-                        finding = self._eye.find_owner(flow)
+                    with self._sight.guard("look-up"):
+                        finding = eye.find_owner(flow)
                 self.summary.torn += finding.torn
                 return LookedUp(flow.id, finding, self.clock())
             case Handle(flow_id, act):
@@ -309,7 +314,8 @@ class GuestWatch:
             case GatherEvidence():
                 return self._find_foreign(command)
             case AskOther(process):
-                if self._other is not None and self._eye is not None and self._other.ask(self._eye.os, process):
+                eye = self._sight.eye
+                if self._other is not None and eye is not None and self._other.ask(eye.os, process):
                     self._unanswered += 1
                     return None
                 self.summary.opinions["not asked"] += 1
@@ -322,9 +328,9 @@ class GuestWatch:
 
     def _find_foreign(self, command: GatherEvidence) -> EvidenceFound:
         evidence: tuple[Evidence, ...] = ()
-        if self._eye is not None:
-            with self._guest_errors("evidence"):
-                evidence = self._eye.find_foreign(command.process)
+        if (eye := self._sight.eye) is not None:
+            with self._sight.guard("evidence"):
+                evidence = eye.find_foreign(command.process)
         return EvidenceFound(command.flow, evidence, self.clock())
 
     def _handle(self, command: Handle) -> bool | None:
@@ -365,18 +371,6 @@ class GuestWatch:
         if subject not in self._complained:
             self._complained.add(subject)
             self._tell(f"{self.info.id.target}: {why}")
-
-    @contextlib.contextmanager
-    def _guest_errors(self, what: str) -> Iterator[None]:
-        """Count what the guest does to us; a guest that is gone takes its eye with it, nothing else."""
-        try:
-            yield
-        except GuestGone as error:
-            self.summary.guest_errors["gone"] += 1
-            self._tell(f"{self.info.id.target}: {error}; watching its packets only")
-            self._drop_eye()
-        except GuestError as error:
-            self.summary.guest_errors[f"{what}: {type(error).__name__}"] += 1
 
     def _end(self, why: str, *, failed: bool = False) -> None:
         """End the watch of this guest before its time: say so, and judge what its tap still has, unless we failed."""

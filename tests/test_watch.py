@@ -21,7 +21,8 @@ from appliance.model import (
     Snapshot,
     TapStats,
 )
-from appliance.watch import CHECK_NS, MAX_PUT_OFF, STILL_NS, GuestWatch
+from appliance.sight import STILL_NS
+from appliance.watch import CHECK_NS, MAX_PUT_OFF, GuestWatch
 from tests.worlds.nouns import VM, NoNames, Verbatim, flow, owner
 
 LIVE = GuestInfo(VM, 4242, ports=(GuestPort("tap1"),))

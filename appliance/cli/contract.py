@@ -25,7 +25,7 @@ from appliance.model import (
     Verdict,
     ip_text,
 )
-from appliance.watch import Summary
+from appliance.summary import Summary
 
 Json = dict[str, Any]
 

@@ -25,7 +25,7 @@ from appliance.model import Decoy, GuestPort, Verdict
 from appliance.respond.room import Words
 from appliance.rules import RuleBook, load
 from appliance.store.book import Book, default_path
-from appliance.watch import Summary
+from appliance.summary import Summary
 
 SHIPPED_RULES = Path(__file__).resolve().parents[2] / "rules"
 MAX_SHOWN = 1024  # rows of a table that are remembered, for those that are told again

@@ -30,7 +30,7 @@ from appliance.model import (
     Transport,
     Verdict,
 )
-from appliance.watch import Summary
+from appliance.summary import Summary
 from tests.worlds.nouns import VM, flow, owner, process
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "json.md").read_text()

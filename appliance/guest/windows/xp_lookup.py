@@ -55,7 +55,7 @@ class XpLookup:
                     self._sockets.torn += 1
                     continue
                 except UnsupportedGuest:
-                    return Finding(Match.NONE, reason=Reason.NO_MEMORY)
+                    return Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
             finding = self._find_once(flow, fresh=fresh)
             if finding is not None:
                 lost = self._sockets.torn - torn
