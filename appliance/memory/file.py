@@ -90,6 +90,11 @@ class FileMemory:
         """What the file holds, sorted, disjoint."""
         return self._regions
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether the file is nothing but RAM, byte for byte from guest-physical 0 on."""
+        return self._extents[0].gpa == self._extents[0].offset == 0 and len(self._extents) == 1
+
     def read(self, gpa: int, size: int) -> bytes:
         """Return exactly ``size`` bytes. Raises UnreadableMemory."""
         end, delta = self._ends[bisect_right(self._starts, gpa) - 1]
