@@ -17,6 +17,7 @@ _NO_VALUE: Final = frozenset({"S", "nodefaults", "no-user-config", "snapshot", "
 _UNITS: Final = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 _DEFAULT_MEMORY: Final = 128 << 20  # hw/core/machine.c
 _SEV_POLICY_ES: Final = 1 << 2  # docs/system/i386/amd-memory-encryption.rst
+_DOMAIN: Final = re.compile(r"/domain-(\d{1,18})-[^/]*/master-key\.aes$")
 _DEFAULT_MAC: Final = "52:54:00:12:34:{:02x}"  # net/net.c: 0x56 + index
 
 
@@ -43,6 +44,10 @@ class Arguments:
     passthrough: tuple[str, ...]  # devices handed to the guest as they are
     default_net: bool  # nothing was said of networks: QEMU adds a user-mode one
     encryption: str | None = None  # what encrypts the guest's memory: QEMU's kind of object
+    incoming: bool = False  # it was started to take over another one's state: whether that has arrived is not said
+    monitors: tuple[str, ...] = ()  # paths of QMP sockets that no manager owns
+    libvirt_id: int | None = None  # the number that libvirt gave to this life of its domain
+    xen_domid: int | None = None  # it is no machine of its own: it emulates devices for this Xen domain
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -59,6 +64,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         passthrough=tuple(_passthrough(options)),
         default_net=not keys & {"netdev", "nic", "net", "nodefaults"},
         encryption=_encryption(machine, options),
+        incoming="incoming" in keys,
+        monitors=tuple(_monitors(options)),
+        libvirt_id=_libvirt_id(options),
+        xen_domid=next((int(value) for key, value in options if key == "xen-domid" and value.isdecimal()), None),
     )
 
 
@@ -179,6 +188,36 @@ def _encryption(machine: dict[str, Any], options: list[tuple[str, str]]) -> str 
     policy = _text(found.get("policy")) or "0"
     number = int(policy, 0) if re.fullmatch(r"0x[0-9a-fA-F]+|[1-9]\d*|0", policy) else 0
     return "sev-es-guest" if kind == "sev-guest" and number & _SEV_POLICY_ES else kind
+
+
+def _monitors(options: list[tuple[str, str]]) -> Iterator[str]:
+    """QMP sockets by path that take anybody's call; a manager's own is a descriptor, or lies in libvirt's folders."""
+    backends = {}
+    for key, text in options:
+        if key in {"qmp", "qmp-pretty"} and text.startswith("unix:"):
+            yield from _listening(_properties(text.removeprefix("unix:"), "path"))
+        elif key == "chardev":
+            found = _properties(text, "backend")
+            backends[_text(found.get("id"))] = found
+    for key, text in options:
+        monitor = _properties(text, "chardev") if key == "mon" else {}
+        if monitor.get("mode") == "control":
+            yield from _listening(backends.get(_text(monitor.get("chardev")), {}))
+
+
+def _listening(socket: dict[str, Any]) -> Iterator[str]:
+    path = _text(socket.get("path"))
+    if path is not None and "/libvirt/" not in path and socket.get("server") in {"on", "yes", "true", True}:
+        yield path
+
+
+def _libvirt_id(options: list[tuple[str, str]]) -> int | None:
+    """From the folder of the key that libvirt hands to each QEMU it starts (``qemuDomainMasterKeyCreate``)."""
+    for key, text in options:
+        found = _properties(text, "qom-type") if key == "object" else {}
+        if found.get("id") == "masterKey0" and (match := _DOMAIN.search(_text(found.get("file")) or "")):
+            return int(match[1])
+    return None
 
 
 def _descriptors(found: dict[str, Any]) -> tuple[int, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Final
 PROC: Final = Path("/proc")
 MAX_COMMAND: Final = 1 << 20
 MAX_DESCRIPTORS: Final = 65536
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 # Distributions call the system emulator qemu-system-ARCH, qemu-kvm or kvm; qemu-ARCH alone is the user-mode one.
 _QEMU: Final = re.compile(r"(qemu-system-\w+|qemu-kvm|kvm)([-.][\w.]+)?")
@@ -18,9 +22,9 @@ _QEMU: Final = re.compile(r"(qemu-system-\w+|qemu-kvm|kvm)([-.][\w.]+)?")
 
 def iter_pids() -> Iterator[int]:
     """All processes (thread-group leaders) that we can see."""
-    for entry in PROC.iterdir():
-        if entry.name.isdigit():
-            yield int(entry.name)
+    for name in os.listdir(PROC):  # noqa: PTH208  not pathlib: asked twice a second, for all processes
+        if name.isdigit():
+            yield int(name)
 
 
 def is_qemu(pid: int) -> bool:
@@ -31,7 +35,9 @@ def is_qemu(pid: int) -> bool:
 def read_qemu(pid: int) -> str | None:
     """The file name of the QEMU system emulator that a process is, None when it is none."""
     try:
-        names = [str((PROC / str(pid) / "exe").readlink()).removesuffix(" (deleted)")]
+        names = [os.readlink(f"{PROC}/{pid}/exe").removesuffix(" (deleted)")]  # noqa: PTH115
+    except FileNotFoundError:
+        return None  # a thread of the kernel, or gone
     except OSError:
         names = [read_name(pid), *read_argv(pid)[:1]]
     return next((name for path in names if _QEMU.fullmatch(name := path.rsplit("/", 1)[-1])), None)
@@ -61,6 +67,21 @@ def read_start_time(pid: int) -> int | None:
     return None
 
 
+def read_age_s(pid: int) -> float | None:
+    """How long ago the process has started; None when it is gone."""
+    start = read_start_time(pid)
+    return None if start is None else time.clock_gettime(time.CLOCK_BOOTTIME) - start / _TICKS
+
+
+def read_cpu_s(pid: int) -> float:
+    """CPU seconds that the process has used, in user and kernel mode, guests included; 0 when it is gone."""
+    with suppress(OSError, IndexError, ValueError):
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+        fields = text[text.rindex(")") + 2 :].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+    return 0.0
+
+
 def read_thread_group(pid: int) -> int | None:
     """The process that a thread id belongs to, None when there is no such thread."""
     with suppress(OSError):
@@ -71,10 +92,10 @@ def read_thread_group(pid: int) -> int | None:
 
 def iter_descriptors(pid: int) -> Iterator[tuple[int, str]]:
     """Open descriptors with what they point to. Raises PermissionError where we may not look."""
-    entries = sorted((PROC / str(pid) / "fd").iterdir(), key=lambda entry: int(entry.name))
-    for entry in entries[:MAX_DESCRIPTORS]:
+    folder = f"{PROC}/{pid}/fd"
+    for descriptor in sorted(map(int, os.listdir(folder)))[:MAX_DESCRIPTORS]:  # noqa: PTH208
         with suppress(FileNotFoundError):
-            yield int(entry.name), str(entry.readlink())
+            yield descriptor, os.readlink(f"{folder}/{descriptor}")  # noqa: PTH115
 
 
 def read_interface(pid: int, descriptor: int) -> str | None:

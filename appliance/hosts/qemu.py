@@ -1,38 +1,51 @@
 """The QEMU guests of this host, whoever started them: identity, size, network ports (P1, P2).
 
-A guest is found by its process alone. Its ports are the tap descriptors that QEMU holds, so that hot-plugged ones
-count and a command line that names none misleads nobody. What has no port is said in ``notes``: silence would look
-like safety.
+A guest is found by its process alone. What has no port is said in ``notes``: silence would look like safety.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Final
 
 from appliance.errors import HostError, PermissionRefused, UsageError
 from appliance.hosts import proc
-from appliance.hosts.arguments import NetDevice, parse_arguments
-from appliance.hosts.netns import find_interface, find_port, iter_namespaces
+from appliance.hosts.arguments import Arguments, parse_arguments
 from appliance.hosts.switch import explain_switch, read_switch
+from appliance.hosts.taps import Held, find_taps, match_cards, read_held
 from appliance.hosts.unreadable import emulated, explain_unreadable
 from appliance.hosts.untappable import explain_untappable
 from appliance.model import GuestChange, GuestId, GuestInfo, GuestPort
 
-_MACVTAP: Final = re.compile(r"/dev/tap(\d+)$")  # the number is the interface's index (drivers/net/macvtap.c)
+PORTS_S: Final = 5.0  # how long ports are believed to be where they were, while QEMU holds the same descriptors
 
 
 class QemuSource:
-    """The QEMU processes of this host: implements `ports.GuestSource`."""
+    """The QEMU processes of this host: implements `ports.GuestSource`. Cheap to ask again and again."""
 
     name = "qemu"
 
+    def __init__(self) -> None:
+        self._lives: dict[int, _Life] = {}
+
     def find_guests(self) -> list[GuestInfo]:
         """Every QEMU guest that runs here and that we may look at, by pid."""
-        return find_guests()
+        lives: dict[int, _Life] = {}
+        for pid in proc.iter_pids():
+            life = self._lives.get(pid)
+            if life is None or proc.read_start_time(pid) != life.start:
+                life = _begin(pid)
+            if life is not None:
+                life.look()
+                lives[pid] = life
+        self._lives = lives
+        return [life.info for _, life in sorted(lives.items())]
+
+    def arguments(self, guest: GuestInfo) -> Arguments | None:
+        """What the command line of one of these guests says."""
+        life = self._lives.get(guest.pid or 0)
+        return life.arguments if life is not None else None
 
     def fileno(self) -> int:
         """Nothing tells of processes: they are looked for again."""
@@ -46,53 +59,31 @@ class QemuSource:
         """Nothing is open."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Tap:
-    """A port as QEMU holds it."""
-
-    ifname: str
-    netns: str | None
-    ifindex: int | None
-    fds: tuple[int, ...]
-
-
 def find_guests() -> list[GuestInfo]:
     """Every QEMU guest that runs here and that we may look at, by pid."""
-    guests = []
-    for pid in sorted(proc.iter_pids()):
-        if proc.is_qemu(pid) and (argv := proc.read_argv(pid)) and parse_arguments(argv).machine != "none":
-            with suppress(UsageError):  # it ended meanwhile
-                guests.append(find_guest(pid))
-    return guests
+    return QemuSource().find_guests()
 
 
 def find_guest(pid: int) -> GuestInfo:
     """Describe the guest of one QEMU process. Raises UsageError when ``pid`` is none, and says what it is."""
-    start = proc.read_start_time(pid)
-    if start is None:
+    if proc.read_start_time(pid) is None:
         raise UsageError(f"there is no process {pid}")
     if (leader := proc.read_thread_group(pid)) not in {pid, None}:
         raise UsageError(f"{pid} is a thread of process {leader}; use qemu:{leader}")
-    argv = proc.read_argv(pid)
-    if not proc.is_qemu(pid) or not argv:
+    if not proc.is_qemu(pid) or not (argv := proc.read_argv(pid)):
         raise UsageError(f"process {pid} is no QEMU system emulator, it is {proc.read_name(pid) or 'gone'!r}")
     arguments = parse_arguments(argv)
-    notes: list[str] = []
-    try:
-        ports = tuple(_match(_find_taps(pid, notes), arguments.nets))
-    except PermissionError:
-        ports = ()
-        notes.append(f"its ports cannot be seen: /proc/{pid}/fd needs root or CAP_SYS_PTRACE")
-    unreadable = list(explain_unreadable(arguments, emulated(proc.read_qemu(pid) or argv[0])))
-    notes += [*unreadable, *explain_untappable(arguments)]
-    for port in ports:
-        if port.ifindex is not None and (note := explain_switch(port, read_switch(port.netns, port.ifindex))):
-            notes.append(note)
-    if proc.read_start_time(pid) != start:
+    if arguments.xen_domid is not None:
+        raise UsageError(f"process {pid} only emulates devices of a Xen domain; use xen:{arguments.xen_domid}")
+    if arguments.machine == "none":
+        raise UsageError(f"process {pid} is a QEMU without a machine: somebody asks it what it can do")
+    life = _begin(pid)
+    if life is None:
         raise UsageError(f"process {pid} ended while it was looked at")
-    guest = GuestId(f"qemu:{pid}", arguments.uuid, arguments.name, f"{pid}-{start}")
-    routes = () if unreadable else ("qemu",)
-    return GuestInfo(guest, pid, arguments.memory_bytes, ports, routes, tuple(notes), hypervisor="qemu")
+    life.look()
+    if not is_running(life.info):
+        raise UsageError(f"process {pid} ended while it was looked at")
+    return life.info
 
 
 def is_running(guest: GuestInfo) -> bool:
@@ -110,48 +101,58 @@ def check_permission(guest: GuestInfo) -> None:
         raise HostError(f"{guest.id}: process {guest.pid} is gone") from error
 
 
-def _find_taps(pid: int, notes: list[str]) -> list[_Tap]:
-    """The taps and macvtaps that QEMU holds, each with all its queues."""
-    queues: dict[str, list[int]] = {}
-    found: list[_Tap] = []
-    for descriptor, target in proc.iter_descriptors(pid):
-        if target.endswith("/net/tun"):
-            if (ifname := proc.read_interface(pid, descriptor)) is not None:
-                queues.setdefault(ifname, []).append(descriptor)
-        elif match := _MACVTAP.search(target):
-            tap = _find_macvtap(pid, int(match[1]), descriptor)
-            if tap is None:
-                notes.append(f"macvtap {target}: its interface is in no network namespace that can be seen")
-            elif tap.ifname not in {other.ifname for other in found}:
-                found.append(tap)
-    for ifname, fds in queues.items():
-        place = find_port(pid, ifname, fds[0])
-        if place is None:
-            notes.append(f"port {ifname} is in no network namespace that can be seen: it cannot be tapped")
-        else:
-            found.append(_Tap(ifname, *place, tuple(fds)))
-    return sorted(found, key=lambda tap: tap.fds)
+def _begin(pid: int) -> _Life | None:
+    """Read what cannot change of one life of a process; None where it is no guest, or has just ended."""
+    start, qemu = proc.read_start_time(pid), proc.read_qemu(pid)
+    if start is None or qemu is None or not (argv := proc.read_argv(pid)):
+        return None
+    arguments = parse_arguments(argv)
+    if arguments.machine == "none" or arguments.xen_domid is not None:
+        return None
+    unreadable = list(explain_unreadable(arguments, emulated(qemu)))
+    routes = () if unreadable else ("qemu", "qmp") if arguments.monitors else ("qemu",)
+    info = GuestInfo(
+        GuestId(f"qemu:{pid}", arguments.uuid, arguments.name, f"{pid}-{start}"),
+        pid,
+        arguments.memory_bytes,
+        routes=routes,
+        notes=(*unreadable, *explain_untappable(arguments)),
+        hypervisor="qemu",
+    )
+    return _Life(start, arguments, info, info.notes)
 
 
-def _find_macvtap(pid: int, index: int, descriptor: int) -> _Tap | None:
-    for path in iter_namespaces(pid):
-        if (ifname := find_interface(path, index)) is not None:
-            return _Tap(ifname, path, index, (descriptor,))
-    return None
+@dataclass(slots=True)
+class _Life:
+    """One life of a QEMU process. Its ports can change, so they are looked for again where that may be."""
+
+    start: int
+    arguments: Arguments
+    info: GuestInfo
+    notes: tuple[str, ...]  # apart from those about its ports
+    held: tuple[Held, ...] | None = None  # what it held when its ports were looked for; None: look again
+    looked_s: float = 0.0
+
+    def look(self) -> None:
+        """Bring ``info`` up to date."""
+        pid, now_s = self.info.pid or 0, time.monotonic()
+        try:
+            held = read_held(pid)
+        except PermissionError:
+            refused = f"its ports cannot be seen: /proc/{pid}/fd needs root or CAP_SYS_PTRACE"
+            self.info = replace(self.info, ports=(), notes=(refused, *self.notes))
+            return
+        except OSError:
+            return  # it is ending
+        if held == self.held and now_s < self.looked_s + PORTS_S:
+            return
+        notes: list[str] = []
+        ports = tuple(match_cards(find_taps(pid, held, notes), self.arguments.nets))
+        self.held, self.looked_s = None if notes else held, now_s
+        self.info = replace(self.info, ports=ports, notes=(*notes, *self.notes, *_explain_switches(ports)))
 
 
-def _match(taps: list[_Tap], devices: tuple[NetDevice, ...]) -> Iterator[GuestPort]:
-    """Give each tap the MAC of its card: by interface name, by descriptor, or because only one is left."""
-    rest = [device for device in devices if device.kind in {"tap", "bridge"}]
-    macs: dict[str, str | None] = {}
-    for tap in taps:
-        for device in rest:
-            if device.ifname == tap.ifname or set(device.fds) & set(tap.fds):
-                macs[tap.ifname] = device.mac
-                rest.remove(device)
-                break
-    unknown = [tap.ifname for tap in taps if tap.ifname not in macs]
-    if len(unknown) == len(rest):  # QEMU opens them in the order of its command line
-        macs |= {ifname: device.mac for ifname, device in zip(unknown, rest, strict=True)}
-    for tap in taps:
-        yield GuestPort(tap.ifname, macs.get(tap.ifname), tap.netns, tap.ifindex)
+def _explain_switches(ports: tuple[GuestPort, ...]) -> tuple[str, ...]:
+    placed = [(port, port.ifindex) for port in ports if port.ifindex is not None]
+    notes = [explain_switch(port, read_switch(port.netns, index)) for port, index in placed]
+    return tuple(note for note in notes if note is not None)

@@ -77,6 +77,31 @@ def test_devices_handed_through_are_named() -> None:
     assert parse("-device vfio-pci,host=0000:03:00.0").passthrough == ("vfio-pci 0000:03:00.0",)
 
 
+def test_a_monitor_is_offered_only_where_no_manager_owns_it() -> None:
+    ours = "-qmp unix:/tmp/a.sock,server=on,wait=off -chardev socket,id=m,path=/tmp/b.sock,server,nowait"
+    assert parse(f"{ours} -mon chardev=m,mode=control").monitors == ("/tmp/a.sock", "/tmp/b.sock")
+    libvirts = "-chardev socket,id=charmonitor,fd=24,server=on,wait=off -mon chardev=charmonitor,mode=control"
+    old = "-chardev socket,id=charmonitor,path=/var/lib/libvirt/qemu/domain-1-web/monitor.sock,server,nowait"
+    assert parse(libvirts).monitors == ()
+    assert parse(f"{old} -mon chardev=charmonitor,mode=control").monitors == ()
+    assert parse("-qmp unix:/tmp/a.sock -chardev socket,id=m,path=/tmp/h,server=on -mon chardev=m").monitors == ()
+
+
+def test_the_life_of_a_domain_is_read_from_the_key_that_libvirt_hands_over() -> None:
+    key = {"qom-type": "secret", "id": "masterKey0", "file": "/var/lib/libvirt/qemu/domain-12-web-1/master-key.aes"}
+    assert parse_arguments(["q", "-object", json.dumps(key)]).libvirt_id == 12
+    assert parse("-object secret,id=masterKey0,format=raw,file=/l/domain-3-a/master-key.aes").libvirt_id == 3
+    assert parse("-object secret,id=mine,file=/l/domain-3-a/master-key.aes").libvirt_id is None
+    assert parse("-name domain-3-a").libvirt_id is None
+
+
+def test_what_takes_over_a_state_and_what_serves_xen_is_told() -> None:
+    assert parse("-incoming defer").incoming
+    assert not parse("-S").incoming
+    assert parse("-xen-domid 7 -machine xenfv").xen_domid == 7
+    assert parse("-m 64").xen_domid is None
+
+
 words = st.text(alphabet='-abdeimnotv=,:{}"[]0123456789.', max_size=40)
 options = st.sampled_from(["-netdev", "-device", "-nic", "-net", "-name", "-m", "-uuid", "-M"])
 

@@ -1,0 +1,95 @@
+"""The network ports that a QEMU process holds: tap and macvtap descriptors, whatever its command line says.
+
+So hot-plugged ports count, and a command line that names none misleads nobody.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from appliance.hosts import proc
+from appliance.hosts.arguments import NetDevice
+from appliance.hosts.netns import find_interface, find_port, iter_namespaces
+from appliance.model import GuestPort
+
+_MACVTAP: Final = re.compile(r"/dev/tap(\d+)$")  # the number is the interface's index (drivers/net/macvtap.c)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One descriptor: of a tap by its name, or of a macvtap by its device file."""
+
+    descriptor: int
+    ifname: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A port as QEMU holds it, with all its queues."""
+
+    ifname: str
+    netns: str | None
+    ifindex: int | None
+    fds: tuple[int, ...]
+
+
+def read_held(pid: int) -> tuple[Held, ...]:
+    """The descriptors of network ports that the process has open. Raises PermissionError."""
+    found = []
+    for descriptor, target in proc.iter_descriptors(pid):
+        if target.endswith("/net/tun"):
+            if (ifname := proc.read_interface(pid, descriptor)) is not None:
+                found.append(Held(descriptor, ifname=ifname))
+        elif _MACVTAP.search(target):
+            found.append(Held(descriptor, device=target))
+    return tuple(found)
+
+
+def find_taps(pid: int, held: Iterable[Held], notes: list[str]) -> list[Tap]:
+    """Where the interfaces behind the descriptors are now; into ``notes`` goes what is nowhere to be seen."""
+    queues: dict[str, list[int]] = {}
+    found: list[Tap] = []
+    for one in held:
+        if one.ifname is not None:
+            queues.setdefault(one.ifname, []).append(one.descriptor)
+        elif match := _MACVTAP.search(one.device or ""):
+            tap = _find_macvtap(pid, int(match[1]), one.descriptor)
+            if tap is None:
+                notes.append(f"macvtap {one.device}: its interface is in no network namespace that can be seen")
+            elif tap.ifname not in {other.ifname for other in found}:
+                found.append(tap)
+    for ifname, fds in queues.items():
+        place = find_port(pid, ifname, fds[0])
+        if place is None:
+            notes.append(f"port {ifname} is in no network namespace that can be seen: it cannot be tapped")
+        else:
+            found.append(Tap(ifname, *place, tuple(fds)))
+    return sorted(found, key=lambda tap: tap.fds)
+
+
+def match_cards(taps: list[Tap], devices: tuple[NetDevice, ...]) -> Iterator[GuestPort]:
+    """Give each tap the MAC of its card: by interface name, by descriptor, or because only one is left."""
+    rest = [device for device in devices if device.kind in {"tap", "bridge"}]
+    macs: dict[str, str | None] = {}
+    for tap in taps:
+        for device in rest:
+            if device.ifname == tap.ifname or set(device.fds) & set(tap.fds):
+                macs[tap.ifname] = device.mac
+                rest.remove(device)
+                break
+    unknown = [tap.ifname for tap in taps if tap.ifname not in macs]
+    if len(unknown) == len(rest):  # QEMU opens them in the order of its command line
+        macs |= {ifname: device.mac for ifname, device in zip(unknown, rest, strict=True)}
+    for tap in taps:
+        yield GuestPort(tap.ifname, macs.get(tap.ifname), tap.netns, tap.ifindex)
+
+
+def _find_macvtap(pid: int, index: int, descriptor: int) -> Tap | None:
+    for path in iter_namespaces(pid):
+        if (ifname := find_interface(path, index)) is not None:
+            return Tap(ifname, path, index, (descriptor,))
+    return None
