@@ -9,15 +9,21 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from appliance.errors import UsageError
+from appliance.errors import UnreadableMemory, UsageError
 from appliance.memory.file import open_file
+from appliance.memory.libvirt import open_libvirt
+from appliance.memory.libvmi import open_libvmi_file, open_libvmi_xen
+from appliance.memory.libvmi import probe as probe_libvmi
+from appliance.memory.monitor import open_monitor
 from appliance.memory.qemu import open_qemu
+from appliance.memory.xen import open_xen
 from appliance.model import GuestInfo, Region
 from appliance.ports import GuestMemory
 
+ROUTES = ("qemu", "xen", "libvirt", "qmp", "file", "libvmi")
 PAGE = 4096
 MEASURE_S = 0.25  # for each of the two rates
 MAX_BATCH = 1024  # pages asked for at once
@@ -43,9 +49,19 @@ def open_memory(info: GuestInfo, route: str | None = None, *, change_domain: boo
     route = choose(info, route)
     match route:
         case "file":
-            return open_file(Path(target.removeprefix("file:")))
+            return open_file(target.removeprefix("file:"))
         case "qemu" if info.pid is not None:
             return open_qemu(info.pid)
+        case "qmp" if info.pid is not None:
+            return open_monitor(info.pid)
+        case "libvirt" if info.id.uuid is not None:
+            return open_libvirt(info.id.uuid, pid=info.pid)
+        case "xen" if info.domid is not None:
+            return open_xen(info.domid, info.id.uuid, info.memory_bytes)
+        case "libvmi" if info.domid is not None:
+            return open_libvmi_xen(info.domid, info.id.uuid, info.memory_bytes, change_domain=change_domain)
+        case "libvmi" if target.startswith("file:"):
+            return open_libvmi_file(target.removeprefix("file:"))
     raise UsageError(f"{target}: there is no route {route!r}")
 
 
@@ -54,9 +70,26 @@ def choose(info: GuestInfo, route: str | None = None) -> str:
     target = info.id.target
     if not info.routes:
         raise UsageError(f"{target} has no memory to read: only its packets can be watched")
-    if route is not None and route not in info.routes:
-        raise UsageError(f"{target} cannot be read by {route!r}; its routes are: {', '.join(info.routes)}")
-    return route or info.routes[0]
+    if route is None:
+        return info.routes[0]
+    if route not in info.routes:
+        why = f" ({_why_not(route, info)})" if route in ROUTES else f", there are: {', '.join(ROUTES)}"
+        raise UsageError(f"{target} cannot be read by {route!r}{why}; its routes are: {', '.join(info.routes)}")
+    return route
+
+
+def _why_not(route: str, info: GuestInfo) -> str:
+    """What a guest lacks for a route that it does not have."""
+    if route == "libvmi" and (info.domid is not None or info.id.target.startswith("file:")):
+        return probe_libvmi().reason
+    return {
+        "qemu": "it is no QEMU process that can be seen",
+        "xen": "it is no Xen domain",
+        "libvirt": "it is no domain of libvirt, or libvirt cannot be asked",
+        "qmp": "it has no QMP socket of its own, free of a manager",
+        "libvmi": "LibVMI reads Xen domains and raw images; KVM only on a patched host",
+        "file": "it is no memory image",
+    }[route]
 
 
 def measure(memory: GuestMemory, *, seconds: float = MEASURE_S, clock: Callable[[], float] = time.perf_counter) -> Rate:
@@ -75,7 +108,10 @@ def measure(memory: GuestMemory, *, seconds: float = MEASURE_S, clock: Callable[
     pages_per_s = got / (clock() - start_s)
     got, start_s = 0, clock()
     while clock() - start_s < seconds:
-        got += sum(memory.readv([(gpa, 8)])[0] is not None for gpa in pages.draw(16 if got >= 16 else 1))
+        for gpa in pages.draw(16 if got >= 16 else 1):
+            with suppress(UnreadableMemory):
+                memory.read(gpa, 8)
+                got += 1
     return Rate(pages_per_s, got / (clock() - start_s))
 
 

@@ -1,0 +1,243 @@
+"""Guest RAM through LibVMI: one more way, never taken unless it is named. The only file that knows its binding.
+
+What we use of it is physical reads (``partial=True``): translation and all that follows is ours. Its page cache is
+emptied before each call, since it keeps the pages of a file for ever, of a live guest's RAM file too; only whole pages
+that are known to be RAM are asked for, and it is opened for what was found before: it crashes on a missing file.
+
+On Xen it is not passive: attaching lifts the domain's memory limit, detaching leaves a wrong one, and a failed attach
+sets dom0's to nothing. So it needs ``change_domain``, the domain is looked up first, and the limits of both are put
+back behind each of these steps, and when this process ends. On KVM it needs a patched kernel or a patched QEMU.
+Sources: LibVMI 0.14 libvmi/driver/xen/xen.c (xen_init_vmi, xen_destroy: xc_domain_setmaxmem),
+driver/memory_cache.c (memory_cache_set, memory_cache_flush), driver/file/file.c; its Python binding's libvmi.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import io
+import os
+import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from appliance.errors import ConfigError, GuestGone, HostError, UnreadableMemory, UsageError
+from appliance.memory.batches import Ram
+from appliance.memory.file import open_file
+from appliance.memory.xen import open_xen
+from appliance.memory.xenlimits import MemoryLimits
+from appliance.model import Availability, Region, VcpuState
+from appliance.xenctl import is_control_domain
+
+PAGE = 4096
+_INSTALL: Final = "pip install 'parasight[libvmi]' (its wheels end at Python 3.11)"
+_XENSTORE: Final = "apt-get install libxen-dev, or ln -s libxenstore.so.4 libxenstore.so where the former lies"
+_CHANGES: Final = (
+    "LibVMI changes a domain's memory limit when it attaches on Xen; say --libvmi-allow-domain-changes "
+    "(the limits are put back), or use the route 'xen'"
+)
+_stderr_lock = threading.Lock()
+
+
+class LibvmiMemory:
+    """Guest-physical RAM as LibVMI reads it. ``check`` raises GuestGone once what was opened is no more."""
+
+    name = "libvmi"
+
+    def __init__(
+        self,
+        handle: Any,  # noqa: ANN401  the binding has no types
+        regions: Iterable[Region],
+        *,
+        live: bool,
+        check: Callable[[], None],
+        end: Callable[[], None],
+    ) -> None:
+        self.live = live
+        self._handle, self._ram = handle, Ram(regions)
+        self._check, self._end = check, end
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """RAM, sorted, disjoint."""
+        return self._ram.regions
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
+        self._ram.check(gpa, size)
+        handle = self._opened()
+        handle.pagecache_flush()
+        data = self._read(handle, gpa, size)
+        if data is None:
+            self._check()
+            raise UnreadableMemory(gpa, size, "LibVMI cannot read it")
+        return data
+
+    def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Read many ``(gpa, size)`` spans, one by one; None where one is unreadable."""
+        handle = self._opened()
+        handle.pagecache_flush()
+        found = [self._read(handle, gpa, size) if self._ram.holds(gpa, size) else None for gpa, size in spans]
+        if None in found:
+            self._check()
+        return found
+
+    def vcpus(self) -> tuple[VcpuState, ...]:
+        """None are asked for: the kernel is found without them."""
+        return ()
+
+    def check_alive(self) -> None:
+        """Raise GuestGone unless what was opened is still there."""
+        self._opened()
+        self._check()
+
+    def close(self) -> None:
+        """Let go of the guest; may be called twice."""
+        if self._handle is not None:
+            self._handle = None
+            self._end()
+
+    def _opened(self) -> Any:  # noqa: ANN401
+        if self._handle is None:
+            raise GuestGone("LibVMI was closed")
+        return self._handle
+
+    def _read(self, handle: Any, gpa: int, size: int) -> bytes | None:  # noqa: ANN401
+        try:
+            data, got = handle.read_pa(gpa, size)  # all or nothing: without padding a short read fails
+        except Exception as error:
+            if type(error).__name__ != "LibvmiError":  # its own class, known by name since it is loaded lazily
+                raise
+            return None
+        return bytes(data) if got == size else None
+
+
+def open_libvmi_file(path: str | Path) -> LibvmiMemory:
+    """Open a raw image of memory, or the file behind a guest's RAM. Raises ConfigError, HostError."""
+    with contextlib.closing(open_file(path)) as image:
+        if not image.is_raw:
+            raise ConfigError(f"{path}: LibVMI reads raw memory images only; use the route 'file'")
+        regions = [Region(0, image.regions[0].size // PAGE * PAGE)]
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # what was looked at is what LibVMI opens
+    try:
+        handle = _construct(f"/proc/self/fd/{descriptor}", "INIT_DOMAINNAME", "FILE")
+    finally:
+        os.close(descriptor)
+    return LibvmiMemory(handle, regions, live=False, check=_stays, end=partial(_destroy, handle))
+
+
+def open_libvmi_xen(
+    domid: int, uuid: str | None = None, memory_bytes: int | None = None, *, change_domain: bool = False
+) -> LibvmiMemory:
+    """Open a running Xen domain. Raises UsageError without ``change_domain``, GuestGone, HostError with the remedy."""
+    if not change_domain:
+        raise UsageError(_CHANGES)
+    _load()
+    if _find_xenstore() is None:
+        raise HostError(f"LibVMI needs libxenstore.so by its unversioned name: {_XENSTORE}")
+    with contextlib.closing(open_xen(domid, uuid, memory_bytes)) as own:
+        regions = own.regions  # of LibVMI's own figures, one is the highest frame of all, and the other no map
+    limits = MemoryLimits(domid, uuid)
+    try:
+        handle = _construct(_Domid(str(domid)), "INIT_DOMAINID", "XEN")
+    finally:
+        limits.restore()
+
+    def end() -> None:
+        atexit.unregister(end)
+        try:
+            _destroy(handle)
+        finally:
+            limits.restore()
+
+    atexit.register(end)
+    return LibvmiMemory(handle, regions, live=True, check=limits.check_alive, end=end)
+
+
+def probe() -> Availability:
+    """Whether LibVMI can be used here, and on what. Opens no guest."""
+    name = "libvmi"
+    try:
+        _load()
+    except HostError as error:
+        return Availability(name, ok=False, reason=str(error), remedy=_INSTALL, required=False)
+    where = "reads raw memory images (--route libvmi); KVM guests it cannot: that takes a patched host (libkvmi.so)"
+    if not is_control_domain():
+        return Availability(name, ok=True, reason=where, required=False)
+    if _find_xenstore() is None:
+        why = f"{where}; Xen domains it cannot either: libxenstore.so is missing by its unversioned name"
+        return Availability(name, ok=False, reason=why, remedy=_XENSTORE, required=False)
+    why = f"{where}; on Xen it changes memory limits: only with --libvmi-allow-domain-changes"
+    return Availability(name, ok=True, reason=why, required=False)
+
+
+class _Domid(str):
+    """The number of a domain in the form the binding wants: it hands on what ``encode`` gives."""
+
+    __slots__ = ()
+
+    def encode(self, *_: object) -> bytes:
+        """As the C side reads it: uint64_t."""
+        return struct.pack("<Q", int(self))
+
+
+def _construct(domain: str, flag: str, mode: str) -> Any:  # noqa: ANN401  the binding has no types
+    """A handle. Raises HostError with what the C library printed: its exception says nothing."""
+    libvmi = _load()
+    printed = io.StringIO()
+    try:
+        with _quiet(printed):
+            return libvmi.Libvmi(domain, getattr(libvmi, flag), mode=libvmi.VMIMode[mode], partial=True)
+    except libvmi.LibvmiError as error:
+        why = " ".join(printed.getvalue().split()) or f"no reason told ({error})"
+        raise HostError(f"LibVMI cannot open it in mode {mode}: {why}") from None
+
+
+def _destroy(handle: Any) -> None:  # noqa: ANN401
+    with _quiet(io.StringIO()):
+        handle.destroy()
+
+
+def _stays() -> None:
+    """A file stays as it is."""
+
+
+def _load() -> Any:  # noqa: ANN401
+    try:
+        return importlib.import_module("libvmi")
+    except ImportError as error:
+        if importlib.util.find_spec("libvmi") is None:
+            raise HostError(f"LibVMI's Python binding is not installed: {_INSTALL}") from None
+        raise HostError(f"LibVMI cannot be loaded: {error}") from None
+
+
+def _find_xenstore() -> str | None:
+    """The library as LibVMI looks for it: by the name that only packages for developers bring."""
+    try:
+        return str(ctypes.CDLL("libxenstore.so")._name)
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _quiet(printed: io.StringIO) -> Iterator[None]:
+    """Catch what the C library prints to standard error, which it does to whatever has that descriptor."""
+    with _stderr_lock, tempfile.TemporaryFile() as caught:
+        sys.stderr.flush()
+        before = os.dup(2)
+        try:
+            os.dup2(caught.fileno(), 2)
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            caught.seek(0)
+            printed.write(caught.read(4096).decode(errors="replace"))
