@@ -8,22 +8,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from appliance.engine import Engine, Judge
 from appliance.errors import HostError
-from appliance.evidence.volatility import probe as probe_other
+from appliance.flow.community import community_id
 from appliance.flow.names import Names
 from appliance.front import Front
 from appliance.hosts.inventory import is_running
+from appliance.hosts.proc import read_cpu_s
 from appliance.hosts.targets import resolve
-from appliance.model import Decoy, GuestInfo, HoldPolicy, Verdict
-from appliance.opening import open_eye_or_none, open_eye_or_say, open_other, open_tap, teach
+from appliance.model import Decoy, GuestInfo, HoldPolicy, Snapshot, Verdict
+from appliance.opening import open_eye, open_eye_or_say, open_other, open_tap, teach
 from appliance.plugging import Plugging
 from appliance.ports import GuestEye, PacketTap
 from appliance.respond.mailbox import Mailbox
+from appliance.sight import in_a_thread
 from appliance.tap.bpf.tap import KernelTap
+from appliance.tap.looks import LookTap
 from appliance.watch import GuestWatch, Tell
+
+LOOKS: Final = "looks"  # the tap where no packet can be seen
+Offer = Callable[[Verdict], None]
 
 
 class Rules(Judge, Protocol):
@@ -48,6 +54,9 @@ class Options:
     bans: Path | None = None  # where bans outlive a restart
     symbols: tuple[Path, ...] = ()  # folders with symbol tables of Windows
     second_opinion: bool = False  # ask Volatility about denied processes, where it is installed
+    opt_in: bool = False  # where no guest is named: only those whose metadata asks for it
+    route: str | None = None  # to the guests' memory; None: the best
+    change_domain: bool = False  # routes may change settings of a domain while they are open
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,98 +66,161 @@ class Watched:
     watch: GuestWatch
     front: Front
     beat: Callable[[], None] | None
+    how: str  # its packets are seen
+    opened: contextlib.ExitStack
+
+    def close(self) -> None:
+        """Give back what was opened; may be called twice."""
+        self.opened.close()
 
 
-def open_guests(
-    targets: list[str],
-    rules: Rules,
-    offer: Callable[[Verdict], None],
-    tell: Tell,
-    options: Options,
-    opened: contextlib.ExitStack,
-) -> list[Watched]:
-    """Open every guest; where one cannot be opened, ``opened`` closes the others again.
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """Puts together the watch of one guest after the other."""
 
-    All memory eyes first, since attaching takes time in which an open tap's ring would fill.
-    """
-    if options.second_opinion and not (other := probe_other()).ok:
-        tell(f"no second opinion on denied processes: {other.reason}")
-    named = [resolve(target) for target in targets]
-    infos = list({info.id.instance or info.id: info for info in named}.values())  # a guest can have several names
-    eyes: list[GuestEye | None] = []
-    for info in infos:
-        _say_notes(info, tell)
-        eyes.append(open_eye_or_say(info, tell, options.symbols) if info.pid is not None else None)
-        if (eye := eyes[-1]) is not None:
-            opened.callback(eye.close)
-    return [_open_guest(info, eye, rules, offer, tell, options, opened) for info, eye in zip(infos, eyes, strict=True)]
+    rules: Rules
+    tell: Tell
+    options: Options
 
+    def open_eye(self, info: GuestInfo) -> GuestEye:
+        """Attach to its memory. Raises ParasightError."""
+        options = self.options
+        return open_eye(info, options.symbols, route=options.route, change_domain=options.change_domain)
 
-def _open_guest(
-    info: GuestInfo,
-    eye: GuestEye | None,
-    rules: Rules,
-    offer: Callable[[Verdict], None],
-    tell: Tell,
-    options: Options,
-    opened: contextlib.ExitStack,
-) -> Watched:
-    tap, rung, learn = open_tap(info, tell, rung=options.rung, fail_closed=options.fail_closed)
-    opened.callback(tap.close)
-    hand = tap if isinstance(tap, KernelTap) else None
-    policy = rules.hold_policy(eye.os if eye else "")
-    enforces = options.enforce and policy is not None and hand is not None
-    _say_mode(info, tell, options, policy, tap)
-    if enforces:
-        _say_decoys(info, tell, options, rules.decoys(eye.os if eye else ""))
-    other = open_other(info, options.symbols) if options.second_opinion else None
-    if other is not None:
-        opened.callback(other.close)
-    watcher = partial(
-        GuestWatch,
-        info,
-        tap,
-        eye,
-        Engine(rules, Names(), hold=policy if enforces else None, other=other is not None),
-        offer,
-        time.time_ns,
-        tell=tell,
-        looked=partial(teach, learn),
-        other=other,
-        hand=hand if enforces else None,
-        hold=policy,
-        decoys={decoy.name: decoy for decoy in options.decoys},
-        abandon=hand.abandon if enforces and hand is not None and options.fail_closed else None,
-    )
-    if info.pid is not None:
-        watcher = partial(
-            watcher, runs=partial(is_running, info), reopen=partial(open_eye_or_none, info, options.symbols)
+    def open_named(self, infos: list[GuestInfo], offer: Callable[[GuestInfo], Offer]) -> list[Watched]:
+        """Open guests that a person has named: whatever keeps one from being watched is an error, and none is.
+
+        All memory eyes first, since attaching takes time in which an open tap's ring would fill.
+        """
+        with contextlib.ExitStack() as undo:
+            eyes: list[GuestEye | None] = []
+            for info in infos:
+                self._say_notes(info)
+                eyes.append(self._open_eye_or_say(info) if info.routes else None)
+                if (eye := eyes[-1]) is not None:
+                    undo.callback(eye.close)
+            opened: list[Watched] = []
+            for info, eye in zip(infos, eyes, strict=True):
+                opened.append(self._open(info, eye, offer(info), named=True, young=False))
+                undo.callback(opened[-1].close)
+            undo.pop_all()
+        return opened
+
+    def open_found(self, info: GuestInfo, offer: Offer, *, young: bool) -> Watched:
+        """Open a guest that was found here. Its memory is attached to while it is watched already.
+
+        ``young``: it has started just now. Raises ParasightError where nothing of it can be seen.
+        """
+        self._say_notes(info)
+        return self._open(info, None, offer, named=False, young=young)
+
+    def _open_eye_or_say(self, info: GuestInfo) -> GuestEye | None:
+        options = self.options
+        return open_eye_or_say(
+            info, self.tell, options.symbols, route=options.route, change_domain=options.change_domain
         )
-        if hand is not None:
-            plugging = Plugging(info, hand, tell)
-            opened.callback(plugging.close)
-            watcher = partial(watcher, ports=plugging.look)
-    mailbox = Mailbox()
-    one = watcher(serve=mailbox.serve)
-    front = Front(one, hand, rung.name, enforces, time.time_ns(), mailbox)
-    return Watched(one, front, hand.beat if hand is not None else None)
+
+    def _open(self, info: GuestInfo, eye: GuestEye | None, offer: Offer, *, named: bool, young: bool) -> Watched:
+        with contextlib.ExitStack() as undo:
+            if eye is not None:
+                undo.callback(eye.close)
+            watched = self._put_together(info, eye, offer, undo, named=named, young=young)
+            undo.pop_all()
+        return watched
+
+    def _put_together(
+        self,
+        info: GuestInfo,
+        eye: GuestEye | None,
+        offer: Offer,
+        undo: contextlib.ExitStack,
+        *,
+        named: bool,
+        young: bool,
+    ) -> Watched:
+        options, rules, tell = self.options, self.rules, self.tell
+        tap, how, looked = self._open_tap(info, eye)
+        undo.callback(tap.close)
+        hand = tap if isinstance(tap, KernelTap) else None
+        system = eye.os if eye is not None else ""  # not known yet: then the rules for every system hold
+        policy = rules.hold_policy(system, info.tags)
+        _say_mode(info, tell, options, policy, tap, named=named)
+        enforces = options.enforce and hand is not None
+        if enforces and policy is not None:
+            _say_decoys(info, tell, options, rules.decoys(system, info.tags))
+        other = open_other(info, options.symbols, route=options.route) if options.second_opinion else None
+        if other is not None:
+            undo.callback(other.close)
+        latest: list[GuestWatch] = []
+        plugging = None
+        if hand is not None and info.hypervisor is not None:
+            plugging = Plugging(
+                info, hand, tell, (lambda: resolve(info.id.target)) if named else lambda: latest[0].info
+            )
+            undo.callback(plugging.close)
+        mailbox = Mailbox()
+        more = partial(GuestWatch, reopen=partial(self.open_eye, info)) if info.routes else GuestWatch
+        watch = more(
+            info,
+            tap,
+            eye,
+            Engine(rules, Names(), tags=info.tags, hold=policy if enforces else None, other=other is not None),
+            offer,
+            time.time_ns,
+            tell=tell,
+            runs=partial(is_running, info) if info.pid is not None else lambda: True,
+            looked=looked,
+            use=tap.use if isinstance(tap, LookTap) else lambda eye: None,
+            aside=in_a_thread,
+            work_s=partial(read_cpu_s, info.pid) if info.pid is not None else None,
+            young=young,
+            silent=named or not info.routes,
+            other=other,
+            hand=hand if enforces else None,
+            hold=policy if enforces else None,
+            policy=rules.hold_policy,
+            decoys={decoy.name: decoy for decoy in options.decoys},
+            serve=mailbox.serve,
+            ports=plugging.look if plugging is not None else lambda *, changed: None,
+            abandon=hand.abandon if enforces and policy is not None and hand and options.fail_closed else None,
+        )
+        latest.append(watch)
+        front = Front(watch, hand, how, enforces and policy is not None, time.time_ns(), mailbox)
+        return Watched(watch, front, hand.beat if hand is not None else None, how, undo.pop_all())
+
+    def _open_tap(self, info: GuestInfo, eye: GuestEye | None) -> tuple[PacketTap, str, Callable[[Snapshot], None]]:
+        """The tap, its name, and how it learns from a full look."""
+        if info.ports:
+            options = self.options
+            tap, rung, learn = open_tap(info, self.tell, rung=options.rung, fail_closed=options.fail_closed)
+            return tap, rung.name, partial(teach, learn)
+        looks = LookTap(info.id, eye, time.time_ns, community_id=community_id)
+        self.tell(f"{info.id.target}: its packets cannot be seen; {looks.note}")
+        return looks, LOOKS, lambda snapshot: None
+
+    def _say_notes(self, info: GuestInfo) -> None:
+        if not info.ports and not info.routes:
+            raise HostError(f"{info.id.target} has no port to watch: {'; '.join(info.notes) or 'no network card'}")
+        for note in info.notes:
+            self.tell(f"{info.id.target}: {note}")
 
 
-def _say_notes(info: GuestInfo, tell: Tell) -> None:
-    if not info.ports:
-        raise HostError(f"{info.id.target} has no port to watch: {'; '.join(info.notes) or 'no network card'}")
-    for note in info.notes:
-        tell(f"{info.id.target}: {note}")
+def _say_mode(
+    info: GuestInfo, tell: Tell, options: Options, policy: HoldPolicy | None, tap: PacketTap, *, named: bool
+) -> None:
+    """What a person must know of enforcement: that it is on, that it is off although the rules ask for it, and why.
 
-
-def _say_mode(info: GuestInfo, tell: Tell, options: Options, policy: HoldPolicy | None, tap: PacketTap) -> None:
-    """What a person must know of enforcement: that it is on, that it is off although the rules ask for it, and why."""
+    For a guest that was ``named``, that it cannot be held to its rules is an error.
+    """
     if policy is not None and not options.enforce:
         tell(f"{info.id.target}: rules ask to enforce and only report; start with --enforce to let them act")
     elif options.enforce and policy is None:
         tell(f"{info.id.target}: nothing to enforce: no rule for this guest says mode: enforce")
     elif options.enforce and not isinstance(tap, KernelTap):
-        raise HostError(f"{info.id.target} cannot be held to its rules: this tap can only look; see: parasight doctor")
+        line = f"{info.id.target} cannot be held to its rules: this tap can only look; see: parasight doctor"
+        if named:
+            raise HostError(line)
+        tell(f"{line}; it is watched all the same")
     elif options.enforce:
         fails = "closed: new connections are dropped" if options.fail_closed else "open: everything passes"
         tell(f"{info.id.target}: enforcing; if Parasight dies, the network fails {fails}")

@@ -7,19 +7,22 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from queue import Empty, Full, Queue
+from queue import Empty
 
-from appliance.assembly import Options, Rules, Watched, open_guests
+from appliance.assembly import Builder, Options, Rules
+from appliance.crowd import Crowd
 from appliance.engine import Engine, Judge
 from appliance.errors import ParasightError
+from appliance.evidence.volatility import probe as probe_other
 from appliance.flow.names import Names
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
+from appliance.hosts.inventory import Inventory
 from appliance.hosts.targets import resolve
+from appliance.life import Life
 from appliance.model import Verdict
 from appliance.opening import open_eye_or_say, teach
 from appliance.pacemaker import Pacemaker
@@ -28,11 +31,11 @@ from appliance.respond.control import ControlServer
 from appliance.respond.never import host_addresses, spare
 from appliance.respond.place import control_path
 from appliance.respond.room import ControlRoom, Words
+from appliance.roster import Choice
 from appliance.summary import Summary
 from appliance.tap.pcap import PcapSource
 from appliance.watch import POLL_S, GuestWatch, Tell
 
-MAX_QUEUED = 100_000  # verdicts between the guests' threads and their reader
 TICK_S = 0.5  # how often bans are seen to where no control socket does it
 SWITCH_S = 0.0005  # a guest's thread must not wait 5 ms, Python's default, while a verdict is printed
 
@@ -50,35 +53,17 @@ def watch(
     options: Options,
     until: float | None = None,
     version: str = "",
+    inventory: Inventory | None = None,
 ) -> list[Summary]:
     """Watch running guests until ``stop`` is set or the monotonic time ``until`` has come.
+
+    Without ``targets``: all that ``inventory`` (None: this host's) has, and those that come later.
 
     ``report`` is called in the caller's thread and returns the verdict's id, ``idle`` there when no verdict waits,
     ``ready`` once every guest is watched and held to its rules, ``tell`` with one line for a person. Raises UsageError
     or HostError when a target cannot be watched at all from the start.
     """
     sys.setswitchinterval(SWITCH_S)
-    queue: Queue[Verdict] = Queue(MAX_QUEUED)
-    dropped, failed = Counter[str](), set[str]()
-
-    def offer(verdict: Verdict) -> None:
-        try:
-            queue.put_nowait(verdict)
-        except Full:
-            dropped[verdict.flow.id.vm.target] += 1
-
-    def show(verdict: Verdict) -> None:
-        """A verdict that we fail to show must not end the watch that made it; a reader who has left may."""
-        try:
-            room.known.remember(report(verdict), verdict.flow.id)
-        except OSError:
-            raise
-        except Exception:
-            vm = verdict.flow.id.vm.target
-            dropped[vm] += 1
-            if vm not in failed:
-                failed.add(vm)
-                tell(f"{vm}: a defect of Parasight, please report it: a verdict is not shown\n{traceback.format_exc()}")
 
     def stopping() -> bool:
         return stop.is_set() or (until is not None and time.monotonic() >= until)
@@ -86,49 +71,55 @@ def watch(
     with contextlib.ExitStack() as opened:
         room = ControlRoom(words, _open_bans(options, tell), stop.set, version=version)
         served = opened.enter_context(_control(room, tell, needed=options.enforce))
-        guests = open_guests(targets, rules, offer, tell, options, opened)
-        opened.enter_context(_heart(guests))
-        threads = [
-            threading.Thread(target=_run, args=(one, room, stopping), name=one.watch.info.id.target) for one in guests
-        ]
-        for thread in threads:
-            thread.start()
+        if options.second_opinion and not (other := probe_other()).ok:
+            tell(f"no second opinion on denied processes: {other.reason}")
+        heart = Pacemaker()
+        heart.start()
+        opened.callback(heart.stop)
+        crowd = Crowd(Builder(rules, tell, options), room, heart, stopping, tell)
+        opened.callback(crowd.end, stop)
+        if targets:
+            crowd.watch_named(targets, inventory)
+        else:
+            crowd.watch_host(inventory or Inventory.of_this_host(events=True), Choice(options.opt_in))
+        desk = _Desk(crowd, room, report, tell)
         starting, next_tick_s = True, 0.0
+        while crowd.goes_on or not crowd.queue.empty():
+            if starting and crowd.has_begun():
+                starting = False
+                ready()
+            if not served and time.monotonic() >= next_tick_s:
+                next_tick_s = time.monotonic() + TICK_S
+                room.tick()
+            crowd.retire()
+            if desk.show_next():
+                idle()
+    return crowd.summaries()
+
+
+class _Desk:
+    """Shows verdicts as they come."""
+
+    def __init__(self, crowd: Crowd, room: ControlRoom, report: Callable[[Verdict], str], tell: Tell) -> None:
+        self._crowd, self._room, self._report, self._tell = crowd, room, report, tell
+
+    def show_next(self) -> bool:
+        """Wait a little for a verdict and show it; whether none is left."""
+        with contextlib.suppress(Empty):
+            self._show(*self._crowd.queue.get(timeout=POLL_S))
+        return self._crowd.queue.empty()
+
+    def _show(self, life: Life, verdict: Verdict) -> None:
+        """A verdict that we fail to show must not end the watch that made it; a reader who has left may."""
         try:
-            while any(thread.is_alive() for thread in threads) or not queue.empty():
-                if starting and all(_has_begun(*one) for one in zip(guests, threads, strict=True)):
-                    starting = False
-                    ready()
-                if not served and time.monotonic() >= next_tick_s:
-                    next_tick_s = time.monotonic() + TICK_S
-                    room.tick()
-                with contextlib.suppress(Empty):
-                    show(queue.get(timeout=POLL_S))
-                if queue.empty():
-                    idle()
-        finally:  # also when the reader of our output has left: the guests' threads must not outlive it
-            stop.set()
-            for thread in threads:
-                thread.join()
-    for one in guests:
-        one.watch.summary.unshown = dropped[one.watch.info.id.target]
-        one.watch.summary.defect |= one.watch.info.id.target in failed
-    return [one.watch.summary for one in guests]
-
-
-def _has_begun(guest: Watched, thread: threading.Thread) -> bool:
-    """Its loop came round for the first time: new flows wait, where they shall; or its watch is over already."""
-    return guest.watch.count_turns() > 0 or not thread.is_alive()
-
-
-def _run(guest: Watched, room: ControlRoom, stopping: Callable[[], bool]) -> None:
-    """A guest's thread."""
-    room.admit(guest.front)
-    try:
-        guest.watch.run(stopping)
-    finally:
-        room.dismiss(guest.front, guest.watch.summary.ended)
-        guest.front.mailbox.close()
+            self._room.known.remember(self._report(verdict), verdict.flow.id)
+        except OSError:
+            raise
+        except Exception:
+            life.failed += 1
+            if life.failed == 1:
+                vm, why = verdict.flow.id.vm.target, "a verdict is not shown"
+                self._tell(f"{vm}: a defect of Parasight, please report it: {why}\n{traceback.format_exc()}")
 
 
 def _open_bans(options: Options, tell: Tell) -> Banning:
@@ -153,19 +144,6 @@ def _control(room: ControlRoom, tell: Tell, *, needed: bool) -> Iterator[bool]:
         yield True
     finally:
         server.close()
-
-
-@contextlib.contextmanager
-def _heart(guests: list[Watched]) -> Iterator[None]:
-    heart = Pacemaker()
-    for guest in guests:
-        if guest.beat is not None:
-            heart.add(guest.watch.count_turns, guest.beat)
-    heart.start()
-    try:
-        yield
-    finally:
-        heart.stop()
 
 
 def replay(

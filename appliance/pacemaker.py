@@ -18,7 +18,7 @@ HANGS_S = 5.0  # a thread that has not come round for so long is not waited for 
 Turns = Callable[[], int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pulse:
     turns: Turns
     beat: Callable[[], None]
@@ -32,12 +32,19 @@ class Pacemaker:
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
         self._pulses: list[_Pulse] = []
+        self._lock = threading.Lock()  # held while a beat is under way
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
 
     def add(self, turns: Turns, beat: Callable[[], None]) -> None:
-        """``turns`` counts how often a guest's thread came round, ``beat`` says so to the kernel. Before ``start``."""
-        self._pulses.append(_Pulse(turns, beat))
+        """``turns`` counts how often a guest's thread came round, ``beat`` says so to the kernel. Any thread."""
+        with self._lock:
+            self._pulses.append(_Pulse(turns, beat))
+
+    def remove(self, beat: Callable[[], None]) -> None:
+        """Beat no more for this one; when this returns, its ``beat`` is not under way. Any thread."""
+        with self._lock:
+            self._pulses = [pulse for pulse in self._pulses if pulse.beat != beat]
 
     def start(self) -> None:
         """Begin to beat."""
@@ -51,9 +58,16 @@ class Pacemaker:
 
     def beat(self) -> None:
         """One beat for every guest whose thread makes progress."""
-        now_s = self._clock_s()
-        for pulse in self._pulses:
-            turns = pulse.turns()
+        with self._lock:
+            pulses = list(self._pulses)
+        for pulse in pulses:
+            self._beat_one(pulse)
+
+    def _beat_one(self, pulse: _Pulse) -> None:
+        with self._lock:
+            if pulse not in self._pulses:
+                return
+            now_s, turns = self._clock_s(), pulse.turns()
             if turns != pulse.seen:
                 pulse.seen, pulse.since_s = turns, now_s
             if now_s - pulse.since_s <= HANGS_S:

@@ -34,6 +34,7 @@ class Summary:
     unshown: int = 0  # verdicts dropped because their reader was too slow
     defect: bool = False  # it ended by an error of ours
     ended: str = ""  # why the watch of this guest ended early; "" when it did not
+    awaited: bool = False  # when the guest comes back it is watched again
     lives: int = 1  # how many watches this is the sum of
 
     def count(self, verdict: Verdict) -> None:
@@ -56,7 +57,7 @@ class Summary:
         for name in ("torn", "gaps", "acts_failed", "cpu_s", "unshown", "lives"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.defect |= other.defect
-        self.ended = other.ended
+        self.ended, self.awaited = other.ended, other.awaited
 
 
 class Ledger:

@@ -14,6 +14,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 from appliance.engine import Engine
 from appliance.errors import GuestGone, HostError, ParasightError
@@ -62,6 +63,15 @@ _NOT_YET = Finding(Match.NONE, reason=Reason.NO_MEMORY)
 
 Clock = Callable[[], int]
 Tell = Callable[[str], None]
+
+
+class Ports(Protocol):
+    """Follows the guest's ports; ``changed``: they are known to be others."""
+
+    def __call__(self, *, changed: bool) -> None:
+        """Once a second, and when something is known to have changed."""
+
+
 Policy = Callable[[str, tuple[str, ...]], HoldPolicy | None]
 
 
@@ -92,7 +102,7 @@ class GuestWatch:
         policy: Policy | None = None,
         decoys: Mapping[str, Decoy] = MappingProxyType({}),
         serve: Callable[[], object] = lambda: None,
-        ports: Callable[[], None] = lambda: None,
+        ports: Ports = lambda *, changed: None,
         abandon: Callable[[], None] | None = None,
     ) -> None:
         """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks.
@@ -118,7 +128,7 @@ class GuestWatch:
         self._next_check_ns = 0
         self._hints: deque[Change] = deque(maxlen=MAX_HINTS)
         self._news: GuestInfo | None = None
-        self._over = ""
+        self._over, self._plugged = "", False
         self.summary = Summary(info.id.target)
         self._sight = Sight(
             info.id.target,
@@ -179,6 +189,11 @@ class GuestWatch:
         return self._turns
 
     @property
+    def opening(self) -> bool:
+        """Its memory is being attached to."""
+        return self._sight.opening
+
+    @property
     def flows(self) -> int:
         """Flows seen so far."""
         return self._tap.stats().flows
@@ -233,7 +248,7 @@ class GuestWatch:
         while self._hints:
             change = self._hints.popleft()
             if change is Change.DEVICES:
-                self._next_check_ns = now_ns
+                self._plugged, self._next_check_ns = True, 0
             self._sight.hint(change, now_ns)
         found = self._sight.look(now_ns)
         if self._used is not self._sight.eye:
@@ -244,7 +259,10 @@ class GuestWatch:
 
     def _learn(self, info: GuestInfo, now_ns: int) -> None:
         """The guest may have other tags, or do something else."""
-        tags, self.info = self.info.tags, info
+        tags = self.info.tags
+        if info.ports != self.info.ports:
+            self._plugged, self._next_check_ns = True, 0
+        self.info = info
         self._sight.learn_state(info.state, now_ns)
         if info.tags != tags:
             self.engine.describe(info.tags)
@@ -271,7 +289,8 @@ class GuestWatch:
         self._next_check_ns = now_ns + CHECK_NS
         if not self._runs():
             raise GuestGone("the guest has ended")
-        self._ports()
+        self._ports(changed=self._plugged)
+        self._plugged = False
 
     def _seed(self) -> None:
         """Learn the processes and the connections that are already open."""

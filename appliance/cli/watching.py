@@ -17,7 +17,7 @@ from appliance import __version__, daemon
 from appliance.assembly import Options
 from appliance.cli import contract, story
 from appliance.cli.duration import parse_duration
-from appliance.cli.look import SymbolsOption
+from appliance.cli.look import ChangesOption, RouteOption, SymbolsOption
 from appliance.cli.progress import tell, working
 from appliance.cli.render import Output, Printer
 from appliance.errors import ConfigError, GuestGone, UsageError
@@ -50,7 +50,10 @@ AllOption = Annotated[bool, typer.Option("--all/--alerts", help="Show every verd
 
 
 def watch(
-    targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help="Guests to watch; also port:IFNAME.")],
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TARGET...", help="Guests to watch; also port:IFNAME. Left out: all, also later ones."),
+    ] = None,
     rules: RulesOption = None,
     duration: Annotated[str | None, typer.Option("--for", metavar="30s", help="Stop after this long.")] = None,
     enforce: Annotated[
@@ -66,6 +69,11 @@ def watch(
         list[str] | None, typer.Option(metavar="NAME=IFNAME,MAC", help="Where on_deny: redirect:NAME leads to.")
     ] = None,
     never_ban: Annotated[Path | None, typer.Option(metavar="FILE", help="Networks that no ban may cover.")] = None,
+    opt_in: Annotated[
+        bool, typer.Option("--opt-in", help="Without TARGET: only guests whose metadata asks for a watch.")
+    ] = False,
+    route: RouteOption = None,
+    changes: ChangesOption = False,
     symbols: SymbolsOption = None,
     second_opinion: Annotated[
         bool, typer.Option(help="Let Volatility, where it is installed, look at denied processes too.")
@@ -83,7 +91,12 @@ def watch(
         bans=default_path().with_name("bans.json"),
         symbols=tuple(symbols or ()),
         second_opinion=second_opinion,
+        opt_in=opt_in,
+        route=route,
+        change_domain=changes,
     )
+    if targets and opt_in:
+        raise UsageError("--opt-in chooses among all guests: leave it out, or the names")
     seconds = parse_duration(duration)
     book = _rules(rules)
     if drafts := [one.file for one in book.sets if one.draft]:
@@ -95,7 +108,7 @@ def watch(
         until = None if seconds is None else time.monotonic() + seconds
         cpu_start_s = time.process_time()
         summaries = daemon.watch(
-            targets,
+            targets or [],
             book,
             showing.verdict,
             stop=stop,
@@ -110,7 +123,7 @@ def watch(
         showing.summary(summaries, time.process_time() - cpu_start_s)
     if any(one.defect for one in summaries):
         raise typer.Exit(DEFECT)
-    if not showing.exit_code and all(one.ended for one in summaries):
+    if targets and not showing.exit_code and all(one.ended and not one.awaited for one in summaries):
         raise GuestGone("no guest is left to watch: " + "; ".join(f"{one.vm}: {one.ended}" for one in summaries))
     raise typer.Exit(showing.exit_code)
 

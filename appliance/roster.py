@@ -1,0 +1,201 @@
+"""Which guests shall be watched against which are: one comparison again and again, levels and not edges.
+
+What runs is what the inventory says when it is asked; what it tells meanwhile only makes us ask at once. Each life of a
+guest has a thread, from opening to closing, so that none waits for another. A life is told from the next one of the
+same guest by `GuestId.instance`, never by its name, port, pid or domid.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from appliance.errors import ParasightError
+from appliance.hosts.inventory import Inventory, is_running
+from appliance.hosts.proc import read_age_s
+from appliance.life import Life, Shape, Stopping, key_of
+from appliance.model import GuestInfo
+from appliance.watch import Tell
+
+POLL_S: Final = 0.5
+SETTLE_S: Final = 1.0  # a machine that has just started opens its ports one after the other
+YOUNG_S: Final = 300.0
+REST_S: Final = 1.0  # after an error of ours
+MAX_SAID: Final = 1000  # lines that are remembered, to be said once
+
+Begin = Callable[[GuestInfo, bool], Life]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which guests shall be watched. ``uuids``: only these, whatever their metadata says; None: all that want it."""
+
+    opt_in: bool = False
+    uuids: frozenset[str] | None = None
+
+    def takes(self, info: GuestInfo) -> bool:
+        """Whether this guest is to be watched."""
+        if self.uuids is not None:
+            return info.id.uuid in self.uuids
+        return info.wanted is True if self.opt_in else info.wanted is not False
+
+
+class Roster:
+    """Keeps the watches of this host's guests to what runs here. One thread calls `look`; `lives` any may read."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        choice: Choice,
+        begin: Begin,
+        tell: Tell,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``begin`` makes the life of a guest, which is young or not, and starts it."""
+        self._inventory, self._choice, self._begin, self._tell, self._clock_s = inventory, choice, begin, tell, clock_s
+        self._lives: dict[str, Life] = {}
+        self._known: dict[str, GuestInfo] = {}
+        self._seen_s: dict[str, float] = {}
+        self._refused: dict[str, Shape] = {}
+        self._said: dict[str, str] = {}  # by what it is about
+        self._ended: list[Life] = []
+        self._lock = threading.Lock()
+        self.looks = 0
+
+    # -- any thread --
+
+    def adopt(self, life: Life) -> None:
+        """Take a life that was begun elsewhere. Before the first look."""
+        self._lives[key_of(life.info)] = life
+
+    def lives(self) -> list[Life]:
+        """Those under watch."""
+        with self._lock:
+            return list(self._lives.values())
+
+    def take_ended(self) -> list[Life]:
+        """Those that have ended since the last call."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+        return ended
+
+    # -- the roster's thread --
+
+    def run(self, stopping: Stopping) -> None:
+        """Look until told to stop, and then wait for the guests' threads."""
+        try:
+            while not stopping():
+                try:
+                    self.look(POLL_S if self.looks else 0.0)
+                except Exception:  # a defect of ours: guests that come later must not go unseen for it
+                    self._say("defect", f"a defect of Parasight, please report it:\n{traceback.format_exc()}")
+                    time.sleep(REST_S)
+        finally:
+            for life in self.lives():
+                life.join()
+            self._bury(())
+
+    def look(self, timeout_s: float = POLL_S) -> None:
+        """Wait for a change, at most ``timeout_s``; then make what is watched what shall be."""
+        for change in self._inventory.wait(timeout_s):
+            for life in self.lives():
+                if change.uuid is not None and change.uuid == life.info.id.uuid and life.watched is not None:
+                    life.watched.watch.hint(change.what)
+        try:
+            guests = self._inventory.find_guests()
+        except ParasightError as error:
+            self._say("inventory", str(error))
+            return
+        for trouble in self._inventory.troubles:
+            self._say(f"trouble {trouble}", trouble)
+        self._reconcile({key_of(info): self._recall(info) for info in guests})
+        if self.looks == 0 and not self._lives and self._choice.uuids is None:
+            self._tell("no guest to watch runs here yet; those that start will be watched")
+        self.looks += 1
+
+    def _recall(self, info: GuestInfo) -> GuestInfo:
+        """While a hypervisor cannot be asked, what it said of this life of a guest holds."""
+        known = self._known.get(key_of(info))
+        if known is not None and self._inventory.troubles and info.wanted is None:
+            info = replace(info, wanted=known.wanted, tags=info.tags or known.tags)
+        return info
+
+    def _reconcile(self, here: dict[str, GuestInfo]) -> None:
+        self._bury(here)
+        for key, life in list(self._lives.items()):
+            self._tend(life, here.get(key))
+        now_s = self._clock_s()
+        self._known = here
+        self._seen_s = {key: self._seen_s.get(key, now_s) for key in here}
+        self._refused = {key: shape for key, shape in self._refused.items() if key in here}
+        for key, info in here.items():
+            if key in self._lives or self._refused.get(key) == Shape.of(info):
+                continue
+            if not self._choice.takes(info):
+                if self._choice.uuids is None and info.wanted is False:
+                    self._say(f"wanted {key}", f"{info.id.target}: {_name(info)}is left out, as its metadata says")
+                continue
+            if not info.ports and now_s - self._seen_s[key] < SETTLE_S and self._is_new(info):
+                continue
+            life = self._begin(info, self._is_new(info))
+            with self._lock:
+                self._lives[key] = life
+
+    def _is_new(self, info: GuestInfo) -> bool:
+        """Whether its machine has just started, so that its kernel may not run yet."""
+        age_s = read_age_s(info.pid) if info.pid is not None else None
+        return age_s < YOUNG_S if age_s is not None else self.looks > 0
+
+    def _tend(self, life: Life, info: GuestInfo | None) -> None:
+        """Tell a watch what is known of its guest now; end it when it is over."""
+        if info is None:
+            if not self._lives_on(life.info):
+                life.end("the guest has ended")
+        elif info.wanted is False and self._choice.uuids is None:
+            life.end("its metadata asks for no watch any more")
+        elif self._choice.opt_in and not self._choice.takes(info):
+            life.end("its metadata does not ask for a watch any more")
+        elif info.ports and not life.info.ports:
+            life.end("it has a port now")  # and is opened again
+        elif life.watched is not None:
+            life.info = info
+            life.watched.watch.renew(info)
+
+    def _lives_on(self, info: GuestInfo) -> bool:
+        """A guest that is not listed may still run, where its hypervisor could not be asked."""
+        try:
+            return is_running(info)
+        except ParasightError:
+            return True
+
+    def _bury(self, here: dict[str, GuestInfo] | tuple[()]) -> None:
+        """Take the lives that are over off the list; a guest that could not be watched is tried when it changes."""
+        for key, life in list(self._lives.items()):
+            if not life.over:
+                continue
+            with self._lock:
+                del self._lives[key]
+                if not life.refused:
+                    self._ended.append(life)
+            if key in here and not life.sent_off:
+                self._refused[key] = life.shape
+            if life.refused:
+                self._say(f"refused {key}", f"{life.refused}; it is not watched")
+
+    def _say(self, subject: str, line: str) -> None:
+        """Say something once, until it is about something else."""
+        if self._said.get(subject) == line:
+            return
+        if len(self._said) >= MAX_SAID:
+            del self._said[next(iter(self._said))]
+        self._said[subject] = line
+        self._tell(line)
+
+
+def _name(info: GuestInfo) -> str:
+    return f"{info.id.name} " if info.id.name else ""
