@@ -135,17 +135,25 @@ def open_libvmi_file(path: str | Path) -> LibvmiMemory:
 
 
 def open_libvmi_xen(
-    domid: int, uuid: str | None = None, memory_bytes: int | None = None, *, change_domain: bool = False
+    domid: int,
+    uuid: str | None = None,
+    memory_bytes: int | None = None,
+    *,
+    change_domain: bool = False,
+    folder: Path | None = None,
 ) -> LibvmiMemory:
-    """Open a running Xen domain. Raises UsageError without ``change_domain``, GuestGone, HostError with the remedy."""
+    """Open a running Xen domain; ``folder`` is where Xen's libraries are, instead of the usual places.
+
+    Raises UsageError without ``change_domain``, GuestGone, HostError with the remedy.
+    """
     if not change_domain:
         raise UsageError(_CHANGES)
     _load()
-    if _find_xenstore() is None:
+    if not _has_xenstore(folder):
         raise HostError(f"LibVMI needs libxenstore.so by its unversioned name: {_XENSTORE}")
-    with contextlib.closing(open_xen(domid, uuid, memory_bytes)) as own:
+    with contextlib.closing(open_xen(domid, uuid, memory_bytes, folder=folder)) as own:
         regions = own.regions  # of LibVMI's own figures, one is the highest frame of all, and the other no map
-    limits = MemoryLimits(domid, uuid)
+    limits = MemoryLimits(domid, uuid, folder)
     try:
         handle = _construct(_Domid(str(domid)), "INIT_DOMAINID", "XEN")
     finally:
@@ -172,7 +180,7 @@ def probe() -> Availability:
     where = "reads raw memory images (--route libvmi); KVM guests it cannot: that takes a patched host (libkvmi.so)"
     if not is_control_domain():
         return Availability(name, ok=True, reason=where, required=False)
-    if _find_xenstore() is None:
+    if not _has_xenstore():
         why = f"{where}; Xen domains it cannot either: libxenstore.so is missing by its unversioned name"
         return Availability(name, ok=False, reason=why, remedy=_XENSTORE, required=False)
     why = f"{where}; on Xen it changes memory limits: only with --libvmi-allow-domain-changes"
@@ -219,12 +227,13 @@ def _load() -> Any:  # noqa: ANN401
         raise HostError(f"LibVMI cannot be loaded: {error}") from None
 
 
-def _find_xenstore() -> str | None:
-    """The library as LibVMI looks for it: by the name that only packages for developers bring."""
+def _has_xenstore(folder: Path | None = None) -> bool:
+    """Whether the library is there by the name that LibVMI looks for, which only packages for developers bring."""
     try:
-        return str(ctypes.CDLL("libxenstore.so")._name)
+        ctypes.CDLL(str(folder / "libxenstore.so") if folder else "libxenstore.so")
     except OSError:
-        return None
+        return False
+    return True
 
 
 @contextlib.contextmanager

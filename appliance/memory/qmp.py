@@ -43,7 +43,8 @@ class Monitor:
             self.execute("qmp_capabilities")
         except OSError as error:
             self._socket.close()
-            raise HostError(f"the QMP socket {path} cannot be used: {error.strerror or error}") from None
+            why = "another client may hold it" if isinstance(error, BlockingIOError) else error.strerror or error
+            raise HostError(f"the QMP socket {path} cannot be used: {why}") from None  # its queue holds but one more
         except HostError:
             self._socket.close()
             raise
