@@ -1,38 +1,85 @@
 """Is this host ready? One probe per thing that can be missing, each with the exact command that mends it.
 
-Nothing here changes the host. Sources: capabilities(7), Documentation/admin-guide/LSM/Yama.rst, packet(7).
+Nothing here changes the host, and nothing waits: what may hang is asked by whoever calls, with a deadline. ``root`` is
+where /proc, /sys and /dev are. Sources: capabilities(7), packet(7), network_namespaces(7).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import platform
-import shutil
 import socket
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from appliance.hosts.qemu import find_guests
-from appliance.model import Availability
+from appliance.hosts.confinement import (
+    AS_ROOT,
+    CAP_SYS_ADMIN,
+    CAP_SYS_PTRACE,
+    ROOT,
+    has_capability,
+    probe_confinement,
+)
+from appliance.hosts.kvm import DEVICE, run_trial
+from appliance.hosts.probe_libvirt import probe_libvirt
+from appliance.hosts.probe_xen import is_xen, probe_xen
+from appliance.model import Availability, GuestInfo
 
-_CAP_SYS_PTRACE, _CAP_NET_RAW, _CAP_SYS_ADMIN = 19, 13, 21  # include/uapi/linux/capability.h
+MAX_NOTES = 24  # of guests, told one by one
 _ETH_P_ALL = 0x0003
 
 
-def probe_host() -> tuple[Availability, ...]:
-    """Run every probe, the required ones first."""
+def probe_host(
+    guests: Sequence[GuestInfo] = (), troubles: Sequence[str] = (), root: Path = ROOT
+) -> tuple[Availability, ...]:
+    """Run every probe, the required ones first. ``guests`` and ``troubles`` are what the inventory has found."""
     return (
         _python(),
         _machine(),
-        _capability("reading guests' memory", _CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
-        _yama(),
+        _memory(root),
+        *probe_confinement(root),
         _packets(),
-        _namespaces(),
-        _guests(),
-        _libvirt(),
-        _kvm(),
+        _namespaces(root),
+        *describe_guests(guests, troubles),
+        probe_libvirt([one for one in troubles if "libvirt" in one], root),
+        *probe_xen(root),
+        probe_kvm(root),
     )
+
+
+def describe_guests(guests: Sequence[GuestInfo], troubles: Sequence[str] = ()) -> Iterator[Availability]:
+    """How many guests are here, and one line for each thing of them that cannot be seen."""
+    kinds = [(sum(one.hypervisor == kind for one in guests), name) for kind, name in (("qemu", "QEMU"), ("xen", "Xen"))]
+    count = ", ".join(f"{number} of {name}" for number, name in kinds if number)
+    reason = "; ".join([f"{len(guests)} running guests ({count})" if guests else "no guest runs here", *troubles])
+    remedy = None if guests else "start a guest; then: parasight guests"
+    yield Availability("guests", bool(guests) and not troubles, reason, remedy, required=False)
+    unseen = [(one, note) for one in guests for note in one.notes]
+    for one, note in unseen[:MAX_NOTES]:
+        yield Availability(f"guest {one.id.target}", False, note, required=False)
+    if len(unseen) > MAX_NOTES:
+        yield Availability(
+            "guests unseen", False, f"{len(unseen) - MAX_NOTES} more notes", "parasight guests", required=False
+        )
+
+
+def probe_kvm(root: Path = ROOT, trial: Callable[[str], str] = run_trial) -> Availability:
+    """Whether guests run on KVM here: ``trial`` runs one and says why it did not run."""
+    device = root / DEVICE.lstrip("/")
+    if is_xen(root):
+        return Availability("kvm", True, "not asked: guests run on Xen", required=False)
+    if not device.exists():
+        reason, remedy = "no /dev/kvm: guests run under emulation", "modprobe kvm_intel || modprobe kvm_amd"
+        return Availability("kvm", False, reason, remedy, required=False)
+    try:
+        device.open("rb").close()
+    except OSError as error:
+        reason = f"/dev/kvm cannot be opened ({error.strerror}), so whether it works is not known"
+        return Availability("kvm", False, reason, "run as root, or: usermod -aG kvm $USER", required=False)
+    if why := trial(str(device)):
+        reason = f"/dev/kvm is there and does not work: {why}"
+        return Availability("kvm", False, reason, "run guests with -accel tcg; see: dmesg | grep kvm", required=False)
+    return Availability("kvm", True, "a guest of three instructions ran on it", required=False)
 
 
 def _python() -> Availability:
@@ -49,28 +96,11 @@ def _machine() -> Availability:
     )
 
 
-def _effective_capabilities() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
-
-
-def _capability(name: str, bit: int, word: str) -> Availability:
-    if _effective_capabilities() >> bit & 1:
+def _memory(root: Path) -> Availability:
+    name, word = "reading guests' memory", "CAP_SYS_PTRACE"
+    if has_capability(CAP_SYS_PTRACE, root):
         return Availability(name, True, f"{word} is held")
-    return Availability(
-        name, False, f"{word} is missing", "run as root, or: systemd-run -p AmbientCapabilities=" + word
-    )
-
-
-def _yama() -> Availability:
-    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
-    value = scope.read_text().strip() if scope.exists() else "absent"
-    ok = value in ("absent", "0", "1", "2")  # 1 and 2 admit CAP_SYS_PTRACE, 3 admits nobody
-    return Availability(
-        "yama", ok, f"ptrace_scope is {value}", None if ok else "sysctl kernel.yama.ptrace_scope=1 and reboot"
-    )
+    return Availability(name, False, f"{word} is missing", AS_ROOT)
 
 
 def _packets() -> Availability:
@@ -83,8 +113,8 @@ def _packets() -> Availability:
     return Availability("packets", True, "packet sockets can be opened")
 
 
-def _namespaces() -> Availability:
-    ok = bool(_effective_capabilities() >> _CAP_SYS_ADMIN & 1)
+def _namespaces(root: Path) -> Availability:
+    ok = has_capability(CAP_SYS_ADMIN, root)
     reason = (
         "ports in other network namespaces can be opened"
         if ok
@@ -92,33 +122,4 @@ def _namespaces() -> Availability:
     )
     return Availability(
         "namespaces", ok, reason, None if ok else "grant CAP_SYS_ADMIN, or start inside that namespace", required=False
-    )
-
-
-def _guests() -> Availability:
-    found = find_guests()
-    unseen = [f"{one.id.target}: {note}" for one in found for note in one.notes]
-    reason = f"{len(found)} running QEMU guests" + (f"; {'; '.join(unseen)}" if unseen else "")
-    return Availability(
-        "guests", bool(found), reason, None if found else "start a guest; then: parasight guests", required=False
-    )
-
-
-def _libvirt() -> Availability:
-    if importlib.util.find_spec("libvirt") is not None:
-        return Availability("libvirt", True, "the Python binding is installed", required=False)
-    daemon = shutil.which("virsh") is not None or Path("/run/libvirt/libvirt-sock").exists()
-    reason = (
-        "libvirt runs here, but its Python binding is missing" if daemon else "not installed; guests are named qemu:PID"
-    )
-    return Availability(
-        "libvirt", not daemon, reason, "apt install python3-libvirt" if daemon else None, required=False
-    )
-
-
-def _kvm() -> Availability:
-    device = Path("/dev/kvm")
-    ok = os.access(device, os.R_OK | os.W_OK)
-    return Availability(
-        "kvm", ok, "/dev/kvm is there" if ok else "no /dev/kvm: guests run under emulation", required=False
     )
