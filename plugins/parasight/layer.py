@@ -1,7 +1,7 @@
 """Guest-physical memory of a running guest, or of an image, as a Volatility 3 layer.
 
 ``vol -p plugins -f parasight:qemu:PID windows.pslist`` reads the guest that the QEMU process PID runs, while it runs;
-``parasight:file:PATH`` reads an image. Only ever read: there is no way to write.
+``parasight:xen:DOMID`` a Xen domain, ``parasight:file:PATH`` an image. Only ever read: there is no way to write.
 
 Stock Volatility opens its location through urllib, so a handler of the scheme ``parasight`` answers that, and a stacker
 then puts the layer on it that knows the holes in a guest's memory. All layers of one location share one memory.
@@ -32,7 +32,10 @@ _OPENED: dict[str, GuestMemory] = {}
 
 
 def open_memory(location: str) -> GuestMemory:
-    """Open what ``qemu:PID`` or ``file:PATH`` names; the same object for the same location. Raises ParasightError."""
+    """Open what ``qemu:PID``, ``xen:DOMID`` or ``file:PATH`` names; the same object for the same location.
+
+    Raises ParasightError, ValueError.
+    """
     if location not in _OPENED:
         find_appliance()
         from appliance.memory.file import open_file  # noqa: PLC0415  the other plugins run without the appliance
@@ -41,10 +44,16 @@ def open_memory(location: str) -> GuestMemory:
         kind, _, name = location.partition(":")
         if kind == "qemu" and name.isdecimal():
             _OPENED[location] = open_qemu(int(name))
+        elif kind == "xen" and name:
+            from appliance.hosts.targets import resolve  # noqa: PLC0415
+            from appliance.routes import open_memory as open_route  # noqa: PLC0415
+
+            _OPENED[location] = open_route(resolve(location), "xen")
         elif kind == "file" and name:
             _OPENED[location] = open_file(name)
         else:
-            raise ValueError(f"{SCHEME}:{location}: say {SCHEME}:qemu:PID or {SCHEME}:file:PATH")
+            forms = ", ".join(f"{SCHEME}:{form}" for form in ("qemu:PID", "xen:DOMID", "file:PATH"))
+            raise ValueError(f"{SCHEME}:{location}: say one of {forms}")
     return _OPENED[location]
 
 
@@ -129,8 +138,9 @@ class GuestLayer(interfaces.layers.DataLayerInterface):
 
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
-        """``location``: ``qemu:PID`` or ``file:PATH``."""
-        return [requirements.StringRequirement(name="location", description="qemu:PID or file:PATH", optional=False)]
+        """``location``: what `open_memory` opens."""
+        what = "qemu:PID, xen:DOMID or file:PATH"
+        return [requirements.StringRequirement(name="location", description=what, optional=False)]
 
 
 class GuestStacker(interfaces.automagic.StackerLayerInterface):

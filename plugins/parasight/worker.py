@@ -1,7 +1,7 @@
 """The appliance's worker: a process of its own in which Volatility 3 is asked about single processes of one guest.
 
-``python -m plugins.parasight.worker LOCATION CACHE [SYMBOLS...]``: LOCATION is ``qemu:PID`` or ``file:PATH``. It
-opens the guest's memory itself, read-only. One JSON object per line on standard input and output:
+``python -m plugins.parasight.worker LOCATION CACHE [SYMBOLS...]``: LOCATION is ``qemu:PID``, ``xen:DOMID`` or
+``file:PATH``. It opens the guest's memory itself, read-only. One JSON object per line on standard input and output:
 
     {"id": 1, "os": "linux", "pid": 812, "at": "0xffff...", "plugins": ["linux.malware.malfind"]}
     {"id": 1, "rows": {"linux.malware.malfind": [{...}]}, "failed": {PLUGIN: WHY}, "cut": 0, "took_s": 0.2}
