@@ -47,7 +47,11 @@ class Crowd:
         named = [(target, resolve(target)) for target in targets]
         infos = {key_of(info): info for _, info in named}  # a guest can have several names
         opened: dict[str, Watched] = {}
-        lives = {key: self._make(info, lambda life: opened[key_of(life.info)]) for key, info in infos.items()}
+
+        def take(life: Life) -> Watched:
+            return opened[key_of(life.info)]
+
+        lives = {key: self._make(info, take, named=True) for key, info in infos.items()}
         watched = self._builder.open_named(list(infos.values()), lambda info: partial(self._offer, lives[key_of(info)]))
         opened.update(zip(infos, watched, strict=True))
         followed = {key_of(info): info.id.uuid for target, info in named if _is_followed(target, info)}
@@ -113,8 +117,8 @@ class Crowd:
 
     # -- private --
 
-    def _make(self, info: GuestInfo, open_: Open) -> Life:
-        return Life(info, open_, self._room, self._heart, self._stopping, self._tell)
+    def _make(self, info: GuestInfo, open_: Open, *, named: bool) -> Life:
+        return Life(info, open_, self._room, self._heart, self._stopping, self._tell, named=named)
 
     def _make_roster(self, inventory: Inventory, choice: Choice) -> Roster:
         self._inventory = inventory
@@ -136,7 +140,7 @@ class Crowd:
             self._tell(f"{info.id.target}: under watch{name}: {ports}, by {watched.how}")
             return watched
 
-        life = self._make(info, open_found)
+        life = self._make(info, open_found, named=False)
         life.start()
         return life
 

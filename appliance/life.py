@@ -13,7 +13,7 @@ from appliance.model import GuestInfo
 from appliance.pacemaker import Pacemaker
 from appliance.respond.room import ControlRoom
 from appliance.summary import Summary
-from appliance.watch import Tell
+from appliance.watch import ENDED, Tell
 
 Open = Callable[["Life"], Watched]
 Stopping = Callable[[], bool]
@@ -43,11 +43,20 @@ class Life:
     """The watch of one life of one guest, in a thread of its own. ``open`` is called there."""
 
     def __init__(
-        self, info: GuestInfo, open_: Open, room: ControlRoom, heart: Pacemaker, stopping: Stopping, tell: Tell
+        self,
+        info: GuestInfo,
+        open_: Open,
+        room: ControlRoom,
+        heart: Pacemaker,
+        stopping: Stopping,
+        tell: Tell,
+        *,
+        named: bool,
     ) -> None:
+        """``named``: a person asked for this guest, and shall know when its watch is over."""
         self.info, self._open, self._room, self._heart = info, open_, room, heart
         self.shape = Shape.of(info)
-        self._stopping, self._tell = stopping, tell
+        self._stopping, self._tell, self._named = stopping, tell, named
         self.watched: Watched | None = None
         self.summary = Summary(info.id.target)
         self.dropped = 0  # verdicts for which there was no room; counted by its own thread
@@ -97,6 +106,11 @@ class Life:
         if self.watched is not None:
             self.watched.watch.end(self._ending)
 
+    def _explain(self) -> str:
+        """Why it ended before its time; "" where that is how it should be."""
+        expected = self._ending or (not self._named and self.summary.ended == ENDED)
+        return "" if expected else self.summary.ended
+
     def _run(self) -> None:
         try:
             watched = self._open(self)
@@ -119,6 +133,6 @@ class Life:
         finally:
             if watched.beat is not None:
                 self._heart.remove(watched.beat)
-            self._room.dismiss(watched.front, "" if self._ending else self.summary.ended)
+            self._room.dismiss(watched.front, self._explain())
             watched.front.mailbox.close()
             watched.close()

@@ -19,7 +19,7 @@ from appliance.hosts.inventory import Inventory, is_running
 from appliance.hosts.proc import read_age_s
 from appliance.life import Life, Shape, Stopping, key_of
 from appliance.model import GuestInfo
-from appliance.watch import Tell
+from appliance.watch import ENDED, Tell
 
 POLL_S: Final = 0.5
 SETTLE_S: Final = 1.0  # a machine that has just started opens its ports one after the other
@@ -155,7 +155,7 @@ class Roster:
         """Tell a watch what is known of its guest now; end it when it is over."""
         if info is None:
             if not self._lives_on(life.info):
-                life.end("the guest has ended")
+                life.end(ENDED)
         elif info.wanted is False and self._choice.uuids is None:
             life.end("its metadata asks for no watch any more")
         elif self._choice.opt_in and not self._choice.takes(info):

@@ -57,6 +57,7 @@ CHECK_NS = 1_000_000_000  # how often a guest is asked for signs of life
 MAX_PUT_OFF = 256  # searches that wait: a guest can start processes faster than anybody can look into them
 PUT_OFF_NS = 250_000_000  # so long evidence may wait for a moment without events; then its process may be gone
 SHOWN_GAPS = 3  # of a first look; the summary counts all
+ENDED = "the guest has ended"
 MAX_HINTS = 64  # that wait; they are about what the loop sees by itself a moment later
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
 _NOT_YET = Finding(Match.NONE, reason=Reason.NO_MEMORY)
@@ -167,7 +168,7 @@ class GuestWatch:
                 self._serve()
                 self._turns += 1
             if self.info.ports and not stop():
-                raise GuestGone("its ports are gone")
+                raise GuestGone("its ports are gone" if self._runs() else ENDED)
             self._finish()
         except GuestGone as error:  # the boundary: this guest's watch ends, the others go on
             self._end(str(error))
@@ -288,7 +289,7 @@ class GuestWatch:
             return
         self._next_check_ns = now_ns + CHECK_NS
         if not self._runs():
-            raise GuestGone("the guest has ended")
+            raise GuestGone(ENDED)
         self._ports(changed=self._plugged)
         self._plugged = False
 

@@ -32,6 +32,11 @@ def identify(vm: GuestId) -> str:
     return vm.uuid or f"{vm.target} {vm.instance}"
 
 
+def _life(desk: GuestDesk) -> str:
+    """Tells guests apart that run at the same time: two can have one UUID by mistake."""
+    return f"{desk.vm.target} {desk.vm.instance}"
+
+
 @dataclass(slots=True)
 class _Guest:
     desk: GuestDesk
@@ -68,14 +73,13 @@ class Banning:
 
     def admit(self, desk: GuestDesk) -> None:
         """From now on keep this guest to the book."""
-        key = identify(desk.vm)
         with self._lock:
-            self._guests[key] = _Guest(desk, self._book.entries(key))
+            self._guests[_life(desk)] = _Guest(desk, self._book.entries(identify(desk.vm)))
         self.tick()
 
     def dismiss(self, desk: GuestDesk) -> None:
         """The watch of this guest is over; its bans stay in the book."""
-        key = identify(desk.vm)
+        key = _life(desk)
         with self._lock:
             if key in self._guests and self._guests[key].desk is desk:
                 del self._guests[key]

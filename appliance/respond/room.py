@@ -37,6 +37,7 @@ from appliance.respond.requests import (
 Json = dict[str, Any]
 T = TypeVar("T")
 
+MAX_ENDED = 64  # watches that are over and of which status tells why
 _WAIT_S = 2.0  # how long a guest's thread may take to come to a request
 
 
@@ -60,7 +61,7 @@ class ControlRoom:
     known: KnownFlows = field(default_factory=KnownFlows)
     wait_s: float = _WAIT_S
     _desks: dict[str, GuestDesk] = field(default_factory=dict)
-    _ended: dict[str, tuple[GuestDesk, str]] = field(default_factory=dict)  # watches that ended before their time
+    _ended: dict[str, tuple[GuestId, str]] = field(default_factory=dict)  # watches that ended before their time
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _started_ns: int = 0
 
@@ -72,7 +73,10 @@ class ControlRoom:
         """A guest is under watch from now on."""
         with self._lock:
             self._desks[desk.vm.target] = desk
-            self._ended.pop(desk.vm.target, None)
+            uuid = desk.vm.uuid
+            back = [target for target, (vm, _) in self._ended.items() if uuid is not None and vm.uuid == uuid]
+            for target in (desk.vm.target, *back):
+                self._ended.pop(target, None)
         self.banning.admit(desk)
 
     def dismiss(self, desk: GuestDesk, why: str = "") -> None:
@@ -81,7 +85,9 @@ class ControlRoom:
             if self._desks.get(desk.vm.target) is desk:
                 del self._desks[desk.vm.target]
                 if why:
-                    self._ended[desk.vm.target] = desk, f"its watch has ended: {why.splitlines()[0]}"
+                    self._ended[desk.vm.target] = desk.vm, f"its watch has ended: {why.splitlines()[0]}"
+                    if len(self._ended) > MAX_ENDED:
+                        del self._ended[next(iter(self._ended))]
         self.banning.dismiss(desk)
 
     def tick(self) -> None:
@@ -160,7 +166,7 @@ class ControlRoom:
     # -- status --
 
     def _status(self) -> Json:
-        guests = [self._guest_body(desk, status) for desk, status in self._ask_all(lambda desk: desk.status())]
+        guests = [self._guest_body(desk.vm, status) for desk, status in self._ask_all(lambda desk: desk.status())]
         with self._lock:
             ended = list(self._ended.values())
         return {
@@ -168,14 +174,14 @@ class ControlRoom:
             "version": self.version,
             "started": self.words.moment(self._started_ns),
             "uptime_s": round((self.clock() - self._started_ns) / 1e9, 3),
-            "guests": guests + [self._guest_body(desk, GuestGone(why)) for desk, why in ended],
+            "guests": guests + [self._guest_body(vm, GuestGone(why)) for vm, why in ended],
         }
 
-    def _guest_body(self, desk: GuestDesk, answer: GuestStatus | ParasightError) -> Json:
+    def _guest_body(self, vm: GuestId, answer: GuestStatus | ParasightError) -> Json:
         status = None if isinstance(answer, ParasightError) else answer
-        trouble = self.banning.troubles().get(desk.vm.target) if status else str(answer)
-        body: Json = {"vm": desk.vm.target, "name": desk.vm.name, "uuid": desk.vm.uuid}
-        body |= {"answers": status is not None, "banned": self.banning.count(desk.vm), "trouble": trouble}
+        trouble = self.banning.troubles().get(vm.target) if status else str(answer)
+        body: Json = {"vm": vm.target, "name": vm.name, "uuid": vm.uuid}
+        body |= {"answers": status is not None, "banned": self.banning.count(vm), "trouble": trouble}
         for key in ("rung", "acts", "enforces", "flows", "held", "blocked"):
             body[key] = getattr(status, key, None)
         body["started"] = self.words.moment(status.started_ns) if status else None
