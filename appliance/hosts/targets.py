@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import socket
 from pathlib import Path
 from typing import Final
 
-from appliance.errors import ConfigError, UsageError
-from appliance.hosts.libvirt import list_domains
+from appliance.errors import ConfigError, HostError, UsageError
+from appliance.hosts.inventory import Inventory
 from appliance.hosts.netns import OURS, call_in, find_index, read_inode
-from appliance.hosts.qemu import find_guest, find_guests
+from appliance.hosts.qemu import find_guest
 from appliance.model import GuestId, GuestInfo, GuestPort
 
-FORMS: Final = "qemu:PID, file:PATH, port:IFNAME[@NETNS], or the name or UUID of a running guest"
+FORMS: Final = "qemu:PID, xen:DOMID, file:PATH, port:IFNAME[@NETNS], or the name or UUID of a running guest"
 
 
-def resolve(target: str) -> GuestInfo:
-    """Find what a person named. Raises UsageError (with near names), ConfigError, HostError."""
+def resolve(target: str, inventory: Inventory | None = None) -> GuestInfo:
+    """Find what a person named; ``inventory``: where to look, None for this host's.
+
+    Raises UsageError (with near names), ConfigError, HostError.
+    """
     kind, colon, rest = target.partition(":")
-    match kind if colon else "":
-        case "qemu":
-            if not rest.isdecimal():
-                raise UsageError(f"{target!r}: the process id of a QEMU is wanted, as in qemu:1234")
-            return find_guest(int(rest))
-        case "port":
-            return _find_port(rest)
-        case "file":
-            return _find_file(rest)
-    return _find_named(target)
+    if colon and kind == "port":
+        return _find_port(rest)
+    if colon and kind == "file":
+        return _find_file(rest)
+    with contextlib.nullcontext(inventory) if inventory else Inventory.of_this_host() as found:
+        if colon and kind == "qemu":
+            return _find_process(rest, found)
+        return _find_named(target, found)
 
 
 def _find_port(text: str) -> GuestInfo:
@@ -65,24 +67,38 @@ def _find_file(text: str) -> GuestInfo:
     return GuestInfo(guest, memory_bytes=status.st_size, routes=("file",))
 
 
-def _find_named(word: str) -> GuestInfo:
-    """A running QEMU by -name or -uuid: libvirt's domains carry both, so its daemon is asked only for what is off."""
-    guests = find_guests()
-    found = [guest for guest in guests if word in {guest.id.name, guest.id.uuid} or word.lower() == guest.id.uuid]
+def _find_process(text: str, inventory: Inventory) -> GuestInfo:
+    if not text.isdecimal():
+        raise UsageError(f"'qemu:{text}': the process id of a QEMU is wanted, as in qemu:1234")
+    info = find_guest(int(text))  # says what it is where it is no guest
+    return next((guest for guest in inventory.find_guests() if guest.id.instance == info.id.instance), info)
+
+
+def _find_named(word: str, inventory: Inventory) -> GuestInfo:
+    """A guest that is here by its target, name or UUID; ``xen:`` before them leaves only Xen's."""
+    only_xen = word.startswith("xen:")
+    bare = word.removeprefix("xen:")
+    guests = [guest for guest in inventory.find_guests() if not only_xen or guest.hypervisor == "xen"]
+    found = [one for one in guests if word == one.id.target or bare in _names(one) or bare.lower() == one.id.uuid]
     if len(found) == 1:
         return found[0]
     if found:
         raise UsageError(f"several guests are called {word!r}: " + ", ".join(guest.id.target for guest in found))
-    names = [text for guest in guests for text in (guest.id.name, guest.id.target) if text]
+    troubles = list(inventory.troubles)
+    off: list[str] = []
     try:
-        domains = list_domains()
-    except (ImportError, OSError) as error:
-        where = f"libvirt could not be asked ({error})"
-    else:
-        if word in domains:
-            raise UsageError(f"the libvirt domain {word!r} does not run")
-        where, names = "libvirt knows no such domain", names + domains
-    raise UsageError(f"there is no running guest {word!r}; {where}" + (_near(word, names) or f"; use {FORMS}"))
+        off = inventory.find_off()
+    except HostError as error:
+        troubles.append(str(error))
+    if word in off or word.lower() in off:
+        raise UsageError(f"the libvirt domain {word!r} does not run; it is started by: virsh start {word}")
+    said = "".join(f"; {trouble}" for trouble in dict.fromkeys(troubles))
+    near = _near(word, [name for guest in guests for name in (*_names(guest), guest.id.target)] + off)
+    raise UsageError(f"there is no running guest {word!r}{said}{near or f'; use {FORMS}'}")
+
+
+def _names(guest: GuestInfo) -> tuple[str, ...]:
+    return tuple(text for text in (guest.id.name, guest.id.uuid) if text)
 
 
 def _interface_names() -> list[str]:

@@ -165,5 +165,5 @@ def test_ports_and_files_are_resolved_or_refused_by_name(spaces, tmp_path) -> No
 
 
 def test_an_unknown_name_says_what_can_be_named() -> None:
-    with pytest.raises(UsageError, match="libvirt"):
+    with pytest.raises(UsageError, match="qemu:PID"):
         resolve("zzz-nobody-zzz")

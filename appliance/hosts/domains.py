@@ -1,0 +1,248 @@
+"""libvirt's domains: which are here, what they do now, and what their operator says of them (C8).
+
+Events are hints, queued behind one descriptor. They are not replayed when a connection is made again: then everything
+may have changed. What a domain is like is believed until an event says otherwise, or for half a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, TypeVar
+from urllib.parse import urlsplit
+
+from appliance.bounded import Worker
+from appliance.errors import HostError
+from appliance.hosts.arguments import NetDevice
+from appliance.hosts.domainxml import DomainXml, parse_domain
+from appliance.hosts.libvirt import Connection, Running, chosen_uri
+from appliance.hosts.netns import find_index
+from appliance.hosts.unreadable import explain_unreadable
+from appliance.hosts.untappable import explain_untappable
+from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestPort
+
+ANSWER_S: Final = 2.0  # for one question; a daemon that is starting a domain may be slow
+RETRY_S: Final = (0.5, 5.0)  # between tries to connect: the first time, at most
+XML_S: Final = 30.0  # how long a description is believed where no event says that it changed
+MAX_CHANGES: Final = 4096
+EVERYTHING: Final = GuestChange(Change.DESCRIBED)  # of any domain, in any way
+
+T = TypeVar("T")
+
+
+class LibvirtSource:
+    """The active domains of one libvirt: implements `ports.GuestSource`.
+
+    ``troubles``: mistakes in the metadata of single domains, for a person. ``uri`` None: the operator's choice, else
+    that of this system; where there is none, there are no domains. ``events``: `fileno` and `changes` tell.
+    """
+
+    name = "libvirt"
+
+    def __init__(self, uri: str | None = None, *, events: bool = False) -> None:
+        self.troubles: tuple[str, ...] = ()
+        self._uri, self._events = uri, events
+        self._queue = Changes()
+        self._worker = Worker("libvirt")
+        self._closed = False
+        # These belong to that thread.
+        self._connection: Connection | None = None
+        self._retry_at_s, self._retry_s, self._refusal = 0.0, RETRY_S[0], ""
+        self._described: dict[tuple[str, int], tuple[float, DomainXml]] = {}
+
+    def find_guests(self) -> list[GuestInfo]:
+        """Every active domain, by UUID. Raises HostError, after two seconds at most."""
+        uri = self._uri or chosen_uri()
+        if uri is None:
+            return []
+        found = self._ask(uri, self._find)
+        self.troubles = tuple(
+            f"domain {info.id.name}: {trouble}" for info, described in found for trouble in described.troubles
+        )
+        return [info for info, _ in found]
+
+    def find_off(self) -> list[str]:
+        """Names and UUIDs of the domains that could be started. Raises HostError."""
+        uri = self._uri or chosen_uri()
+        return [] if uri is None else [text for pair in self._ask(uri, Connection.find_off) for text in pair]
+
+    def is_running(self, guest: GuestInfo) -> bool:
+        """Whether the same life of a domain goes on; where libvirt does not tell, it is believed to."""
+        uri, uuid = self._uri or chosen_uri(), guest.id.uuid or ""
+        if uri is None:
+            return False
+        try:
+            life = self._ask(uri, lambda connection: connection.read_life(uuid))
+        except HostError:
+            return True
+        return life is not None and guest.id.instance == name_life(uuid, life)
+
+    def fileno(self) -> int:
+        """Readable when libvirt has told of a change."""
+        return self._queue.fd if self._events else -1
+
+    def changes(self) -> tuple[GuestChange, ...]:
+        """What libvirt has told since the last call."""
+        return self._queue.take()
+
+    def close(self) -> None:
+        """Ask no more; may be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._worker.end(self._drop)
+            self._queue.close()
+
+    def _ask(self, uri: str, work: Callable[[Connection], T]) -> T:
+        try:
+            return self._worker.run(lambda: self._do(uri, work), ANSWER_S)
+        except TimeoutError:
+            raise HostError(f"libvirt ({uri}) does not answer: is its daemon stuck?") from None
+
+    # -- in its own thread --
+
+    def _do(self, uri: str, work: Callable[[Connection], T]) -> T:
+        if self._connection is not None and self._queue.lost:
+            self._drop()
+        if self._connection is None:
+            self._connect(uri)
+        assert self._connection is not None
+        try:
+            return work(self._connection)
+        except HostError:
+            self._drop()
+            raise
+
+    def _connect(self, uri: str) -> None:
+        if time.monotonic() < self._retry_at_s:
+            raise HostError(self._refusal)
+        self._described.clear()
+        self._queue.lost = False
+        try:
+            tell = (self._queue.tell, self._queue.lose) if self._events else ()
+            self._connection = Connection(uri, *tell)
+        except HostError as error:
+            self._refusal = str(error)
+            self._retry_at_s = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, RETRY_S[1])
+            raise
+        self._retry_s = RETRY_S[0]
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _find(self, connection: Connection) -> list[tuple[GuestInfo, DomainXml]]:
+        running = sorted(connection.find_running(), key=lambda one: one.uuid)
+        changed = self._queue.take_changed()
+        kept = {key: value for key, value in self._described.items() if key[0] not in changed}
+        self._described = {}
+        found = []
+        for one in running:
+            known = kept.get((one.uuid, one.life))
+            if known is None or time.monotonic() > known[0] + XML_S:
+                text = connection.describe(one.uuid)
+                if text is None:
+                    continue  # it ended meanwhile
+                known = (time.monotonic(), parse_domain(text))
+            self._described[one.uuid, one.life] = known
+            found.append((_make_info(one, known[1], connection.uri), known[1]))
+        return found
+
+
+class Changes:
+    """What was told in the thread of libvirt's events, until somebody takes it."""
+
+    def __init__(self) -> None:
+        self.lost = False  # the connection is
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._told: deque[GuestChange] = deque(maxlen=MAX_CHANGES)
+        self._changed: set[str] = set()
+        self._lock = threading.Lock()
+
+    def tell(self, change: GuestChange) -> None:
+        """Queue one."""
+        with self._lock:
+            if self.fd < 0:
+                return
+            if len(self._told) == MAX_CHANGES:
+                self._told.clear()
+                self._told.append(EVERYTHING)
+            self._told.append(change)
+            if change.uuid is not None:
+                self._changed.add(change.uuid)
+            os.eventfd_write(self.fd, 1)
+
+    def lose(self) -> None:
+        """The connection has ended."""
+        self.lost = True
+        self.tell(EVERYTHING)
+
+    def take(self) -> tuple[GuestChange, ...]:
+        """All that was told, and clear the descriptor."""
+        with self._lock:
+            if not self._told:
+                return ()
+            told = tuple(self._told)
+            self._told.clear()
+            os.eventfd_read(self.fd)
+            return told
+
+    def take_changed(self) -> set[str]:
+        """The UUIDs of domains that something was told of since the last time."""
+        with self._lock:
+            changed, self._changed = self._changed, set()
+            return changed
+
+    def close(self) -> None:
+        """Let the descriptor go."""
+        with self._lock:
+            fd, self.fd = self.fd, -1
+            self._told.clear()
+            if fd >= 0:
+                os.close(fd)
+
+
+def name_life(uuid: str, life: int) -> str:
+    """``GuestId.instance`` of a domain that only libvirt sees."""
+    return f"libvirt-{uuid}-{life}"
+
+
+def read_life(guest: GuestInfo) -> int:
+    """Which number libvirt gave to the life that a domain of `LibvirtSource` lives."""
+    return int(guest.id.instance.rpartition("-")[2])
+
+
+def _make_info(one: Running, described: DomainXml, uri: str) -> GuestInfo:
+    """A domain as libvirt alone sees it: its process may tell more."""
+    arguments = described.arguments
+    unreadable = list(explain_unreadable(arguments, described.arch))
+    notes = [*unreadable, *explain_untappable(arguments)]
+    return GuestInfo(
+        GuestId(one.uuid, one.uuid, one.name, name_life(one.uuid, one.life)),
+        memory_bytes=arguments.memory_bytes,
+        ports=tuple(port for net in arguments.nets if (port := _find_port(net, uri, notes)) is not None),
+        routes=() if unreadable else ("libvirt",),
+        notes=tuple(notes),
+        hypervisor="qemu",
+        state=one.state,
+        tags=described.tags,
+        wanted=described.wanted,
+    )
+
+
+def _find_port(net: NetDevice, uri: str, notes: list[str]) -> GuestPort | None:
+    """Its interface on this host, by name: libvirt does not say in which namespace."""
+    if net.kind != "tap" or net.ifname is None:
+        return None
+    if urlsplit(uri).hostname is not None:
+        notes.append(f"port {net.ifname} is on another host ({uri}): it cannot be tapped from here")
+        return None
+    index = find_index(None, net.ifname)
+    if index is None:
+        notes.append(f"port {net.ifname} is not in our network namespace: it cannot be tapped")
+        return None
+    return GuestPort(net.ifname, net.mac, None, index)
