@@ -13,8 +13,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 from appliance.errors import GuestGone
 from appliance.memory.foreign import MAX_FRAMES, ForeignMemory
@@ -33,16 +32,12 @@ _WHY: Final = {
     NOT_READY: "populated on demand, and fewer pages lie ready than are missing: reading could crash the domain; "
     "it becomes readable when the guest's balloon driver has reached its target",
 }
+SHIFT: Final = 12
 Take = Callable[[int, "array[int]"], None]
 
 
-class _Want(NamedTuple):
-    """A span inside a batch: where its answer goes, the slots of its frames, the offset in the first one, its size."""
-
-    place: int
-    slots: Sequence[int]
-    offset: int
-    size: int
+# Where the answer goes, the slot of the span's first frame, those of its others, the offset in the first one, its size.
+_Want = tuple[int, int, tuple[int, ...], int, int]
 
 
 class DomainFrames:
@@ -77,17 +72,18 @@ class DomainFrames:
         slots: dict[int, int] = {}
         wants: list[_Want] = []
         for place, (gpa, size) in enumerate(spans):
-            if not size:
-                found[place] = b""
-                continue
-            frames = range(gpa // PAGE, (gpa + size - 1) // PAGE + 1)
-            if len(frames) > MAX_FRAMES:
+            first, last = gpa >> SHIFT, gpa + size - 1 >> SHIFT
+            if last - first >= MAX_FRAMES:
                 found[place] = self._read_large(gpa, size, failed)
                 continue
-            if len(slots) + len(frames) > MAX_FRAMES:
+            if len(slots) + last - first >= MAX_FRAMES:
                 failed |= self._read_batch(slots, wants, found)
                 slots, wants = {}, []
-            wants.append(_Want(place, [slots.setdefault(frame, len(slots)) for frame in frames], gpa % PAGE, size))
+            slot = slots.setdefault(first, len(slots))
+            others: tuple[int, ...] = ()
+            if last > first:
+                others = tuple([slots.setdefault(frame, len(slots)) for frame in range(first + 1, last + 1)])
+            wants.append((place, slot, others, gpa & PAGE - 1, size))
         if wants:
             failed |= self._read_batch(slots, wants, found)
         return found, failed
@@ -129,24 +125,25 @@ class DomainFrames:
         """One mapping: copy what is wanted of the frames that are there; the errno of each that is not."""
 
         def take(address: int, errors: array[int]) -> None:
+            area: Any = (ctypes.c_char * (len(errors) << SHIFT)).from_address(address)
             whole = not any(errors)
-            for place, where, offset, size in wants:
-                if whole or not any(errors[slot] for slot in where):
-                    found[place] = _copy(address, where, offset, size)
+            for place, slot, others, offset, size in wants:
+                if whole or not (errors[slot] or any(errors[other] for other in others)):
+                    start = (slot << SHIFT) + offset
+                    found[place] = area[start : start + size] if not others else _join(area, slot, others, offset, size)
 
         return self.look(list(slots), take)
 
     def _read_large(self, gpa: int, size: int, failed: dict[int, int]) -> bytes | None:
         """A span of more frames than one mapping may have, piece by piece."""
         step, parts = MAX_FRAMES * PAGE, []
-        for start in range(gpa - gpa % PAGE, gpa + size, step):
+        for start in range(gpa & -PAGE, gpa + size, step):
             first, last = max(start, gpa), min(start + step, gpa + size)
-            slots = {frame: slot for slot, frame in enumerate(range(first // PAGE, (last - 1) // PAGE + 1))}
-            part: list[bytes | None] = [None]
-            failed |= self._read_batch(slots, (_Want(0, range(len(slots)), first % PAGE, last - first),), part)
-            if part[0] is None:
+            found, more = self.read(((first, last - first),))
+            failed |= more
+            if found[0] is None:
                 return None
-            parts.append(part[0])
+            parts.append(found[0])
         return b"".join(parts)
 
 
@@ -155,9 +152,10 @@ def explain_errno(code: int) -> str:
     return _WHY.get(code, os.strerror(code))
 
 
-def _copy(address: int, slots: Sequence[int], offset: int, size: int) -> bytes:
-    """``size`` bytes that begin ``offset`` behind the first of these mapped frames."""
-    if len(slots) == 1 or isinstance(slots, range) or all(after == slot + 1 for slot, after in pairwise(slots)):
-        return ctypes.string_at(address + slots[0] * PAGE + offset, size)
-    whole = b"".join([ctypes.string_at(address + slot * PAGE, PAGE) for slot in slots])
+def _join(area: Any, slot: int, others: tuple[int, ...], offset: int, size: int) -> bytes:  # noqa: ANN401
+    """A span over several frames, which lie side by side in the mapping unless some were wanted before."""
+    if others == tuple(range(slot + 1, slot + 1 + len(others))):
+        start = (slot << SHIFT) + offset
+        return bytes(area[start : start + size])
+    whole = b"".join([area[each << SHIFT : each + 1 << SHIFT] for each in (slot, *others)])
     return whole[offset : offset + size]

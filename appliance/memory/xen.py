@@ -42,6 +42,8 @@ class XenMemory:
         self._frames, self._control, self._foreign = frames, control, foreign
         self._regions = tuple(regions)
         self._starts = [region.gpa for region in regions]
+        largest = max(regions, key=lambda region: region.size, default=Region(0, 0))
+        self._low, self._high = largest.gpa, largest.gpa + largest.size
         self._open = True
 
     @property
@@ -68,6 +70,8 @@ class XenMemory:
         self._check_open()
         if not self._is_ram(gpa, size):
             raise UnreadableMemory(gpa, size, "not RAM")
+        if not size:
+            return b""
         found, failed = self._frames.read(((gpa, size),))
         if found[0] is None:
             raise UnreadableMemory(gpa, size, explain_errno(next(iter(failed.values()), errno.EIO)))
@@ -76,11 +80,14 @@ class XenMemory:
     def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
         """Read many ``(gpa, size)`` spans, 1024 distinct frames by one mapping; None where one is unreadable."""
         self._check_open()
-        inside = [self._is_ram(gpa, size) for gpa, size in spans]
-        if all(inside):
+        low, high = self._low, self._high
+        good = [low <= gpa <= high - size and size > 0 for gpa, size in spans]
+        if all(good):
             return self._frames.read(spans)[0]
-        pieces = iter(self._frames.read([span for span, good in zip(spans, inside, strict=True) if good])[0])
-        return [next(pieces) if good else None for good in inside]
+        good = [size > 0 and (fits or self._is_ram(gpa, size)) for fits, (gpa, size) in zip(good, spans, strict=True)]
+        pieces = iter(self._frames.read([span for span, fits in zip(spans, good, strict=True) if fits])[0])
+        nothing = [b"" if size == 0 and self._is_ram(gpa, 0) else None for gpa, size in spans]
+        return [next(pieces) if fits else other for fits, other in zip(good, nothing, strict=True)]
 
     def data_regions(self) -> tuple[Region, ...]:
         """The parts that are populated; every frame is asked for where some are not."""
