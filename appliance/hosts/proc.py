@@ -38,7 +38,7 @@ def read_qemu(pid: int) -> str | None:
     except FileNotFoundError:
         return None  # a thread of the kernel, or gone
     except OSError:
-        names = [read_name(pid), *read_argv(pid)[:1]]
+        names = [*read_argv(pid)[:1], read_name(pid)]  # the kernel cuts the latter short
     return next((name for path in names if _QEMU.fullmatch(name := path.rsplit("/", 1)[-1])), None)
 
 

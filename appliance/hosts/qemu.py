@@ -15,7 +15,7 @@ from appliance.hosts.arguments import Arguments, parse_arguments
 from appliance.hosts.switch import explain_switch, read_switch
 from appliance.hosts.taps import Held, find_taps, match_cards, read_held
 from appliance.hosts.unreadable import emulated, explain_unreadable
-from appliance.hosts.untappable import explain_untappable
+from appliance.hosts.untappable import explain_handed, explain_untappable
 from appliance.model import GuestChange, GuestId, GuestInfo, GuestPort
 
 PORTS_S: Final = 5.0  # how long ports are believed to be where they were, while QEMU holds the same descriptors
@@ -149,6 +149,7 @@ class _Life:
         notes: list[str] = []
         ports = tuple(match_cards(find_taps(pid, held, notes), self.arguments.nets))
         self.held, self.looked_s = None if notes else held, now_s
+        notes += explain_handed((one.device for one in held if one.device), self.arguments)
         self.info = replace(self.info, ports=ports, notes=(*notes, *self.notes, *_explain_switches(ports)))
 
 

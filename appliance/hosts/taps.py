@@ -13,6 +13,7 @@ from typing import Final
 from appliance.hosts import proc
 from appliance.hosts.arguments import NetDevice
 from appliance.hosts.netns import find_interface, find_port, iter_namespaces
+from appliance.hosts.untappable import HANDED
 from appliance.model import GuestPort
 
 _MACVTAP: Final = re.compile(r"/dev/tap(\d+)$")  # the number is the interface's index (drivers/net/macvtap.c)
@@ -20,7 +21,7 @@ _MACVTAP: Final = re.compile(r"/dev/tap(\d+)$")  # the number is the interface's
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One descriptor: of a tap by its name, or of a macvtap by its device file."""
+    """One descriptor: of a tap by its name; of a macvtap, or of a device handed through, by its device file."""
 
     descriptor: int
     ifname: str | None = None
@@ -38,13 +39,13 @@ class Tap:
 
 
 def read_held(pid: int) -> tuple[Held, ...]:
-    """The descriptors of network ports that the process has open. Raises PermissionError."""
+    """What the process has open of network ports, and of devices handed through. Raises PermissionError."""
     found = []
     for descriptor, target in proc.iter_descriptors(pid):
         if target.endswith("/net/tun"):
             if (ifname := proc.read_interface(pid, descriptor)) is not None:
                 found.append(Held(descriptor, ifname=ifname))
-        elif _MACVTAP.search(target):
+        elif _MACVTAP.search(target) or HANDED.fullmatch(target):
             found.append(Held(descriptor, device=target))
     return tuple(found)
 

@@ -23,7 +23,7 @@ _NAMES: Final = {  # by QEMU's object, or by libvirt's type of launchSecurity
     "pef": "POWER PEF",
     "rme": "Arm CCA",
 }
-_X86: Final = re.compile(r"x86_64|i386|amd64|i686")
+_X86: Final = re.compile(r"x86(_64)?|i386|amd64|i686")
 
 
 def explain_unreadable(arguments: Arguments, target: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from appliance.hosts.arguments import parse_arguments
-from appliance.hosts.untappable import explain_untappable
+from appliance.hosts.untappable import HANDED, explain_handed, explain_untappable
 
 CARD = "-device virtio-net-pci,netdev=n0"
 
@@ -98,3 +98,52 @@ def test_a_card_handed_through_is_named(sys, device, words) -> None:
 
 def test_a_device_that_is_no_network_card_is_not(sys) -> None:
     assert notes("-nodefaults", "-device vfio-pci,host=0000:01:00.0", sys=sys) == []
+
+
+def handed(sys, *devices: str, words: tuple[str, ...] = ()) -> list[str]:
+    argv = ["qemu-system-x86_64", "-nodefaults", *(part for word in words for part in word.split())]
+    return list(explain_handed(devices, parse_arguments(argv), sys))
+
+
+@pytest.fixture
+def groups(sys):
+    """The same host: group 7 is the virtual function, group 8 the graphics card; vfio0 is the whole card."""
+    for number, address in ((7, "0000:03:02.1"), (8, "0000:01:00.0")):
+        (sys / f"kernel/iommu_groups/{number}/devices/{address}").mkdir(parents=True)
+    (sys / "class/vfio-dev/vfio0").mkdir(parents=True)
+    (sys / "class/vfio-dev/vfio0/device").symlink_to("../../../bus/pci/devices/0000:03:00.0")
+    return sys
+
+
+def test_a_card_that_was_handed_through_while_the_guest_ran_is_found_by_its_device_file(groups) -> None:
+    (note,) = handed(groups, "/dev/vfio/7")
+    assert "vfio-pci 0000:03:02.1 is a virtual function" in note
+    (note,) = handed(groups, "/dev/vfio/devices/vfio0")
+    assert "vfio-pci 0000:03:00.0 is a network card handed through" in note
+    (note,) = handed(groups, "/dev/vhost-vdpa-0")
+    assert "/dev/vhost-vdpa-0: if it is a network card" in note
+
+
+def test_what_the_command_line_names_is_not_told_twice(groups) -> None:
+    assert handed(groups, "/dev/vfio/7", words=("-device vfio-pci,host=03:02.1",)) == []
+    assert (
+        handed(groups, "/dev/vhost-vdpa-0", words=("-device vhost-vdpa-device-pci,vhostdev=/dev/vhost-vdpa-0",)) == []
+    )
+    words = ("-netdev vhost-vdpa,id=n0,vhostdev=/dev/vhost-vdpa-0", CARD)
+    assert handed(groups, "/dev/vhost-vdpa-0", words=words) == []
+
+
+def test_a_device_file_with_no_network_card_behind_it_needs_no_note(groups) -> None:
+    assert handed(groups, "/dev/vfio/8", "/dev/vfio/99", "/dev/vfio/devices/vfio9") == []
+
+
+def test_device_files_of_vfio_and_vdpa_are_known_by_their_names() -> None:
+    names = [
+        "/dev/vfio/vfio",
+        "/dev/vfio/12",
+        "/dev/vfio/devices/vfio3",
+        "/dev/vhost-vdpa-1",
+        "/dev/vhost-net",
+        "/dev/kvm",
+    ]
+    assert [name for name in names if HANDED.fullmatch(name)] == names[1:4]
