@@ -10,14 +10,15 @@ import typer
 
 from appliance.cli import contract
 from appliance.cli.progress import tell, working
-from appliance.cli.render import Output, endpoint_text, print_objects, safe
+from appliance.cli.render import Output, endpoint_text, print_lines, print_objects, safe
 from appliance.errors import UnsupportedGuest
-from appliance.hosts.qemu import find_guests
+from appliance.hosts.inventory import Inventory
 from appliance.hosts.targets import resolve
 from appliance.model import NO_NETWORK, GuestInfo, Snapshot
 from appliance.opening import open_eye
 
 MAX_GAPS = 20  # told one by one
+MAX_NOTE = 400  # characters
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A libvirt name or UUID, qemu:PID or file:PATH.")]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
@@ -52,19 +53,26 @@ Column = Callable[[dict[str, Any]], str]
 
 def guests(output: OutputOption = Output.TABLE) -> None:
     """List the guests that run here and how each can be seen."""
-    bodies = [contract.guest(one) for one in find_guests()]
+    with Inventory.of_this_host() as inventory:
+        bodies = [contract.guest(one) for one in inventory.find_guests()]
+        troubles = inventory.troubles
     rows = [
         (
             body["vm"],
-            safe(body["name"] or "-"),
-            body["uuid"] or "-",
+            "\n".join(safe(text) for text in (body["name"], body["uuid"]) if text) or "-",
+            body["state"],
             f"{body['memory_bytes'] >> 20} MiB" if body["memory_bytes"] else "?",
             ", ".join(port["ifname"] for port in body["ports"]) or "none",
-            safe("; ".join(body["notes"])),
+            ", ".join(body["routes"]) or "none",
         )
         for body in bodies
     ]
-    print_objects(output, bodies, ("VM", "NAME", "UUID", "MEMORY", "PORTS", "NOTES"), rows)
+    columns = ("VM", "NAME, UUID", "STATE", "MEMORY", "PORTS", "ROUTES")
+    print_objects(output, bodies, columns, rows, folding=("PORTS", "ROUTES"))
+    if output is Output.TABLE:
+        print_lines(f"{body['vm']}: {safe(note, MAX_NOTE)}" for body in bodies for note in body["notes"])
+    for trouble in troubles:
+        tell(trouble)
     if not bodies:
         tell("no running guest was found here; qemu:PID, file:PATH and port:IFNAME can be named all the same")
 

@@ -78,7 +78,7 @@ def print_objects(
     """Print a whole result. ``rows`` are already ``safe``; ``folding`` columns give room first where it is short."""
     if output is Output.TABLE:
         out = console()
-        widths = [max(Text.from_markup(cell).cell_len for cell in cells) for cells in zip(columns, *rows, strict=True)]
+        widths = [max(map(_width, cells)) for cells in zip(columns, *rows, strict=True)]
         needed = sum(GAP + (LEAST if name in folding else width) for name, width in zip(columns, widths, strict=True))
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
@@ -95,9 +95,20 @@ def print_objects(
     printer.end()
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print what is already ``safe`` below a table, with an empty line before it."""
+    out = console()
+    for number, line in enumerate(lines):
+        out.print(line if number else f"\n{line}")
+
+
 def endpoint_text(end: dict[str, Any] | None) -> str:
     """``ip:port`` as ``ss`` prints it; ``*`` where there is none."""
     if end is None:
         return "*"
     ip, port = end["ip"], end["port"]
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+def _width(cell: str) -> int:
+    return max(line.cell_len for line in Text.from_markup(cell).split(allow_blank=True))
