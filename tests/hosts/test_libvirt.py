@@ -1,0 +1,166 @@
+"""libvirt's own test drivers, and daemons that do not answer: no daemon is needed here."""
+
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from appliance.errors import HostError
+from appliance.hosts.domains import EVERYTHING, Changes, LibvirtSource
+from appliance.hosts.inventory import Inventory
+from appliance.hosts.libvirt import chosen_uri
+from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestState
+
+libvirt = pytest.importorskip("libvirt")
+NODE = "<domain type='test'><name>guest-{0}</name><uuid>00000000-0000-4000-8000-{0:012}</uuid>{1}</domain>"
+BODY = "<memory>65536</memory><os><type arch='x86_64'>hvm</type></os>"
+MARK = "urn:parasight:domain:1"
+
+
+@pytest.fixture
+def source() -> Iterator[LibvirtSource]:
+    """The driver inside the library, whose one domain runs; all connections of this process see the same."""
+    made = LibvirtSource("test:///default", events=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def domain(source):
+    source.find_guests()  # the domains last as long as somebody is connected
+    connection = libvirt.open("test:///default")
+    yield connection.lookupByName("test")
+    connection.close()
+
+
+def told(source: LibvirtSource, what: Change) -> bool:
+    """Whether libvirt tells of this change, told by then or not long after."""
+    seen: list[Change] = []
+    end = time.monotonic() + 20
+    while what not in seen and time.monotonic() < end:
+        select.select([source.fileno()], (), (), 0.2)
+        seen += [change.what for change in source.changes()]
+    return what in seen
+
+
+def test_a_domain_is_listed_with_its_identity_and_size(source) -> None:
+    (guest,) = source.find_guests()
+    assert guest.id.name == "test"
+    assert guest.id.target == guest.id.uuid
+    assert guest.id.instance == f"libvirt-{guest.id.uuid}-1"
+    assert (guest.state, guest.memory_bytes, guest.hypervisor) == (GuestState.RUNNING, 8 << 30, "qemu")
+    assert guest.routes == ("libvirt",)
+
+
+def test_what_happens_to_a_domain_is_told_and_its_state_follows(source, domain) -> None:
+    domain.suspend()
+    assert told(source, Change.PAUSED)
+    assert source.find_guests()[0].state is GuestState.PAUSED
+    domain.resume()
+    assert told(source, Change.RESUMED)
+    assert source.find_guests()[0].state is GuestState.RUNNING
+    (before,) = source.find_guests()
+    domain.destroy()
+    assert told(source, Change.ENDED)
+    assert source.find_guests() == []
+    assert not source.is_running(before)
+    assert source.find_off() == ["test", before.id.uuid]
+    domain.create()
+    assert told(source, Change.STARTED)
+    (after,) = source.find_guests()
+    assert after.id.uuid == before.id.uuid
+    assert after.id.instance != before.id.instance
+    assert source.is_running(after)
+    assert not source.is_running(before)
+
+
+def test_metadata_is_followed(source, domain) -> None:
+    assert source.find_guests()[0].wanted is None
+    kind, live = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
+    domain.setMetadata(kind, "<guest watch='no' tags='web,prod'/>", "parasight", MARK, live)
+    assert told(source, Change.DESCRIBED)
+    (guest,) = source.find_guests()
+    assert (guest.wanted, guest.tags, source.troubles) == (False, ("web", "prod"), ())
+    domain.setMetadata(kind, "<guest watch='perhaps'/>", "parasight", MARK, live)
+    assert told(source, Change.DESCRIBED)
+    assert source.find_guests()[0].wanted is None
+    (trouble,) = source.troubles
+    assert trouble.startswith("domain test: ")
+
+
+def test_after_a_hundred_domains_there_is_each_of_them_once(tmp_path) -> None:
+    node = tmp_path / "node.xml"
+    node.write_text("<node>" + "".join(NODE.format(number, BODY) for number in range(100)) + "</node>")
+    with Inventory([LibvirtSource(f"test://{node}")]) as inventory:
+        names = sorted(guest.id.name for guest in inventory.find_guests())
+        assert names == sorted(f"guest-{number}" for number in range(100))
+        assert inventory.troubles == ()
+
+
+def test_without_events_there_is_nothing_to_wait_on() -> None:
+    source = LibvirtSource("test:///default")
+    assert source.fileno() == -1
+    assert source.changes() == ()
+    source.close()
+    source.close()
+
+
+def test_changes_that_nobody_takes_become_the_hint_that_all_may_have_changed() -> None:
+    changes = Changes()
+    for number in range(10_000):
+        changes.tell(GuestChange(Change.PAUSED, str(number)))
+    taken = changes.take()
+    assert taken[0] == EVERYTHING
+    assert len(taken) < 10_000
+    assert changes.take() == ()
+    changes.close()
+    changes.tell(EVERYTHING)
+    assert changes.take() == ()
+
+
+def test_a_daemon_that_is_not_there_is_named_and_not_asked_at_every_turn(tmp_path) -> None:
+    source = LibvirtSource(f"qemu+unix:///system?socket={tmp_path}/nobody")
+    for _ in range(3):
+        with pytest.raises(HostError, match="nobody"):
+            source.find_guests()
+    nobody = GuestInfo(GuestId("u", "u", "n", "libvirt-u-1"), hypervisor="qemu")
+    assert source.is_running(nobody)  # nobody says that it has ended
+    source.close()
+
+
+def test_a_daemon_that_takes_calls_and_never_answers_holds_nobody_up(tmp_path) -> None:
+    path = tmp_path / "silent"
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        stuck = LibvirtSource(f"qemu+unix:///system?socket={path}", events=True)
+        other = LibvirtSource("test:///default")
+        with Inventory([stuck, other]) as inventory:
+            for _ in range(3):
+                assert [guest.id.name for guest in inventory.find_guests()] == ["test"]
+                (trouble,) = inventory.troubles
+                assert "does not answer" in trouble
+
+
+def test_where_no_libvirt_is_there_are_no_domains_and_no_trouble(monkeypatch) -> None:
+    monkeypatch.delenv("PARASIGHT_LIBVIRT_URI", raising=False)
+    if chosen_uri() is not None:
+        pytest.skip("this host has a libvirt")
+    source = LibvirtSource()
+    assert source.find_guests() == []
+    assert source.find_off() == []
+    source.close()
+
+
+def test_a_process_that_listened_to_libvirt_ends_when_it_is_done() -> None:
+    code = (
+        "from appliance.hosts.domains import LibvirtSource\n"
+        "source = LibvirtSource('test:///default', events=True)\n"
+        "print(len(source.find_guests()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
