@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import socket
 from pathlib import Path
 from typing import Final
@@ -64,7 +65,8 @@ def _find_file(text: str) -> GuestInfo:
     if not status.st_size:
         raise ConfigError(f"file:{text}: it is empty")
     guest = GuestId(f"file:{text}", instance=f"{status.st_dev}-{status.st_ino}-{status.st_mtime_ns}")
-    return GuestInfo(guest, memory_bytes=status.st_size, routes=("file",))
+    routes = ("file", "libvmi") if importlib.util.find_spec("libvmi") else ("file",)  # LibVMI: raw images only
+    return GuestInfo(guest, memory_bytes=status.st_size, routes=routes)
 
 
 def _find_process(text: str, inventory: Inventory) -> GuestInfo:
