@@ -45,7 +45,7 @@ def explain_untappable(arguments: Arguments, sys: Path = SYS) -> Iterator[str]:
             why = _WHY.get(device.kind, f"{device.kind} network has no port on this host: it cannot be tapped")
             yield f"network {device.id}: {why}"
     for device_text in arguments.passthrough:
-        if note := _explain_device(device_text, sys):
+        if note := explain_device(device_text, sys):
             yield note
 
 
@@ -62,7 +62,7 @@ def explain_handed(devices: Iterable[str], arguments: Arguments, sys: Path = SYS
             continue
         behind = sorted(_behind(path, sys))
         if named.isdisjoint(behind):
-            yield from (note for name in behind if (note := _explain_device(f"vfio-pci {name}", sys)))
+            yield from (note for name in behind if (note := explain_device(f"vfio-pci {name}", sys)))
 
 
 def _has_vdpa(arguments: Arguments) -> bool:
@@ -81,7 +81,7 @@ def _behind(path: str, sys: Path) -> Iterator[str]:
         return  # a mediated device, or sysfs is not what it was
 
 
-def _explain_device(text: str, sys: Path) -> str | None:
+def explain_device(text: str, sys: Path = SYS) -> str | None:
     """What a device handed through hides from us; None when it is certainly no network card."""
     driver, _, where = text.partition(" ")
     unknown = f"device {text} is handed through: if it is a network card, its packets do not cross this host"
