@@ -103,7 +103,8 @@ def check_permission(guest: GuestInfo) -> None:
 
 def _begin(pid: int) -> _Life | None:
     """Read what cannot change of one life of a process; None where it is no guest, or has just ended."""
-    start, qemu = proc.read_start_time(pid), proc.read_qemu(pid)
+    qemu = proc.read_qemu(pid)  # first, for it is asked of every process of the host
+    start = proc.read_start_time(pid) if qemu is not None else None
     if start is None or qemu is None or not (argv := proc.read_argv(pid)):
         return None
     arguments = parse_arguments(argv)
