@@ -9,15 +9,16 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli.progress import tell
+from appliance.cli.progress import tell, working
+from appliance.cli.reach import find_guests, probe_libraries, probe_routes
 from appliance.cli.render import Output, console, print_objects, safe
 from appliance.evidence.volatility import probe as probe_volatility
 from appliance.flow.community import community_id
 from appliance.flow.table import FlowTable
 from appliance.flow.tracking import TrackedTap
 from appliance.hosts.probe import probe_host
-from appliance.hosts.qemu import find_guests
-from appliance.model import GuestId, GuestPort
+from appliance.hosts.probe_xen import is_xen
+from appliance.model import Availability, GuestId, GuestPort
 from appliance.rules import load, schema
 from appliance.tap.af_packet import PortSource
 from appliance.tap.trial import probe_ports, probe_rungs
@@ -27,6 +28,7 @@ rules = typer.Typer(help="Check, test and describe rule files.", no_args_is_help
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
 PathsArgument = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Rule files or folders of them.")]
 
+MAX_REASON = 400  # characters: what a kernel or a library says can be long
 _WORDS = {
     (True, True): "[green]PASS[/]",
     (False, True): "[bold red]FAIL[/]",
@@ -37,15 +39,29 @@ _WORDS = {
 
 def doctor(output: OutputOption = Output.TABLE) -> None:
     """Check this host: what works, what is missing, and the command that mends it."""
-    rungs = probe_rungs(time.time_ns, community_id, _open_packets)
-    found = (*probe_host(), probe_volatility(), *rungs, *probe_ports(find_guests()))
+    with working("looking at this host and its guests"):
+        guests, troubles = find_guests()
+        found = (
+            *probe_host(guests, troubles),
+            *probe_libraries(xen=is_xen()),
+            probe_volatility(),
+            *probe_rungs(time.time_ns, community_id, _open_packets),
+            *probe_ports(guests),
+            *probe_routes(guests),
+        )
     bodies = [
         {"name": one.name, "ok": one.ok, "required": one.required, "reason": one.reason, "remedy": one.remedy}
         for one in found
     ]
-    rows = [(_WORDS[one.ok, one.required], one.name, safe(one.reason, 200), safe(one.remedy or "")) for one in found]
-    print_objects(output, bodies, ("", "CHECK", "FOUND", "REMEDY"), rows)
+    rows = [(_WORDS[one.ok, one.required], safe(one.name), _explain(one)) for one in found]
+    print_objects(output, bodies, ("", "CHECK", "FOUND"), rows, folding=("FOUND",))
     raise typer.Exit(0 if all(one.ok or not one.required for one in found) else 1)
+
+
+def _explain(one: Availability) -> str:
+    """What was found, and below it what mends it."""
+    reason = safe(one.reason, MAX_REASON)
+    return reason if one.remedy is None else f"{reason}\n[cyan]\u2192 {safe(one.remedy, MAX_REASON)}[/]"
 
 
 def _open_packets(port: GuestPort) -> TrackedTap:

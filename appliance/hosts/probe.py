@@ -40,8 +40,8 @@ def probe_host(
         *probe_confinement(root),
         _packets(),
         _namespaces(root),
-        *describe_guests(guests, troubles),
-        probe_libvirt([one for one in troubles if "libvirt" in one], root),
+        *describe_guests(guests, [one for one in troubles if not one.startswith("libvirt")]),
+        probe_libvirt([one for one in troubles if one.startswith("libvirt")], root),
         *probe_xen(root),
         probe_kvm(root),
     )

@@ -25,6 +25,7 @@ _INSTALL: Final = (
     "apt-get install python3-libvirt; in a venv: apt-get install libvirt-dev pkg-config gcc python3-dev && "
     "pip install 'parasight[libvirt]'"
 )
+_JOIN: Final = "usermod -aG libvirt $USER, and log in again; or run as root"
 
 
 def probe_libvirt(troubles: Iterable[str] = (), root: Path = ROOT, *, binding: bool | None = None) -> Availability:
@@ -38,31 +39,30 @@ def probe_libvirt(troubles: Iterable[str] = (), root: Path = ROOT, *, binding: b
     socket = next((path for path in _SOCKETS if (root / path).exists()), None)
     daemon = next((name for name, paths in _DAEMONS.items() if any((root / path).exists() for path in paths)), None)
     if socket is None and daemon is None and not uri:
-        return _say(True, "libvirt is not installed; guests are found by their processes")
+        return _say("libvirt is not installed; guests are found by their processes")
     if not binding:
-        why = "libvirt is here, but its Python binding is missing: no names by metadata, no events"
-        return _say(False, why, _INSTALL)
+        why = "libvirt is here, but its Python binding is missing: no metadata, no events, no route of its own"
+        return _say(why, _INSTALL)
     if trouble := "; ".join(troubles):
-        return _say(False, trouble, _mend(root, socket, daemon))
+        return _say(trouble, _mend(trouble, daemon or "libvirtd"))
     if uri:
-        return _say(True, f"{URI_VARIABLE} says {uri}, and it answers")
+        return _say(f"{uri} answers ({URI_VARIABLE})")
     if socket is None:
-        return _say(False, f"{daemon} is installed and does not run", f"systemctl start {daemon}.socket")
+        return _say(f"{daemon} is installed and does not run", f"systemctl start {daemon}.socket")
     if not os.access(root / socket, os.R_OK | os.W_OK):
         why = f"/{socket} is not ours to write to: domains may be listed, their memory cannot be read through libvirt"
-        return _say(False, why, "usermod -aG libvirt $USER, and log in again; or run as root")
-    return _say(True, f"/{socket} answers; memory can be read through it (--route libvirt)")
+        return _say(why, _JOIN)
+    return _say(f"/{socket} answers")
 
 
-def _mend(root: Path, socket: str | None, daemon: str | None) -> str:
-    if socket is None:
-        return f"systemctl start {daemon or 'libvirtd'}.socket"
-    if not os.access(root / socket, os.R_OK | os.W_OK):
-        return "usermod -aG libvirt $USER, and log in again; or run as root"
-    return (
-        f"systemctl status {daemon or 'libvirtd'}; systemctl restart {daemon or 'libvirtd'} leaves its guests running"
-    )
+def _mend(trouble: str, daemon: str) -> str:
+    """What mends what libvirt, or our asking it, complains of."""
+    if "ermission denied" in trouble or "authenti" in trouble:
+        return _JOIN
+    if "does not answer" in trouble:
+        return f"systemctl restart {daemon} (its guests go on running)"
+    return f"systemctl start {daemon}.socket; see: systemctl status {daemon}"
 
 
-def _say(ok: bool, reason: str, remedy: str | None = None) -> Availability:
-    return Availability("libvirt", ok, reason, remedy, required=False)
+def _say(reason: str, remedy: str | None = None) -> Availability:
+    return Availability("libvirt", remedy is None, reason, remedy, required=False)

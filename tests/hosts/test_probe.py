@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from appliance.hosts import kvm
+from appliance.hosts import kvm, proc
 from appliance.hosts.probe import describe_guests, probe_host, probe_kvm
 from appliance.hosts.probe_libvirt import probe_libvirt
 from appliance.hosts.probe_xen import is_xen, probe_xen
@@ -137,12 +137,23 @@ def test_a_daemon_that_does_not_run_is_started_by_one_command(tmp_path, daemon, 
     assert (line.ok, line.remedy) == (False, f"systemctl start {daemon}.socket")
 
 
-def test_a_daemon_that_does_not_answer_is_told_in_its_own_words(tmp_path, monkeypatch) -> None:
-    monkeypatch.delenv("PARASIGHT_LIBVIRT_URI", raising=False)
-    put(tmp_path, "run/libvirt/libvirt-sock", "usr/sbin/libvirtd")
-    line = libvirt(tmp_path, troubles=["libvirt does not answer within 5 s"])
-    assert (line.ok, line.reason) == (False, "libvirt does not answer within 5 s")
-    assert "systemctl status libvirtd" in line.remedy
+@pytest.mark.parametrize(
+    ("trouble", "remedy"),
+    [
+        ("libvirt (qemu:///system) does not answer: is its daemon stuck?", "systemctl restart virtqemud"),
+        (
+            "libvirt (qemu:///system) cannot be asked: Failed to connect socket: Permission denied",
+            "usermod -aG libvirt",
+        ),
+        ("libvirt (qemu:///system) cannot be asked: authentication unavailable", "usermod -aG libvirt"),
+        ("libvirt (qemu:///system) cannot be asked: No such file or directory", "systemctl start virtqemud.socket"),
+    ],
+)
+def test_what_libvirt_complains_of_is_told_in_its_own_words_with_what_mends_it(tmp_path, trouble, remedy) -> None:
+    put(tmp_path, "run/libvirt/virtqemud-sock", "usr/sbin/virtqemud")
+    line = libvirt(tmp_path, troubles=[trouble])
+    assert (line.ok, line.reason) == (False, trouble)
+    assert line.remedy.startswith(remedy)
 
 
 def test_a_socket_that_is_not_ours_to_write_to_needs_the_group(tmp_path, monkeypatch) -> None:
@@ -156,7 +167,8 @@ def test_a_socket_that_is_not_ours_to_write_to_needs_the_group(tmp_path, monkeyp
 
 def test_a_daemon_that_answers_is_a_route(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("PARASIGHT_LIBVIRT_URI", raising=False)
-    assert "--route libvirt" in libvirt(put(tmp_path, "run/libvirt/virtqemud-sock")).reason
+    line = libvirt(put(tmp_path, "run/libvirt/virtqemud-sock"))
+    assert (line.ok, line.reason) == (True, "/run/libvirt/virtqemud-sock answers")
     monkeypatch.setenv("PARASIGHT_LIBVIRT_URI", "test:///default")
     assert "test:///default" in libvirt(tmp_path).reason
 
@@ -212,3 +224,16 @@ def test_what_a_control_domain_lacks_is_named(dom0, gone, name, remedy) -> None:
     (line,) = [one for one in probe_xen(dom0) if not one.ok]
     assert (line.name, line.required) == (name, True)
     assert remedy in line.remedy
+
+
+# -- processes --
+
+
+def test_a_qemu_whose_executable_may_not_be_read_is_known_by_its_whole_name(tmp_path, monkeypatch) -> None:
+    put(tmp_path, "7/exe")  # no link that could be read
+    put(tmp_path, "7/comm", text="qemu-system-x86\n")  # as the kernel cuts it
+    put(tmp_path, "7/cmdline", text="/usr/bin/qemu-system-x86_64\0-S\0")
+    monkeypatch.setattr(proc, "PROC", tmp_path)
+    assert proc.read_qemu(7) == "qemu-system-x86_64"
+    (tmp_path / "7/cmdline").unlink()
+    assert proc.read_qemu(7) == "qemu-system-x86"
