@@ -20,6 +20,8 @@ from appliance.hosts.libvirt import INSTALL, SOCKETS, is_installed
 from appliance.hosts.merge import join, note_twins
 from appliance.hosts.qemu import QemuSource
 from appliance.hosts.qemu import is_running as is_qemu_running
+from appliance.hosts.xen import XenSource
+from appliance.hosts.xen import is_running as is_xen_running
 from appliance.model import GuestChange, GuestInfo
 from appliance.ports import GuestSource
 
@@ -49,6 +51,8 @@ class Inventory:
             sources.append(LibvirtSource(events=events))
         elif any(path.exists() for path in SOCKETS):
             troubles.append(f"libvirt runs here and cannot be asked, its Python binding is not installed: {INSTALL}")
+        if XenSource.is_here():
+            sources.append(XenSource())
         return cls(sources, troubles)
 
     def find_guests(self) -> list[GuestInfo]:
@@ -77,7 +81,7 @@ class Inventory:
 
     def wait(self, timeout_s: float = POLL_S) -> tuple[GuestChange, ...]:
         """Wait until a source tells of changes, at most ``timeout_s``; what it told."""
-        files = {source.fileno(): source for source in self._sources if source.fileno() >= 0}
+        files = {fd: source for source in self._sources if (fd := source.fileno()) >= 0}
         ready, _, _ = select.select(files, (), (), timeout_s)
         return tuple(change for fd in ready for change in files[fd].changes())
 
@@ -121,6 +125,8 @@ def is_running(guest: GuestInfo) -> bool:
     """Whether the very same life of this guest goes on: not another one by its name, pid or domid."""
     if guest.pid is not None:
         return is_qemu_running(guest)
+    if guest.hypervisor == "xen":
+        return is_xen_running(guest)
     return guest.hypervisor is not None and _libvirt().is_running(guest)
 
 
