@@ -23,7 +23,7 @@ from appliance.opening import open_eye, open_eye_or_say, open_other, open_tap, t
 from appliance.plugging import Plugging
 from appliance.ports import GuestEye, PacketTap
 from appliance.respond.mailbox import Mailbox
-from appliance.sight import in_a_thread
+from appliance.sight import at_once, in_a_thread
 from appliance.tap.bpf.tap import KernelTap
 from appliance.tap.looks import LookTap
 from appliance.watch import GuestWatch, Tell
@@ -82,10 +82,10 @@ class Builder:
     tell: Tell
     options: Options
 
-    def open_eye(self, info: GuestInfo) -> GuestEye:
+    def open_eye(self, info: GuestInfo, *, brief: bool = False) -> GuestEye:
         """Attach to its memory. Raises ParasightError."""
         options = self.options
-        return open_eye(info, options.symbols, route=options.route, change_domain=options.change_domain)
+        return open_eye(info, options.symbols, brief=brief, route=options.route, change_domain=options.change_domain)
 
     def open_named(self, infos: list[GuestInfo], offer: Callable[[GuestInfo], Offer]) -> list[Watched]:
         """Open guests that a person has named: whatever keeps one from being watched is an error, and none is.
@@ -159,8 +159,8 @@ class Builder:
             )
             undo.callback(plugging.close)
         mailbox = Mailbox()
-        more = partial(GuestWatch, reopen=partial(self.open_eye, info)) if info.routes else GuestWatch
-        watch = more(
+        attach = partial(self.open_eye, info)
+        watch = GuestWatch(
             info,
             tap,
             eye,
@@ -171,7 +171,9 @@ class Builder:
             runs=partial(is_running, info) if info.pid is not None else lambda: True,
             looked=looked,
             use=tap.use if isinstance(tap, LookTap) else lambda eye: None,
-            aside=in_a_thread,
+            reopen=attach if info.routes else lambda: None,
+            glance=partial(attach, brief=True) if info.routes else None,
+            aside=in_a_thread if info.routes else at_once,
             work_s=partial(read_cpu_s, info.pid) if info.pid is not None else None,
             young=young,
             silent=named or not info.routes,

@@ -171,8 +171,10 @@ class Engine:
                     yield from self._report(verdict, again=True)
             case Decided(flow_id, allow, who, at_ns):
                 yield from self._decided(flow_id, allow, who)
-            case SnapshotTaken(snapshot, os):
+            case SnapshotTaken(snapshot, os, again):
                 self._os = os
+                if not again:
+                    self._start_afresh()
                 self._seed(snapshot)
             case Tick(at_ns):
                 while self._due and self._due[0][0] <= at_ns:
@@ -278,13 +280,16 @@ class Engine:
         while self._due and self._due[0][3] not in self._cases:
             heapq.heappop(self._due)
 
-    def _seed(self, snapshot: Snapshot) -> None:
-        """Start afresh: what an earlier kernel of this guest did says nothing of this one."""
+    def _start_afresh(self) -> None:
+        """What an earlier kernel of this guest did says nothing of this one."""
         self.processes.clear()
         self._by_pid.clear()
         self._evidence.clear()
         self._opinions.clear()
         self._remembered.clear()
+
+    def _seed(self, snapshot: Snapshot) -> None:
+        """Learn the processes that are there, and the owners of what is open."""
         for process in snapshot.processes:
             self._add(process)
         for socket in snapshot.sockets[:MAX_REMEMBERED]:

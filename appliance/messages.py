@@ -127,6 +127,7 @@ class SnapshotTaken:
 
     snapshot: Snapshot
     os: str = ""  # what the guest runs, for rules that are meant for one system
+    again: bool = False  # of the kernel that was looked at before
 
 
 @dataclass(frozen=True, slots=True)

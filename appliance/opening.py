@@ -43,11 +43,13 @@ def open_eye(
     symbols: Sequence[Path] = (),
     *,
     thorough: bool = False,
+    brief: bool = False,
     route: str | None = None,
     change_domain: bool = False,
 ) -> GuestEye:
     """Attach to a guest's memory; ``symbols`` are folders with symbol tables of Windows.
 
+    ``brief``: look for a Windows only where one usually shows, not in all of RAM; for what is tried again soon.
     ``thorough``: a full look may take as long as it takes to look everywhere, since nobody waits with packets in hand.
     ``route`` and ``change_domain`` as for `open_memory`; where reading is slow, a look may take longer.
     Raises GuestError, HostError, ConfigError or UsageError with what to do.
@@ -55,7 +57,7 @@ def open_eye(
     chosen = choose(info, route)
     memory = open_memory(info, chosen, change_domain=change_domain)
     missing: tuple[Gap, ...] = getattr(memory, "gaps", ())[:1]  # the others are its parts
-    look = _Look(thorough or not memory.live, PATIENCE.get(chosen, 1.0), missing)
+    look = _Look(thorough or not memory.live, PATIENCE.get(chosen, 1.0), missing, brief)
     try:
         return _attach_to(memory, symbols, look)
     except GuestError as error:
@@ -72,6 +74,7 @@ class _Look:
     thorough: bool
     patience: float
     missing: tuple[Gap, ...]
+    brief: bool = False
 
 
 def _attach_to(memory: GuestMemory, symbols: Sequence[Path], look: _Look) -> GuestEye:
@@ -84,7 +87,7 @@ def _attach_to(memory: GuestMemory, symbols: Sequence[Path], look: _Look) -> Gue
         try:
             return _open_linux(memory, look)
         except UnsupportedGuest as error:
-            if error.missing != (NO_LINUX,):
+            if error.missing != (NO_LINUX,) or (look.brief and not looks_like_windows(memory)):
                 raise
         try:
             return open_windows()

@@ -22,7 +22,7 @@ from appliance.model import GuestInfo
 from appliance.watch import ENDED, Tell
 
 POLL_S: Final = 0.5
-SETTLE_S: Final = 1.0  # a machine that has just started opens its ports one after the other
+SETTLE_S: Final = 1.0  # a machine opens its ports a moment after its start, and closes them one before its end
 YOUNG_S: Final = 300.0
 REST_S: Final = 1.0  # after an error of ours
 MAX_SAID: Final = 1000  # lines that are remembered, to be said once
@@ -60,7 +60,7 @@ class Roster:
         self._inventory, self._choice, self._begin, self._tell, self._clock_s = inventory, choice, begin, tell, clock_s
         self._lives: dict[str, Life] = {}
         self._known: dict[str, GuestInfo] = {}
-        self._seen_s: dict[str, float] = {}
+        self._portless_s: dict[str, float] = {}  # since when
         self._refused: dict[str, Shape] = {}
         self._said: dict[str, str] = {}  # by what it is about
         self._ended: list[Life] = []
@@ -131,7 +131,7 @@ class Roster:
             self._tend(life, here.get(key))
         now_s = self._clock_s()
         self._known = here
-        self._seen_s = {key: self._seen_s.get(key, now_s) for key in here}
+        self._portless_s = {key: self._portless_s.get(key, now_s) for key, info in here.items() if not info.ports}
         self._refused = {key: shape for key, shape in self._refused.items() if key in here}
         for key, info in here.items():
             if key in self._lives or self._refused.get(key) == Shape.of(info):
@@ -140,7 +140,7 @@ class Roster:
                 if self._choice.uuids is None and info.wanted is False:
                     self._say(f"wanted {key}", f"{info.id.target}: {_name(info)}is left out, as its metadata says")
                 continue
-            if not info.ports and now_s - self._seen_s[key] < SETTLE_S and self._is_new(info):
+            if not info.ports and self.looks > 0 and now_s - self._portless_s[key] < SETTLE_S:
                 continue
             life = self._begin(info, self._is_new(info))
             with self._lock:

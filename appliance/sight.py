@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Final
 
 from appliance.errors import GuestError, GuestGone, ParasightError
@@ -28,10 +29,12 @@ RETRY_NS: Final = 2 * CHECK_NS  # first pause before another try to attach; doub
 MAX_RETRY_NS: Final = 300 * CHECK_NS
 YOUNG_NS: Final = 300 * CHECK_NS  # so long after a start another kernel is looked for eagerly
 EAGER_NS: Final = CHECK_NS  # then this is the pause, or
-COST_FACTOR: Final = 4  # so many times what the last try took
+COST_FACTOR: Final = 4  # so many times the CPU time of the last try, or as long as it took
+FULL_NS: Final = 10 * CHECK_NS  # and so often everything is tried then, or
+FULL_COST: Final = 10  # so many times what that took; else only what shows at a glance
 BUSY: Final = 0.05  # share of one CPU that a paused machine does not use
 IDLE_S: Final = 0.02  # CPU time in which no kernel can have started
-MAX_AT_ONCE: Final = 8  # tries under way in one process: each holds some ten MiB
+MAX_AT_ONCE: Final = 4  # tries under way in one process: each holds some ten MiB
 
 _UPSET: Final = {
     Change.REBOOTED: "it reboots",
@@ -86,16 +89,22 @@ class Sight:
         work_s: Callable[[], float] | None = None,
         young: bool = False,
         silent: bool = True,
+        glance: Attach | None = None,
+        without: str = "watching its packets only",
     ) -> None:
         """``errors`` counts what the guest does to us. ``work_s`` tells the CPU seconds that its machine has used.
 
-        ``young``: its kernel may not run yet. ``silent``: that no kernel can be read was said already.
+        ``young``: its kernel may not run yet. ``silent``: that no kernel can be read was said already. ``glance`` is a
+        cheaper ``attach`` which does not find everything. ``without``: what is done while nothing can be read.
         """
         self.eye, self._vm, self._attach, self._tell, self._errors = eye, vm, attach, tell, errors
+        self._glance, self._without = glance, without
+        self._next_full_ns = now_ns + FULL_NS if young else 0
         self._aside, self._work_s, self._silent = aside, work_s, silent
         self.state = GuestState.RUNNING
         self._trying: Future[GuestEye | None] | None = None
-        self._cost_ns = 0
+        self._took_ns = self._cost_ns = 0
+        self._was_full = False
         self._young_until_ns = now_ns + YOUNG_NS if young else 0
         self._retry_ns, self._next_try_ns = RETRY_NS, now_ns + (RETRY_NS if silent else 0)
         self._pulse, self._beat_ns, self._spoke_ns, self._still_ns = -1, now_ns, 0, STILL_NS
@@ -105,6 +114,10 @@ class Sight:
         self._tried_at_s: float | None = None  # CPU seconds used when the last try began
         self._had, self._waits = eye is not None, False
         self._trouble: ParasightError | None = None
+
+    def is_young(self, now_ns: int) -> bool:
+        """Whether its machine has just started, or another kernel in it."""
+        return now_ns < self._young_until_ns
 
     @property
     def opening(self) -> bool:
@@ -148,6 +161,7 @@ class Sight:
 
     def _hurry(self, now_ns: int) -> None:
         self._young_until_ns = now_ns + YOUNG_NS
+        self._next_full_ns = now_ns + FULL_NS
         self._retry_ns, self._tried_at_s = RETRY_NS, None
         if self.eye is None:
             self._next_try_ns = now_ns
@@ -166,7 +180,7 @@ class Sight:
         if self._trying is None:
             if self.eye is None:
                 if now_ns >= self._next_try_ns and not self._idle():
-                    self._try()
+                    self._try(now_ns)
             elif self.eye.live and now_ns >= self._next_check_ns:
                 self._next_check_ns = now_ns + CHECK_NS
                 self._feel(self.eye, now_ns)
@@ -192,16 +206,21 @@ class Sight:
             return False
         return self._work_s() - self._tried_at_s < IDLE_S
 
-    def _try(self) -> None:
+    def _try(self, now_ns: int) -> None:
+        """Attach aside. In a young machine mostly by a glance, which need not find everything."""
         self._tried_at_s = self._work_s() if self._work_s is not None else None
-        self._trying = self._aside(self._attach_timed)
+        full = self._glance is None or now_ns >= min(self._next_full_ns, self._young_until_ns)
+        self._trying = self._aside(partial(self._attach_timed, full=full))
 
-    def _attach_timed(self) -> GuestEye | None:
-        start_s = time.monotonic()
+    def _attach_timed(self, *, full: bool) -> GuestEye | None:
+        """In whatever thread ``aside`` chose; nobody else looks at these costs before it is done."""
+        start_s, start_cpu_s = time.monotonic(), time.thread_time()
         try:
-            return self._attach()
+            return self._attach() if full or self._glance is None else self._glance()
         finally:
-            self._cost_ns = round((time.monotonic() - start_s) * 1e9)
+            self._took_ns = round((time.monotonic() - start_s) * 1e9)
+            self._cost_ns = max(round(COST_FACTOR * (time.thread_time() - start_cpu_s) * 1e9), self._took_ns)
+            self._was_full = full
 
     def _feel(self, eye: GuestEye, now_ns: int) -> None:
         """Feel the kernel's pulse; attach once more where that has stopped, to learn why.
@@ -225,7 +244,7 @@ class Sight:
             brisk = self._works or self._spoke_ns - self._beat_ns > CHECK_NS
             limit_ns = min(self._still_ns, BRISK_STILL_NS) if brisk else self._still_ns
             if now_ns - self._beat_ns > limit_ns and now_ns >= self._next_try_ns:
-                self._try()
+                self._try(now_ns)
 
     def _measure(self, now_ns: int) -> None:
         if self._work_s is not None and now_ns > self._measured_ns:
@@ -269,7 +288,7 @@ class Sight:
             self._put_off(now_ns)
             self._complain(now_ns)
             return False
-        how = "attached again" if self._had else f"attached in {self._cost_ns / 1e9:.2f} s"
+        how = "attached again" if self._had else f"attached in {self._took_ns / 1e9:.2f} s"
         self._say(f"{eye.describe}, {how}")
         self.eye, self._had, self._silent, self._over = eye, True, True, None
         self._retry_ns, self._still_ns, self._beat_ns, self._pulse = RETRY_NS, STILL_NS, now_ns, -1
@@ -277,10 +296,12 @@ class Sight:
 
     def _put_off(self, now_ns: int) -> None:
         """The next try: soon in a young machine, later and later in any other."""
+        if self._was_full:
+            self._next_full_ns = now_ns + max(FULL_NS, FULL_COST * self._took_ns)
         if self.state is GuestState.PAUSED:  # nothing changes in it; when it goes on, that is told
             self._next_try_ns = now_ns + MAX_RETRY_NS
         elif now_ns < self._young_until_ns:
-            self._next_try_ns = now_ns + max(EAGER_NS, COST_FACTOR * self._cost_ns)
+            self._next_try_ns = now_ns + max(EAGER_NS, self._cost_ns)
         else:
             self._retry_ns = min(2 * self._retry_ns, MAX_RETRY_NS)
             self._next_try_ns = now_ns + self._retry_ns
@@ -293,10 +314,10 @@ class Sight:
         if isinstance(error, GuestError) and now_ns < self._young_until_ns:
             if not self._waits:
                 self._waits = True
-                self._say("no kernel can be read in it yet; watching its packets")
+                self._say(f"no kernel can be read in it yet; {self._without}")
             return
         self._silent = True
-        self._say(f"{error}; watching its packets only")
+        self._say(f"{error}; {self._without}")
 
     # -- its end --
 
@@ -307,7 +328,7 @@ class Sight:
             yield
         except GuestGone as error:
             self._errors["gone"] += 1
-            self._say(f"{error}; watching its packets only")
+            self._say(f"{error}; {self._without}")
             self.drop()
         except GuestError as error:
             self._errors[f"{what}: {type(error).__name__}"] += 1

@@ -58,6 +58,7 @@ MAX_PUT_OFF = 256  # searches that wait: a guest can start processes faster than
 PUT_OFF_NS = 250_000_000  # so long evidence may wait for a moment without events; then its process may be gone
 SHOWN_GAPS = 3  # of a first look; the summary counts all
 ENDED = "the guest has ended"
+AGAIN_NS = tuple(seconds * CHECK_NS for seconds in (5, 20, 60))  # a kernel that boots is looked at again after so long
 MAX_HINTS = 64  # that wait; they are about what the loop sees by itself a moment later
 _NO_EYE = Finding(Match.NONE, reason=Reason.NO_MEMORY, final=True)
 _NOT_YET = Finding(Match.NONE, reason=Reason.NO_MEMORY)
@@ -91,6 +92,7 @@ class GuestWatch:
         tell: Tell = lambda line: None,
         runs: Callable[[], bool] = lambda: True,
         reopen: Callable[[], GuestEye | None] = lambda: None,
+        glance: Callable[[], GuestEye | None] | None = None,
         looked: Callable[[Snapshot], None] = lambda snapshot: None,
         use: Callable[[GuestEye | None], None] = lambda eye: None,
         aside: Aside = at_once,
@@ -108,8 +110,8 @@ class GuestWatch:
     ) -> None:
         """``runs`` tells whether the guest still lives, ``reopen`` attaches again, ``looked`` hears of full looks.
 
-        ``aside``, ``work_s``, ``young`` and ``silent`` are those of ``Sight``; ``use`` is given every new eye, and None
-        while there is none.
+        ``glance``, ``aside``, ``work_s``, ``young`` and ``silent`` are those of ``Sight``; ``use`` is given every new
+        eye, and None while there is none.
         ``hand`` carries out what the engine decides, ``hold`` tells which new flows wait for it (the engine knows the
         same policy), ``policy`` what that is for another system and other tags. ``decoys`` are the far ends of
         redirects by name. ``serve`` does what others ask of this thread,
@@ -130,6 +132,7 @@ class GuestWatch:
         self._hints: deque[Change] = deque(maxlen=MAX_HINTS)
         self._news: GuestInfo | None = None
         self._over, self._plugged = "", False
+        self._again: deque[int] = deque()  # when a kernel that has just begun is looked at once more
         self.summary = Summary(info.id.target)
         self._sight = Sight(
             info.id.target,
@@ -142,6 +145,8 @@ class GuestWatch:
             work_s=work_s,
             young=young,
             silent=silent,
+            glance=glance,
+            without="watching its packets only" if info.ports else "nothing of it is seen",
         )
         self._used = eye
 
@@ -212,6 +217,9 @@ class GuestWatch:
 
     def _catch_up(self, *, quiet: bool) -> None:
         """Do one of the things that were put off, when nobody waits, or when it has waited long enough itself."""
+        if quiet and self._again and self.clock() >= self._again[0]:
+            self._again.popleft()
+            self._seed(again=True)
         if self._later and (quiet or self.clock() - self._later[0][1] >= PUT_OFF_NS):
             self.take(self._find_foreign(self._later.popleft()[0]))
 
@@ -256,6 +264,8 @@ class GuestWatch:
             self._used = self._sight.eye
             self._use(self._used)
         if found:
+            young = self._sight.is_young(now_ns)
+            self._again = deque(now_ns + wait_ns for wait_ns in AGAIN_NS) if young else deque()
             self._seed()
 
     def _learn(self, info: GuestInfo, now_ns: int) -> None:
@@ -293,17 +303,18 @@ class GuestWatch:
         self._ports(changed=self._plugged)
         self._plugged = False
 
-    def _seed(self) -> None:
+    def _seed(self, *, again: bool = False) -> None:
         """Learn the processes and the connections that are already open."""
         eye = self._sight.eye
         if eye is not None:
             with self._sight.guard("first look"):
                 snapshot = eye.read_snapshot()
-                self.summary.gaps += len(snapshot.gaps)
-                for gap in snapshot.gaps[:SHOWN_GAPS]:
-                    self._tell(f"{self.info.id.target}: not seen: {gap.what}: {gap.why}")
+                if not self._again:  # else it boots, and will be looked at again
+                    self.summary.gaps += len(snapshot.gaps)
+                    for gap in snapshot.gaps[:SHOWN_GAPS]:
+                        self._tell(f"{self.info.id.target}: not seen: {gap.what}: {gap.why}")
                 self._looked(snapshot)
-                self.take(SnapshotTaken(snapshot, eye.os))
+                self.take(SnapshotTaken(snapshot, eye.os, again))
             self._hold_anew()
 
     def take(self, event: Event) -> None:
