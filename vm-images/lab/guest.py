@@ -21,7 +21,7 @@ from lab.accel import QEMU, accelerator
 from lab.agent import Agent
 from lab.image import Image
 from lab.inside import Inside
-from lab.network import Network, Port
+from lab.network import NET4, WORLD_IP4, Network, Port
 from lab.packages import LabError
 from lab.qmp import Qmp
 
@@ -125,10 +125,12 @@ def boot(
     extra: Sequence[str] = (),
     uuid: str | None = None,
     append: str = "",
+    user_network: str | None = None,
 ) -> Guest:
     """Boot the image and return when its agent answers. LabError with the console's last lines when it does not.
 
     `cpu` 'max' has 5-level paging under TCG, 'max,la57=off' has not. `append` goes to the kernel's command line.
+    `user_network`: its card has no port, the world's address leads to QEMU's own loopback; options of that network.
     """
     identity = uuid or str(uuids.uuid4())
     folder = Path(tempfile.mkdtemp(prefix="parasight-guest-"))
@@ -141,7 +143,8 @@ def boot(
     command = [QEMU, "-name", f"guest={name}", "-uuid", identity, "-accel", accelerator(), "-cpu", cpu]
     command += ["-smp", str(cpus), "-m", str(memory_mb), *_machine(machine, memory_mb, shared, folder)]
     command += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", kernel_line]
-    command += ["-netdev", f"tap,id=net0,ifname={port.ifname},script=no,downscript=no"]
+    tap, user = f"tap,id=net0,ifname={port.ifname},script=no,downscript=no", f"user,id=net0,net={NET4},host={WORLD_IP4}"
+    command += ["-netdev", tap if user_network is None else f"{user},ipv6=off,{user_network}".rstrip(",")]
     command += ["-device", f"virtio-net-pci,netdev=net0,mac={port.mac}"]
     command += ["-display", "none", "-no-reboot", "-nodefaults", "-serial", f"file:{folder / 'console.log'}"]
     command += ["-qmp", f"unix:{folder / 'qmp.sock'},server=on,wait=off"] if qmp else []

@@ -21,6 +21,7 @@ from typing import Self
 
 from lab.packages import LabError
 
+NET4 = "10.77.0.0/24"
 WORLD_IP4, WORLD_IP6 = "10.77.0.1", "fd77::1"
 BRIDGE = "br0"
 
