@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -23,6 +24,7 @@ from appliance.errors import HostError, PermissionRefused
 TIMEOUT_S: Final = 5.0  # for one answer
 MAX_PAYLOAD: Final = 4096  # XENSTORE_PAYLOAD_MAX
 MAX_EVENTS: Final = 4096  # that are kept unread; more are told as "anything may have changed"
+MAX_READS: Final = 256  # for events at once, of some kilobytes each
 SOCKETS: Final = ("/run/xenstored/socket", "/var/run/xenstored/socket")
 DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
 _HEADER: Final = struct.Struct("=IIII")  # type, request, transaction, length of what follows
@@ -43,6 +45,10 @@ class XenStore:
         self._poll.register(self._fd, select.POLLIN)
         self._request = 0
         self._received = b""
+        self._pending = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # events came with an answer: taken, not told
+        self._waiting = select.epoll()
+        self._waiting.register(self._fd, select.EPOLLIN)
+        self._waiting.register(self._pending, select.EPOLLIN)
         self._events: dict[Event, None] = {}
 
     def read(self, path: str) -> str | None:
@@ -73,20 +79,29 @@ class XenStore:
 
     def events(self) -> list[Event]:
         """Take what has been told, without waiting. Raises HostError when the daemon is gone."""
-        while len(self._events) < MAX_EVENTS and self._poll.poll(0):
+        if self._fd < 0:
+            raise HostError("the connection to xenstored is closed")
+        for _ in range(MAX_READS):
+            if not self._poll.poll(0):
+                break
             self._receive()
+            self._take_events()
         self._take_events()
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._pending)
         told = list(self._events)
         self._events.clear()
         return told
 
     def fileno(self) -> int:
-        """Readable when there may be events, if this connection is used for watches only; -1: closed."""
-        return self._fd
+        """Readable when there may be events; -1: closed."""
+        return self._waiting.fileno() if self._fd >= 0 else -1
 
     def close(self) -> None:
         """Hang up; may be called twice."""
         if self._fd >= 0:
+            self._waiting.close()
+            os.close(self._pending)
             os.close(self._fd)
             self._fd = -1
 
@@ -171,6 +186,7 @@ class XenStore:
             return
         event = (path.decode("utf-8", "replace"), rest.partition(b"\0")[0].decode("utf-8", "replace"))
         self._events[event if len(self._events) < MAX_EVENTS else LOST] = None
+        os.eventfd_write(self._pending, 1)
 
     def _cut(self) -> tuple[int, int, bytes] | None:
         """The next whole message: type, request, payload."""
