@@ -17,7 +17,7 @@ from appliance.flow.names import Names
 from appliance.front import Front
 from appliance.hosts.inventory import is_running
 from appliance.hosts.proc import read_cpu_s
-from appliance.hosts.targets import resolve
+from appliance.hosts.qemu import find_guest
 from appliance.model import Decoy, GuestInfo, HoldPolicy, Snapshot, Verdict
 from appliance.opening import open_eye, open_eye_or_say, open_other, open_tap, teach
 from appliance.plugging import Plugging
@@ -154,9 +154,8 @@ class Builder:
         latest: list[GuestWatch] = []
         plugging = None
         if hand is not None and info.hypervisor is not None:
-            plugging = Plugging(
-                info, hand, tell, (lambda: resolve(info.id.target)) if named else lambda: latest[0].info
-            )
+            find = partial(find_guest, info.pid) if info.pid is not None else lambda: latest[0].info
+            plugging = Plugging(info, hand, tell, find)
             undo.callback(plugging.close)
         mailbox = Mailbox()
         attach = partial(self.open_eye, info)
@@ -168,7 +167,7 @@ class Builder:
             offer,
             time.time_ns,
             tell=tell,
-            runs=partial(is_running, info) if info.pid is not None else lambda: True,
+            runs=partial(_lives, info) if info.pid is not None or named else lambda: True,
             looked=looked,
             use=tap.use if isinstance(tap, LookTap) else lambda eye: None,
             reopen=attach if info.routes else lambda: None,
@@ -205,6 +204,16 @@ class Builder:
             raise HostError(f"{info.id.target} has no port to watch: {'; '.join(info.notes) or 'no network card'}")
         for note in info.notes:
             self.tell(f"{info.id.target}: {note}")
+
+
+def _lives(info: GuestInfo) -> bool:
+    """Whether the guest has not ended, as far as anybody knows."""
+    if info.hypervisor is None:
+        return True
+    try:
+        return is_running(info)
+    except HostError:
+        return True
 
 
 def _say_mode(

@@ -44,7 +44,7 @@ class Crowd:
 
     def watch_named(self, targets: list[str], inventory: Inventory | None) -> None:
         """Watch what a person has named. Raises ParasightError where one of them cannot be watched."""
-        named = [(target, resolve(target)) for target in targets]
+        named = [(target, resolve(target, inventory)) for target in targets]
         infos = {key_of(info): info for _, info in named}  # a guest can have several names
         opened: dict[str, Watched] = {}
 
@@ -153,9 +153,5 @@ class Crowd:
 
 def _is_followed(target: str, info: GuestInfo) -> bool:
     """Whether a person named the guest itself, and not this life of it, and somebody may start it again."""
-    managed = info.hypervisor == "xen" or "libvirt" in info.routes
-    return managed and info.id.uuid is not None and target.removeprefix("xen:").lower() in _names(info)
-
-
-def _names(info: GuestInfo) -> set[str]:
-    return {text.lower() for text in (info.id.name, info.id.uuid) if text}
+    names = {text.lower() for text in (info.id.name, info.id.uuid) if text}
+    return info.manager is not None and info.id.uuid is not None and target.removeprefix("xen:").lower() in names

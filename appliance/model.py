@@ -562,6 +562,7 @@ class GuestInfo:
     hypervisor: str | None = None  # "qemu", "xen"; None: what is looked at is no running guest
     state: GuestState = GuestState.RUNNING
     tags: tuple[str, ...] = ()  # what its operator calls it, for ``applies_to`` of the rules
+    manager: str | None = None  # "libvirt", "xen": who starts it again by its name or UUID; None: nobody known
     wanted: bool | None = None  # whether its metadata asks for a watch, or forbids it; None: says nothing
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from appliance.errors import ParasightError
@@ -32,7 +32,7 @@ Begin = Callable[[GuestInfo, bool], Life]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which guests shall be watched. ``uuids``: only these, whatever their metadata says; None: all that want it."""
+    """Which guests shall be watched. ``uuids``: only these of a manager, whatever they want; None: all that want it."""
 
     opt_in: bool = False
     uuids: frozenset[str] | None = None
@@ -40,7 +40,7 @@ class Choice:
     def takes(self, info: GuestInfo) -> bool:
         """Whether this guest is to be watched."""
         if self.uuids is not None:
-            return info.id.uuid in self.uuids
+            return info.id.uuid in self.uuids and info.manager is not None
         return info.wanted is True if self.opt_in else info.wanted is not False
 
 
@@ -59,7 +59,6 @@ class Roster:
         """``begin`` makes the life of a guest, which is young or not, and starts it."""
         self._inventory, self._choice, self._begin, self._tell, self._clock_s = inventory, choice, begin, tell, clock_s
         self._lives: dict[str, Life] = {}
-        self._known: dict[str, GuestInfo] = {}
         self._portless_s: dict[str, float] = {}  # since when
         self._refused: dict[str, Shape] = {}
         self._said: dict[str, str] = {}  # by what it is about
@@ -113,24 +112,16 @@ class Roster:
             return
         for trouble in self._inventory.troubles:
             self._say(f"trouble {trouble}", trouble)
-        self._reconcile({key_of(info): self._recall(info) for info in guests})
+        self._reconcile({key_of(info): info for info in guests})
         if self.looks == 0 and not self._lives and self._choice.uuids is None:
             self._tell("no guest to watch runs here yet; those that start will be watched")
         self.looks += 1
-
-    def _recall(self, info: GuestInfo) -> GuestInfo:
-        """While a hypervisor cannot be asked, what it said of this life of a guest holds."""
-        known = self._known.get(key_of(info))
-        if known is not None and self._inventory.troubles and info.wanted is None:
-            info = replace(info, wanted=known.wanted, tags=info.tags or known.tags)
-        return info
 
     def _reconcile(self, here: dict[str, GuestInfo]) -> None:
         self._bury(here)
         for key, life in list(self._lives.items()):
             self._tend(life, here.get(key))
         now_s = self._clock_s()
-        self._known = here
         self._portless_s = {key: self._portless_s.get(key, now_s) for key, info in here.items() if not info.ports}
         self._refused = {key: shape for key, shape in self._refused.items() if key in here}
         for key, info in here.items():

@@ -230,6 +230,7 @@ def _make_info(one: Running, described: DomainXml, uri: str) -> GuestInfo:
         hypervisor="qemu",
         state=one.state,
         tags=described.tags,
+        manager="libvirt",
         wanted=described.wanted,
     )
 

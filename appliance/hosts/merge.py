@@ -63,6 +63,7 @@ def _join(process: GuestInfo, arguments: Arguments, domain: GuestInfo) -> GuestI
         notes=notes,
         state=state,
         tags=domain.tags,
+        manager=domain.manager,
         wanted=domain.wanted,
     )
 

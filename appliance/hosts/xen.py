@@ -171,6 +171,7 @@ class XenSource:
             notes=tuple(notes),
             domid=domid,
             hypervisor="xen",
+            manager="xen",
             state=GuestState.INCOMING if incoming else _read_state(domain),
         )
 
