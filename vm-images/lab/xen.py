@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Self
 
 from lab.accel import QEMU
-from lab.agent import Agent, Job
+from lab.agent import Agent, CompletedRun, Job
 from lab.inside import Inside
 from lab.packages import LabError
 from lab.world import NAMES
@@ -36,6 +36,7 @@ BOOT_S, DOMAIN_BOOT_S = 240.0, 180.0  # four times what two busy cores need
 CPU = "max,-smap,-rdtscp"
 DOMAIN_IP4, DOMAIN_IP6, DOMAIN_MAC = "10.77.0.11", "fd77::b", "00:16:3e:77:00:0b"
 DOMAIN_UUID = "7a1e9c5e-3d0f-4a59-9a4c-0123456789ab"
+LINES = ("agent", "guest", "parasight")
 KERNEL, RAMDISK = "/opt/domain/vmlinuz", "/opt/domain/initramfs"
 
 
@@ -65,7 +66,7 @@ class XenHost(Inside):
     def __init__(self, image: XenImage, *, memory_mb: int = 2048, dom0_mb: int = 1024, cpus: int = 2) -> None:
         self.booted_s = 0.0
         self._folder = Path(tempfile.mkdtemp(prefix="parasight-xen-"))
-        near, far = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+        near, far = zip(*(socket.socketpair() for _ in LINES), strict=True)
         self._connections = near
         self._agents: list[Agent] = []
         self._put_together(image)
@@ -116,6 +117,19 @@ class XenHost(Inside):
             raise LabError(f"in dom0, `{' '.join(command)}` failed ({done.returncode}): {done.stderr[-800:]}")
         return done.stdout
 
+    def parasight(self, *arguments: str, timeout_s: float = 120.0) -> CompletedRun:
+        """Run `parasight` in dom0 to its end; words NAME=VALUE before the arguments go into its environment."""
+        job = self.watch(*arguments)
+        try:
+            return job.wait(timeout_s)
+        except TimeoutError:
+            job.kill()
+            raise
+
+    def watch(self, *arguments: str) -> Job:
+        """Start `parasight` in dom0, in a fork of a process that has imported it, and let it run."""
+        return self._agents[2].spawn(list(arguments))
+
     def world(self) -> Job:
         """Start the servers of `lab.world` in the world's network namespace; listening when this returns."""
         job = self.spawn(["ip", "netns", "exec", "world", *_WORLD, "serve", json.dumps(NAMES)])
@@ -162,7 +176,7 @@ class XenHost(Inside):
         command += ["-initrd", f"{image.dom0.kernel} console=hvc0 loglevel=4,{self._folder / 'dom0'}"]
         command += ["-append", f"console=com1 com1=115200,8n1 dom0_mem={dom0_mb}M,max:{dom0_mb}M dom0_max_vcpus=1"]
         command += ["-device", "virtio-serial-pci"]
-        for name, line in zip(("agent", "guest"), lines, strict=True):
+        for name, line in zip(LINES, lines, strict=True):
             command += ["-chardev", f"socket,id={name},fd={line}"]
             command += ["-device", f"virtserialport,chardev={name},name=lab.{name}"]
         return command

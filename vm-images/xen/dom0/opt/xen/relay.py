@@ -1,12 +1,11 @@
-# ruff: noqa: PTH123
-# (no pathlib: it takes long to import in an emulated guest)
 """Joins the lab's second line to the console of the newest domain, on which that domain's agent speaks.
 
 The domain's kernel and shell write to its console, too: what the agent says lies between a record separator and a line
-feed (RFC 7464); the rest stays in xenconsoled's log. Before a domain's agent has spoken, what the lab says is dropped: a
-console that nobody reads in raw mode would echo it.
+feed (RFC 7464); the rest stays in xenconsoled's log. Before a domain's agent has spoken, what the lab says is dropped:
+a console that nobody reads in raw mode would echo it.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -22,7 +21,8 @@ SEPARATOR = b"\x1e"
 
 
 def ask(*command: str) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout.strip()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    return done.stdout.strip()
 
 
 def console(after: int) -> tuple[int, int]:
@@ -72,10 +72,8 @@ def main() -> None:
     domain = 0
     while True:
         domain, line = console(domain)
-        try:
+        with contextlib.suppress(OSError):  # the domain has ended while it was spoken to
             join(port, line)
-        except OSError:
-            pass  # the domain has ended while it was spoken to
         os.close(line)
 
 

@@ -10,7 +10,7 @@ from agent import Agent, prepare
 
 
 class ConsoleAgent(Agent):
-    """Says hello unasked: dom0's end passes nothing on before."""
+    """The agent, with its messages marked."""
 
     mark = b"\x1e"
 
@@ -20,7 +20,7 @@ def main() -> None:
     line = os.open("/dev/hvc0", os.O_RDWR | os.O_NOCTTY)
     tty.setraw(line)
     agent = ConsoleAgent(line)
-    agent.send(job=0, ok=True)
+    agent.send(job=0, ok=True)  # dom0's end passes nothing on before
     agent.serve()
 
 
