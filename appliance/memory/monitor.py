@@ -17,7 +17,9 @@ from __future__ import annotations
 import os
 import re
 import select
+import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from appliance.errors import GuestGone, HostError, UnreadableMemory, UsageError
@@ -32,7 +34,7 @@ from appliance.model import Region, VcpuState
 PIECE = 4096  # bytes of one command: some 0.2 ms of QEMU's main loop
 TURN_S = 0.5  # for how long others find the socket taken
 ANSWER_S = 5.0
-_LINE = re.compile(r"^[0-9a-f]{16}:((?: 0x[0-9a-f]{16}){1,2})\s*$", re.MULTILINE)
+_WORD = re.compile(r" 0x([0-9a-f]{16})\b")
 
 
 class QmpMemory:
@@ -163,7 +165,10 @@ class _Turns:
 
 def parse_words(text: str, count: int) -> bytes:
     """The answer of ``xp /COUNTgx``. Raises HostError where it is anything else."""
-    words = [word for line in _LINE.findall(text) for word in line.split()]
-    if len(words) != count:
-        raise HostError(f"QEMU told {len(words)} words of memory where {count} were asked for")
-    return b"".join([int(word, 16).to_bytes(8, "little") for word in words])
+    digits = _WORD.findall(text)
+    if len(digits) != count:
+        raise HostError(f"QEMU told {len(digits)} words of memory where {count} were asked for")
+    words = array("Q", bytes.fromhex("".join(digits)))
+    if sys.byteorder == "little":
+        words.byteswap()  # they are printed with their highest digit first
+    return words.tobytes()

@@ -14,7 +14,7 @@ from lab.packages import LabError
 from tests.bench.lab import Lab, Sizes, say
 from tests.bench.report import Line, print_table
 
-NAMES = ("rules", "flow", "tap", "eye", "hand", "windows", "memory", "attach", "lookup", "walk", "impact")
+NAMES = ("rules", "flow", "tap", "eye", "hand", "windows", "memory", "attach", "lookup", "walk", "impact", "backends")
 WITHOUT_GUEST = {"rules", "flow", "tap", "eye", "hand", "windows"}
 
 

@@ -9,87 +9,45 @@ import hashlib
 import importlib
 import json
 import random
-import uuid
 from pathlib import Path
 
 import pytest
 
 from appliance.memory.file import open_file
-from appliance.memory.hostmap import locate
 from appliance.memory.libvirt import open_libvirt
 from appliance.memory.libvmi import open_libvmi_file
 from appliance.memory.monitor import open_monitor
-from appliance.memory.process import ProcessMemory
-from appliance.memory.qemu import QemuMemory, open_qemu, read_command_line
-from appliance.memory.qmp import Monitor
-from lab.domain import Domain, boot_parts, make_xml
-from lab.image import build
-from lab.libvirtd import Libvirtd
-from lab.network import WORLD_IP4, WORLD_IP6
+from appliance.memory.qemu import open_qemu
 from tests.worlds.command import parasight
+from tests.worlds.side import MIB, RAM, open_side
 
 pytestmark = pytest.mark.system
 pytest.importorskip("libvirt")
 pytest.importorskip("libvmi")
 
-MIB = 1 << 20
-RAM = 384 * MIB
-SHARED = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
-MORE = "http://libvirt.org/schemas/domain/qemu/1.0"
-WORKLOAD = f"exec python3 -S -E /opt/workloads/sockets.py --count 48 --server {WORLD_IP4} --server6 {WORLD_IP6} --own"
 
-
-class Side:
-    """The guest, its dumps, and how it is named."""
-
-    def __init__(self, libvirtd, domain, folder):
-        self.libvirtd, self.domain, self.folder = libvirtd, domain, folder
-        self.pid = libvirtd.qemu_pid(domain.name)
-        self.qmp = folder / "qmp"
-        descriptors = Path(f"/proc/{self.pid}/fd").iterdir()
-        self.ram = next(path for path in descriptors if str(path.readlink()).startswith("/memfd:"))
-
-    def look(self, verb, *words, target=None):
-        """What a verb tells of it, without the name by which it was asked for."""
-        prefix = ("env", f"PARASIGHT_LIBVIRT_URI={self.libvirtd.uri}")
-        done = parasight(verb, target or self.domain.uuid, *words, "-o", "json", home=self.folder, prefix=prefix)
-        assert done.code == 0, done.err
-        return sorted(json.dumps({key: body[key] for key in body if key != "vm"}) for body in json.loads(done.out))
+def look(side, verb, *words, target=None):
+    """What a verb tells of the guest, without the name by which it was asked for."""
+    prefix = ("env", f"PARASIGHT_LIBVIRT_URI={side.libvirtd.uri}")
+    done = parasight(verb, target or side.domain.uuid, *words, "-o", "json", home=side.folder, prefix=prefix)
+    assert done.code == 0, done.err
+    return sorted(json.dumps({key: body[key] for key in body if key != "vm"}) for body in json.loads(done.out))
 
 
 @pytest.fixture(scope="module")
 def side(network, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("side")
-    with Libvirtd(network) as libvirtd, contextlib.ExitStack() as stack:
-        port = network.next_place()
-        kernel, devices = boot_parts(build("debian-12-cloud"), port, "side", libvirtd.folder, "")
-        domain = Domain("side", str(uuid.uuid4()), port, libvirtd.folder)
-        xml = make_xml(domain.name, domain.uuid, RAM // MIB, kernel=kernel, devices=devices)
-        argument = f"<more:arg value='-qmp'/><more:arg value='unix:{folder / 'qmp'},server=on,wait=off'/>"
-        xml = xml.replace("<domain ", f"<domain xmlns:more='{MORE}' ").replace("<vcpu>", f"{SHARED}<vcpu>")
-        libvirtd.define(xml.replace("</domain>", f"<more:commandline>{argument}</more:commandline></domain>"))
-        libvirtd.virsh("start", domain.name)
-        stack.callback(domain.disconnect)
-        domain.connect()
-        domain.spawn(WORKLOAD).wait_for("READY", 120)
-        yield Side(libvirtd, domain, folder)
+    with open_side(network, tmp_path_factory.mktemp("side")) as guest:
+        yield guest
 
 
 @pytest.fixture(scope="module")
 def dumped(side):
     """The guest while it is paused, with its dumps by QEMU itself: raw and ELF."""
-    side.libvirtd.virsh("suspend", "side")
-    with Monitor(side.qmp, 60) as monitor:
-        monitor.execute("pmemsave", val=0, size=RAM, filename=str(side.folder / "raw"))
-    side.libvirtd.virsh("dump", "--memory-only", "--live", "--format", "elf", "side", str(side.folder / "elf"))
-    yield side
-    side.libvirtd.virsh("resume", "side")
-
-
-def plain(pid):
-    """The same process as one whose RAM is not shared."""
-    process = ProcessMemory(pid)
-    return QemuMemory(process, locate(process, read_command_line(pid)).spans)
+    with side.paused():
+        side.dump()
+        words = ("--memory-only", "--live", "--format", "elf")
+        side.libvirtd.virsh("dump", *words, side.domain.name, str(side.folder / "elf"))
+        yield side
 
 
 def regions(memory):
@@ -102,9 +60,9 @@ def test_while_it_runs_libvirt_and_the_monitor_tell_what_the_process_tells_and_l
         domain = connection.lookupByUUIDString(side.domain.uuid)
         before = domain.XMLDesc(0), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), domain.messages(0)
         looks = [("connections", "libvirt"), ("connections", "qmp"), ("processes", "libvirt")]
-        told = {verb: side.look(verb) for verb, _ in looks}
-        slowly = [(verb, side.look(verb, "--route", route)) for verb, route in looks]
-        again = {verb: side.look(verb) for verb, _ in looks}
+        told = {verb: look(side, verb) for verb, _ in looks}
+        slowly = [(verb, look(side, verb, "--route", route)) for verb, route in looks]
+        again = {verb: look(side, verb) for verb, _ in looks}
         for verb, seen in slowly:  # what was there all the time is told, and nothing that never was
             assert set(told[verb]) & set(again[verb]) <= set(seen) <= set(told[verb]) | set(again[verb])
             assert len(seen) > 40
@@ -117,7 +75,7 @@ def test_while_it_runs_libvirt_and_the_monitor_tell_what_the_process_tells_and_l
 def test_every_fast_route_tells_the_same_bytes_of_all_ram(dumped):
     opened = {
         "shared": open_qemu(dumped.pid),
-        "plain": plain(dumped.pid),
+        "plain": dumped.plain(),
         "raw": open_file(dumped.folder / "raw"),
         "elf": open_file(dumped.folder / "elf"),
         "libvmi, dump": open_libvmi_file(dumped.folder / "raw"),
@@ -159,12 +117,12 @@ def test_every_slow_route_tells_the_same_bytes_of_spans_all_over_ram(dumped):
 
 @pytest.mark.parametrize("verb", ["connections", "processes"])
 def test_dumps_and_libvmi_tell_what_the_process_tells(dumped, verb):
-    told = dumped.look(verb, target=f"qemu:{dumped.pid}")
+    told = look(dumped, verb, target=f"qemu:{dumped.pid}")
     assert len(told) > 30
     raw = f"file:{dumped.folder / 'raw'}"
-    assert dumped.look(verb, target=raw) == told
-    assert dumped.look(verb, target=f"file:{dumped.folder / 'elf'}") == told
-    assert dumped.look(verb, "--route", "libvmi", target=raw) == told
+    assert look(dumped, verb, target=raw) == told
+    assert look(dumped, verb, target=f"file:{dumped.folder / 'elf'}") == told
+    assert look(dumped, verb, "--route", "libvmi", target=raw) == told
 
 
 def test_a_route_that_is_not_there_is_refused_with_those_that_are(side):
