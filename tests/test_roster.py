@@ -1,0 +1,281 @@
+"""What is watched follows what runs: a hypervisor that is played, and real threads that watch its guests."""
+
+import contextlib
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from appliance.assembly import Watched
+from appliance.engine import Engine
+from appliance.errors import HostError
+from appliance.front import Front
+from appliance.hosts.inventory import Inventory
+from appliance.life import Life
+from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestPort, GuestState
+from appliance.pacemaker import Pacemaker
+from appliance.respond import Banning, ControlRoom, Mailbox, Words
+from appliance.roster import SETTLE_S, Choice, Roster
+from appliance.summary import Ledger, Summary
+from appliance.watch import GuestWatch
+from tests.respond.desks import eventually
+from tests.test_watch import Eye, Tap
+from tests.worlds.nouns import NoNames, Verbatim
+
+
+def guest(name, life=1, *, port=True, **more):
+    """A guest that no process on this host belongs to: what its source says is all there is."""
+    uuid = f"11111111-2222-3333-4444-{name:>012}"
+    ports = (GuestPort(f"tap-{name}-{life}"),) if port else ()
+    return GuestInfo(GuestId(uuid, uuid, name, f"{uuid}-{life}"), ports=ports, **more)
+
+
+class Source:
+    """A hypervisor that is told what it runs."""
+
+    name = "played"
+
+    def __init__(self):
+        self.guests, self.told, self.silent = [], [], False
+
+    def find_guests(self):
+        if self.silent:
+            raise HostError("the hypervisor does not answer")
+        return list(self.guests)
+
+    def fileno(self):
+        return -1
+
+    def changes(self):
+        return ()
+
+    def close(self):
+        pass
+
+
+class SlowTap(Tap):
+    """A port on which nothing happens; ``gone`` ends it."""
+
+    gone = False
+
+    def poll(self, timeout_s):
+        time.sleep(0.002)
+        return []
+
+    @property
+    def exhausted(self):
+        return self.gone
+
+
+class Hinting(Inventory):
+    """Tells changes that the test makes up, without waiting."""
+
+    def __init__(self, source):
+        super().__init__([source])
+        self.told = []
+
+    def wait(self, timeout_s=0.0):
+        told, self.told = tuple(self.told), []
+        return told
+
+
+class Host:
+    """A host, and the roster that follows it, one look at a time."""
+
+    def __init__(self, choice=None):
+        self.source, self.said, self.now_s = Source(), [], 1000.0
+        self.inventory = Hinting(self.source)
+        self.opened, self.refuses, self.slow = [], {}, threading.Event()
+        self.taps = {}
+        self.stopping = threading.Event()
+        self.room = ControlRoom(Words(str, str), Banning(time.time_ns, self.said.append), self.stopping.set)
+        self.heart = Pacemaker()
+        self.roster = Roster(
+            self.inventory, choice or Choice(), self.begin, self.said.append, clock_s=lambda: self.now_s
+        )
+
+    def begin(self, info, young):
+        def open_(life):
+            if info.id.name in self.refuses:
+                raise HostError(self.refuses[info.id.name])
+            if info.id.name == "slow":
+                self.slow.wait(60)
+            tap = self.taps[info.id.instance] = SlowTap()
+            engine, mailbox = Engine(Verbatim(), NoNames(), tags=info.tags), Mailbox()
+            watch = GuestWatch(
+                info, tap, Eye(), engine, print, time.time_ns, tell=self.said.append, serve=mailbox.serve
+            )
+            front = Front(watch, None, "played", False, 0, mailbox)
+            self.opened.append(info.id.instance)
+            return Watched(watch, front, None, "played", contextlib.ExitStack())
+
+        life = Life(info, open_, self.room, self.heart, self.stopping.is_set, self.said.append, named=False)
+        life.start()
+        return life
+
+    def look(self, *guests, passed_s=0.5):
+        """What the roster does when these run; then every watch that was begun has come round."""
+        self.source.guests = list(guests)
+        self.now_s += passed_s
+        self.roster.look(0)
+        slow = [life for life in self.roster.lives() if life.info.id.name == "slow" and not self.slow.is_set()]
+        eventually(lambda: all(life.begun for life in self.roster.lives() if life not in slow))
+
+    def names(self):
+        """Who is under watch, by what the people at the control socket see."""
+        body = self.room.answer({"do": "status"}, "root")
+        return sorted(one["name"] for one in body["guests"] if one["answers"])
+
+    def settle(self):
+        """Wait until the watches that were told to end have."""
+        eventually(lambda: all(life.over for life in self.roster.lives() if life.sent_off))
+
+
+@pytest.fixture
+def host():
+    made = Host()
+    yield made
+    made.stopping.set()
+    made.slow.set()
+    for life in made.roster.lives():
+        life.join()
+
+
+def test_guests_are_watched_as_they_come_and_not_any_more_when_they_have_gone(host):
+    host.look()
+    assert host.said == ["no guest to watch runs here yet; those that start will be watched"]
+    host.look(guest("a"))
+    host.look(guest("a"), guest("b"))
+    assert host.names() == ["a", "b"]
+    host.look(guest("b"))
+    host.settle()
+    assert host.names() == ["b"]
+    assert host.opened == [guest("a").id.instance, guest("b").id.instance]
+
+
+def test_another_life_of_a_guest_is_another_watch_of_its_new_ports(host):
+    host.look(guest("a", 1))
+    host.look(guest("a", 2))
+    host.settle()
+    host.look(guest("a", 2))
+    lives = host.roster.lives()
+    assert [life.info.ports[0].ifname for life in lives] == ["tap-a-2"]
+    assert [life.info.id for life in host.roster.take_ended()] == [guest("a", 1).id]
+
+
+def test_what_the_metadata_says_decides_also_while_a_guest_runs(host):
+    host.look(guest("a", wanted=False), guest("b"))
+    host.look(guest("a", wanted=False), guest("b"))
+    assert host.names() == ["b"]
+    assert len([line for line in host.said if "left out" in line]) == 1
+    host.look(guest("a", wanted=True), guest("b", wanted=False))
+    host.settle()
+    assert host.names() == ["a"]
+    assert any("asks for no watch any more" in line for line in host.said)
+
+
+def test_where_guests_must_ask_for_it_only_those_that_do_are_watched():
+    host = Host(Choice(opt_in=True))
+    host.look(guest("a"), guest("b", wanted=True), guest("c", wanted=False))
+    assert host.names() == ["b"]
+    host.look(guest("b"))
+    host.settle()
+    assert host.names() == []
+
+
+def test_a_named_guest_is_watched_again_in_each_of_its_lives_and_no_other_by_its_uuid():
+    uuid = guest("a").id.uuid
+    host = Host(Choice(uuids=frozenset({uuid})))
+    host.look(guest("a", 1, manager="libvirt"), guest("b", manager="libvirt"))
+    host.look()
+    host.settle()
+    host.look(guest("a", 2), guest("a", 3, manager="libvirt", wanted=False))  # the first was started by hand
+    assert host.opened == [f"{uuid}-1", f"{uuid}-3"]
+    host.stopping.set()
+
+
+def test_a_guest_that_cannot_be_watched_is_told_once_and_tried_when_it_has_changed(host):
+    host.refuses["a"] = "a has no port to watch"
+    for _ in range(5):
+        host.look(guest("a"), guest("b"))
+    assert [line for line in host.said if "no port" in line] == ["a has no port to watch; it is not watched"]
+    assert host.names() == ["b"]
+    host.refuses.clear()
+    host.look(guest("a"), guest("b"))
+    assert host.names() == ["b"]
+    host.look(guest("a", state=GuestState.PAUSED), guest("b"))
+    assert host.names() == ["a", "b"]
+
+
+def test_a_guest_that_keeps_us_waiting_keeps_no_other_waiting(host):
+    host.look(guest("slow"), *(guest(f"g{number}") for number in range(20)))
+    assert len(host.names()) == 20
+
+
+def test_a_watch_that_ended_by_an_error_is_not_begun_again_and_again(host):
+    host.look(guest("a"))
+    host.taps[guest("a").id.instance].stats = None  # a defect of ours
+    host.taps[guest("a").id.instance].gone = True
+    eventually(lambda: host.roster.lives()[0].over)
+    for _ in range(5):
+        host.look(guest("a"))
+    assert len(host.opened) == 1
+
+
+def test_a_port_that_comes_later_is_waited_for_and_is_better_than_none(host):
+    host.look(guest("b"))
+    host.look(guest("a", port=False), passed_s=0)
+    assert len(host.opened) == 1
+    host.look(guest("a", port=False), passed_s=SETTLE_S)
+    assert len(host.opened) == 2
+    host.look(guest("a"))
+    host.settle()
+    host.look(guest("a"))
+    assert [life.info.ports for life in host.roster.lives()] == [guest("a").ports]
+    assert host.opened[1:] == [guest("a").id.instance] * 2
+
+
+def test_a_hypervisor_that_does_not_answer_ends_no_watch_and_is_told_once(host):
+    host.look(guest("a"))
+    host.source.silent = True
+    for _ in range(3):
+        host.look()
+    assert host.names() == ["a"]
+    assert len([line for line in host.said if "does not answer" in line]) == 1
+
+
+def test_a_watch_learns_what_is_told_of_its_guest(host):
+    host.look(guest("a"), guest("b"))
+    watches = {life.info.id.name: life.watched.watch for life in host.roster.lives()}
+    host.inventory.told = [GuestChange(Change.REBOOTED, guest("a").id.uuid)]
+    host.look(guest("a"), replace(guest("b"), tags=("web",)))
+    eventually(lambda: any("it reboots" in line for line in host.said))
+    eventually(lambda: watches["b"].info.tags == ("web",))
+    assert not [line for line in host.said if "reboots" in line and guest("b").id.target in line]
+
+
+def test_what_is_remembered_of_guests_that_come_and_go_is_bounded(host):
+    for number in range(60):
+        host.look(guest("a", number, wanted=None if number % 2 else False))
+        host.settle()
+    host.look()
+    host.settle()
+    host.look()
+    assert len(host.roster.take_ended()) == 30
+    assert all(len(held) <= 60 for held in (host.roster._lives, host.roster._refused, host.roster._portless_s))
+    assert len(host.roster._refused) == len(host.roster._lives) == 0
+
+
+def test_sums_of_many_lives_fit_and_nothing_is_lost_of_them():
+    ledger = Ledger(max_lives=3, max_guests=2)
+    for number in range(20):
+        summary = Summary(f"qemu:{number}", torn=1, unshown=2, defect=number == 0)
+        summary.verdicts["deny"] = 1
+        ledger.add(guest(f"g{number % 5}", number).id, summary)
+    told = ledger.all()
+    assert len(told) == 3 + 2 + 1
+    assert sum(one.lives for one in told) == sum(one.torn for one in told) == 20
+    assert sum(one.verdicts["deny"] for one in told) == 20
+    assert sum(one.unshown for one in told) == 40
+    assert any(one.defect for one in told)
