@@ -24,13 +24,18 @@ from appliance.hosts.unreadable import explain_unreadable
 from appliance.hosts.untappable import explain_untappable
 from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestPort
 
-ANSWER_S: Final = 2.0  # for one question; a daemon that is starting a domain may be slow
+ANSWER_S: Final = 2.0  # for one question, so that guests of others are not looked for too seldom
+PATIENCE_S: Final = 6.0  # a daemon under load, or one that is starting a domain, may be slow
 RETRY_S: Final = (0.5, 5.0)  # between tries to connect: the first time, at most
 XML_S: Final = 30.0  # how long a description is believed where no event says that it changed
 MAX_CHANGES: Final = 4096
 EVERYTHING: Final = GuestChange(Change.DESCRIBED)  # of any domain, in any way
 
 T = TypeVar("T")
+
+
+class Silent(HostError):
+    """A daemon takes calls and does not answer them."""
 
 
 class LibvirtSource:
@@ -48,17 +53,23 @@ class LibvirtSource:
         self._queue = Changes()
         self._worker = Worker("libvirt")
         self._closed = False
+        self._found: list[tuple[GuestInfo, DomainXml]] | None = None  # None: never asked with success
+        self._silent_s: float | None = None  # since when, monotonic
         # These belong to that thread.
         self._connection: Connection | None = None
         self._retry_at_s, self._retry_s, self._refusal = 0.0, RETRY_S[0], ""
         self._described: dict[tuple[str, int], tuple[float, DomainXml]] = {}
 
     def find_guests(self) -> list[GuestInfo]:
-        """Every active domain, by UUID. Raises HostError, after two seconds at most."""
+        """Every active domain, by UUID. Raises HostError.
+
+        Waits two seconds at most, the first time six: for six seconds a silent daemon is believed to be slow, and what
+        it said before is told.
+        """
         uri = self._uri or chosen_uri()
         if uri is None:
             return []
-        found = self._ask(uri, self._find)
+        found = self._found = self._find_patiently(uri)
         self.troubles = tuple(
             f"domain {info.id.name}: {trouble}" for info, described in found for trouble in described.troubles
         )
@@ -95,11 +106,23 @@ class LibvirtSource:
             self._worker.end(self._drop)
             self._queue.close()
 
-    def _ask(self, uri: str, work: Callable[[Connection], T]) -> T:
+    def _find_patiently(self, uri: str) -> list[tuple[GuestInfo, DomainXml]]:
+        began_s = time.monotonic()
         try:
-            return self._worker.run(lambda: self._do(uri, work), ANSWER_S)
+            found = self._ask(uri, self._find, PATIENCE_S if self._found is None else ANSWER_S)
+        except Silent:
+            self._silent_s = began_s if self._silent_s is None else self._silent_s
+            if self._found is None or time.monotonic() > self._silent_s + PATIENCE_S:
+                raise
+            return self._found
+        self._silent_s = None
+        return found
+
+    def _ask(self, uri: str, work: Callable[[Connection], T], seconds: float = PATIENCE_S) -> T:
+        try:
+            return self._worker.run(lambda: self._do(uri, work), seconds)
         except TimeoutError:
-            raise HostError(f"libvirt ({uri}) does not answer: is its daemon stuck?") from None
+            raise Silent(f"libvirt ({uri}) does not answer: is its daemon stuck?") from None
 
     # -- in its own thread --
 

@@ -132,7 +132,8 @@ def test_a_daemon_that_is_not_there_is_named_and_not_asked_at_every_turn(tmp_pat
     source.close()
 
 
-def test_a_daemon_that_takes_calls_and_never_answers_holds_nobody_up(tmp_path) -> None:
+def test_a_daemon_that_takes_calls_and_never_answers_holds_nobody_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("appliance.hosts.domains.PATIENCE_S", 1.0)
     path = tmp_path / "silent"
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(path))
