@@ -6,20 +6,25 @@ import socket
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from appliance import daemon
 from appliance.assembly import Options
 from appliance.cli import contract
-from appliance.model import Decoy, GuestPort
+from appliance.errors import HostError
+from appliance.hosts.inventory import Inventory
+from appliance.model import Decision, Decoy, GuestId, GuestInfo, GuestPort
 from appliance.respond.room import Words
 from appliance.rules import load_text
 from appliance.tap.bpf.tap import KernelTap
 from appliance.tap.netns import call_in_netns
+from appliance.watch import ENDED
 from tests.rules.builders import HEAD
 from tests.tap.bpf.both import wait_for
 from tests.tap.world import HOST_IP, PORT, ip, make_world
+from tests.test_roster import Source
 from tests.worlds.command import Watching, parasight
 
 pytestmark = pytest.mark.root("network namespaces and bpf(2)")
@@ -42,7 +47,7 @@ def rules(tmp_path):
 
 
 @contextlib.contextmanager
-def watching(targets, ready, report=contract.verdict_id, rules=RULES, **options):
+def watching(targets, ready, report=contract.verdict_id, rules=RULES, inventory=None, **options):
     """A watch in this process."""
     stop, said, summaries = threading.Event(), [], []
 
@@ -57,6 +62,7 @@ def watching(targets, ready, report=contract.verdict_id, rules=RULES, **options)
             tell=said.append,
             words=Words(contract.verdict, contract.iso),
             options=Options(**options),
+            inventory=inventory,
         )
 
     thread = threading.Thread(target=run)
@@ -173,3 +179,106 @@ def test_a_decoy_that_the_rules_want_and_nobody_named_is_told_at_the_start(world
     assert [line.partition(": ")[2] for line in said if "decoy" in line] == [
         "there is no decoy 'pit', what is redirected to it is blocked; say where it is with --decoy pit=IFNAME,MAC"
     ]
+
+
+# -- a host that is followed --
+
+
+def here(world, life=1, **more):
+    """The world's guest, as a hypervisor would list it."""
+    uuid = "11111111-2222-3333-4444-555555555555"
+    ports = (GuestPort(PORT, None, world.host_path),)
+    return GuestInfo(GuestId(uuid, uuid, "web-01", f"{uuid}-{life}"), ports=ports, **more)
+
+
+def call_out(world, port):
+    """The guest sends one datagram."""
+    with call_in_netns(world.guest_path, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as caller:
+        caller.sendto(b"x", (HOST_IP, port))
+
+
+def test_guests_that_come_while_a_host_is_watched_are_watched_and_let_go(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    source, ready, seen = Source(), threading.Event(), []
+
+    def report(verdict):
+        seen.append(verdict)
+        return contract.verdict_id(verdict)
+
+    with watching([], ready.set, report, inventory=Inventory([source])) as (summaries, said):
+        assert ready.wait(60), said
+        assert "no guest to watch runs here yet" in said[0]
+        for life in (1, 2):
+            source.guests = [here(world, life)]
+            wait_for(lambda life=life: len([line for line in said if "under watch (web-01)" in line]) == life)
+            wait_for(lambda: count_filters(world) == 1)
+            wait_for(lambda life=life: call_out(world, 5000 + life) or any(is_to(one, 5000 + life) for one in seen))
+            source.guests = []
+            wait_for(lambda: count_filters(world) == 0)
+    instances = {one.flow.id.vm.instance for one in seen}
+    assert instances == {here(world, 1).id.instance, here(world, 2).id.instance}
+    assert [(one.vm, one.ended, one.tap.flows > 0) for one in summaries] == [(here(world).id.target, ENDED, True)] * 2
+    assert not [line for line in said if "defect" in line]
+
+
+def is_to(verdict, port):
+    return verdict.flow.tuple.remote.port == port
+
+
+def test_a_guest_named_by_its_name_is_waited_for_when_somebody_will_start_it_again(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    source, ready = Source(), threading.Event()
+    source.guests = [here(world, manager="libvirt"), replace(here(world), id=GuestId("other", instance="other"))]
+    with watching(["web-01"], ready.set, inventory=Inventory([source])) as (summaries, said):
+        assert ready.wait(60), said
+        assert count_filters(world) == 1
+        source.guests = source.guests[1:]
+        wait_for(lambda: count_filters(world) == 0)
+        source.guests = [here(world, 2, manager="libvirt"), *source.guests]
+        wait_for(lambda: count_filters(world) == 1)
+    assert [one.awaited for one in summaries] == [True, True]
+
+
+def test_where_a_found_guest_cannot_be_held_to_its_rules_it_is_said_and_watched(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    source, ready = Source(), threading.Event()
+    source.guests = [here(world)]
+    with watching([], ready.set, inventory=Inventory([source]), enforce=True, rung="packets") as (summaries, said):
+        assert ready.wait(60), said
+    assert any("cannot be held to its rules" in line for line in said)
+    assert len(summaries) == 1
+    with pytest.raises(HostError, match="cannot be held to its rules"):
+        daemon.watch(
+            ["web-01"],
+            load_text(RULES),
+            contract.verdict_id,
+            stop=threading.Event(),
+            ready=ready.set,
+            idle=lambda: None,
+            tell=said.append,
+            words=Words(contract.verdict, contract.iso),
+            options=Options(enforce=True, rung="packets"),
+            inventory=Inventory([source]),
+        )
+
+
+def test_the_rules_for_a_tag_hold_for_the_guests_that_bear_it_from_when_they_do(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    rules = HEAD + "spec:\n  applies_to: {tags: [web]}\n  unbound: {action: deny}\n"
+    source, ready, seen = Source(), threading.Event(), {}
+    source.guests = [here(world)]
+
+    def report(verdict):
+        seen[verdict.flow.tuple.remote.port] = verdict.judgement.decision
+        return contract.verdict_id(verdict)
+
+    def call_until_seen(port):
+        wait_for(lambda: call_out(world, port) or port in seen)
+        return seen[port]
+
+    with watching([], ready.set, report, rules, inventory=Inventory([source])) as (_, said):
+        assert ready.wait(60), said
+        assert call_until_seen(6001) is Decision.ALLOW
+        source.guests = [here(world, tags=("db", "web"))]
+        ports = iter(range(6002, 7000))
+        wait_for(lambda: call_until_seen(next(ports)) is Decision.DENY)

@@ -204,6 +204,7 @@ def _guest_summary(one: Summary) -> Json:
         "acts_failed": one.acts_failed,
         "cpu_seconds": round(one.cpu_s, 3),
         "ended": one.ended or None,
+        "lives": one.lives,
     }
 
 

@@ -26,7 +26,9 @@ GATEWAY = "52:54:00:77:ff:01"  # nobody: what is sent there is seen on the port 
 class Hosted:
     """One QEMU whose RAM is the file ``ram``, on a port of the lab's network."""
 
-    def __init__(self, network: Network, ram: Path, *, name: str = "win-01", shared: bool = True) -> None:
+    def __init__(
+        self, network: Network, ram: Path, *, name: str = "win-01", uuid: str | None = None, shared: bool = True
+    ) -> None:
         self.network, self.port = network, network.add_port()
         self.fd = call_in_netns(str(network.path()), lambda: _open_tap(self.port))
         size = ram.stat().st_size
@@ -38,6 +40,7 @@ class Hosted:
             memory += ["-device", f"loader,file={ram},addr=0,force-raw=on"]
             machine = "pc,accel=tcg"
         command = ["qemu-system-x86_64", "-name", name, "-machine", machine, "-cpu", "qemu64", *memory]
+        command += ["-uuid", uuid] if uuid is not None else []
         command += ["-nodefaults", "-display", "none", "-S", "-netdev", f"tap,id=n0,fd={self.fd}"]
         command += ["-device", f"virtio-net-pci,netdev=n0,mac={self.port.mac},romfile="]
         self._process = subprocess.Popen(
