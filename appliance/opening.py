@@ -143,7 +143,7 @@ def open_eye_or_none(
 
 def open_other(info: GuestInfo, symbols: Sequence[Path] = (), *, route: str | None = None) -> OtherEngine | None:
     """Whom to ask for a second opinion; None: nobody is here, or the guest's memory cannot be reached fast enough."""
-    if not info.routes or choose(info, route) not in _FAST or not probe_other().ok:
+    if (route or next(iter(info.routes), None)) not in _FAST.intersection(info.routes) or not probe_other().ok:
         return None
     return SecondOpinion(info.id.target, symbols=symbols)
 

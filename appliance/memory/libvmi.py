@@ -45,6 +45,7 @@ _CHANGES: Final = (
     "(the limits are put back), or use the route 'xen'"
 )
 _stderr_lock = threading.Lock()
+_limits_lock = threading.Lock()  # whoever keeps the limits must not see what another handle is just about to put back
 
 
 class LibvmiMemory:
@@ -153,18 +154,20 @@ def open_libvmi_xen(
         raise HostError(f"LibVMI needs libxenstore.so by its unversioned name: {_XENSTORE}")
     with contextlib.closing(open_xen(domid, uuid, memory_bytes, folder=folder)) as own:
         regions = own.regions  # of LibVMI's own figures, one is the highest frame of all, and the other no map
-    limits = MemoryLimits(domid, uuid, folder)
-    try:
-        handle = _construct(_Domid(str(domid)), "INIT_DOMAINID", "XEN")
-    finally:
-        limits.restore()
+    with _limits_lock:
+        limits = MemoryLimits(domid, uuid, folder)
+        try:
+            handle = _construct(_Domid(str(domid)), "INIT_DOMAINID", "XEN")
+        finally:
+            limits.restore()
 
     def end() -> None:
         atexit.unregister(end)
-        try:
-            _destroy(handle)
-        finally:
-            limits.restore()
+        with _limits_lock:
+            try:
+                _destroy(handle)
+            finally:
+                limits.restore()
 
     atexit.register(end)
     return LibvmiMemory(handle, regions, live=True, check=limits.check_alive, end=end)
