@@ -41,7 +41,8 @@ def probe(root: Path) -> Iterator[Availability]:
     """One line for each module that this kernel uses."""
     profile = _apparmor(root)
     if profile is not None:
-        reason = f"we run {'unconfined' if profile.free else 'confined'} (profile {profile.name}, {profile.mode})"
+        by = "" if profile.name == "unconfined" else f" (profile {profile.name}, {profile.mode})"
+        reason = f"we run {'unconfined' if profile.free else 'confined'}{by}"
         remedy = None if profile.free else f"where a guest cannot be read: aa-complain {profile.name}"
         yield Availability("apparmor", profile.free, reason, remedy, required=False)
     enforcing, label = _selinux(root), read_label(root, "self") or "unlabelled"

@@ -51,7 +51,8 @@ def describe_guests(guests: Sequence[GuestInfo], troubles: Sequence[str] = ()) -
     """How many guests are here, and one line for each thing of them that cannot be seen."""
     kinds = [(sum(one.hypervisor == kind for one in guests), name) for kind, name in (("qemu", "QEMU"), ("xen", "Xen"))]
     count = ", ".join(f"{number} of {name}" for number, name in kinds if number)
-    reason = "; ".join([f"{len(guests)} running guests ({count})" if guests else "no guest runs here", *troubles])
+    here = f"{len(guests)} {'guest runs' if len(guests) == 1 else 'guests run'} here ({count})"
+    reason = "; ".join([here if guests else "no guest runs here", *troubles])
     remedy = None if guests else "start a guest; then: parasight guests"
     yield Availability("guests", bool(guests) and not troubles, reason, remedy, required=False)
     unseen = [(one, note) for one in guests for note in one.notes]

@@ -68,7 +68,7 @@ def guest(pid, *notes, hypervisor="qemu"):
 
 def test_guests_are_counted_by_hypervisor_and_what_cannot_be_seen_has_a_line() -> None:
     first, second, *rest = describe_guests([guest(1), guest(2, "slirp: use a tap"), guest(3, hypervisor="xen")])
-    assert (first.ok, first.reason) == (True, "3 running guests (2 of QEMU, 1 of Xen)")
+    assert (first.ok, first.reason) == (True, "3 guests run here (2 of QEMU, 1 of Xen)")
     assert (second.name, second.ok, second.required, second.reason) == (
         "guest qemu:2",
         False,
