@@ -2,6 +2,9 @@
 
 from ipaddress import ip_address
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from appliance.errors import GuestGone, Implausible
 from appliance.flow.community import community_id
 from appliance.model import (
@@ -273,3 +276,42 @@ def test_it_does_not_look_before_its_time() -> None:
     assert [tap.poll(0.0) for _ in range(3)] == [[], [], []]
     assert eye.taken == 1
     assert "every 3600 s" in tap.note
+
+
+sockets = st.builds(
+    tcp,
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.sampled_from(["ESTABLISHED", "SYN_SENT", "SYN_RECV", "TIME_WAIT", "CLOSE_WAIT", "LISTEN"]),
+    local=st.sampled_from([HERE, "::ffff:10.0.2.15", "127.0.0.1"]),
+    remote=st.sampled_from([THERE, "::ffff:203.0.113.9", "127.0.0.1", "2001:db8::1"]),
+    address=st.integers(1, 3),
+    netns=st.integers(1, 2),
+)
+some_looks = st.builds(
+    gapped,
+    st.lists(st.one_of(sockets, st.builds(listener, st.integers(1, 4))), max_size=8),
+    st.sampled_from([NOT_DONE, LOST_BUCKET, Gap("process list", 1, "cut short")]),
+    torn=st.integers(0, 1),
+)
+clean_looks = st.builds(gapped, st.lists(sockets, max_size=8))
+
+
+@given(st.lists(st.one_of(clean_looks, some_looks, st.just(Implausible("x"))), min_size=1, max_size=8))
+def test_whatever_the_guest_shows_each_flow_starts_once_and_ends_once(looks) -> None:
+    tap = tap_of(*looks, max_flows=5)
+    alive = {}
+    for events in [*told(tap, len(looks)), tap.close()]:
+        for event in events:
+            if isinstance(event, FlowStarted):
+                assert event.flow.id.number not in alive
+                alive[event.flow.id.number] = True
+                assert not event.flow.tuple.remote.ip.is_loopback
+            else:
+                assert alive[event.flow.number]
+                alive[event.flow.number] = False
+        assert sum(alive.values()) <= 5
+    assert not any(alive.values())
+    stats = tap.stats()
+    assert (stats.flows, stats.events) == (len(alive), 2 * len(alive))
+    assert list(alive) == sorted(alive)
