@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +56,15 @@ def guests(output: OutputOption = Output.TABLE) -> None:
     with Inventory.of_this_host() as inventory:
         bodies = [contract.guest(one) for one in inventory.find_guests()]
         troubles = inventory.troubles
+    print_guests(output, bodies)
+    for trouble in troubles:
+        tell(trouble)
+    if not bodies:
+        tell("no running guest was found here; qemu:PID, file:PATH and port:IFNAME can be named all the same")
+
+
+def print_guests(output: Output, bodies: Sequence[dict[str, Any]]) -> None:
+    """Print guests; in a table each has its UUID below its name, and what cannot be seen stands below all of them."""
     rows = [
         (
             body["vm"],
@@ -71,10 +80,6 @@ def guests(output: OutputOption = Output.TABLE) -> None:
     print_objects(output, bodies, columns, rows, folding=("PORTS", "ROUTES"))
     if output is Output.TABLE:
         print_lines(f"{body['vm']}: {safe(note, MAX_NOTE)}" for body in bodies for note in body["notes"])
-    for trouble in troubles:
-        tell(trouble)
-    if not bodies:
-        tell("no running guest was found here; qemu:PID, file:PATH and port:IFNAME can be named all the same")
 
 
 def processes(
