@@ -7,9 +7,9 @@ cost the guest something are measured for a moment only; LibVMI on Xen, which ch
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Final
 
 from appliance.bounded import Worker
@@ -23,6 +23,7 @@ from appliance.routes import MEASURE_S, Rate, measure, open_memory
 
 MAX_GUESTS: Final = 8  # that are measured
 ANSWER_S: Final = 15.0  # for one route, or for the inventory: some open slowly, and a busy host is slow
+ALL_S: Final = 60.0  # when no further guest is asked
 MOMENT_S: Final = 0.05  # of measuring a route whose reads the guest's own QEMU carries out
 _COSTLY: Final = {"libvirt", "qmp"}
 _DEEDS: Final = ("run ", "run:", "on Debian:", "see:", "mount ", "or:", "apt-get ")  # how errors begin a remedy
@@ -52,15 +53,21 @@ def probe_libraries(*, xen: bool) -> Iterator[Availability]:
     yield probe_libvmi()
 
 
-def probe_routes(guests: Sequence[GuestInfo], seconds: float = ANSWER_S) -> Iterator[Availability]:
-    """One line for each route to each of the first guests, and one for each guest that has none."""
+def probe_routes(
+    guests: Sequence[GuestInfo], seconds: float = ANSWER_S, all_s: float = ALL_S
+) -> Iterator[Availability]:
+    """One line for each route to each of the first guests that have one: ``seconds`` for a route, ``all_s`` for all."""
     readable = [one for one in guests if one.routes]
-    for info in islice(readable, MAX_GUESTS):
+    until_s, asked = time.monotonic() + all_s, 0
+    for info in readable[:MAX_GUESTS]:
+        if time.monotonic() >= until_s:
+            break
         yield from _probe_guest(info, seconds)
-    if len(readable) > MAX_GUESTS:
-        yield Availability(
-            "routes", True, f"{len(readable) - MAX_GUESTS} more guests were not measured", required=False
-        )
+        asked += 1
+    if asked < len(readable):
+        left = len(readable) - asked
+        why = f"{left} more {'guest was' if left == 1 else 'guests were'} not measured"
+        yield Availability("routes", True, why, required=False)
 
 
 def _probe_guest(info: GuestInfo, seconds: float) -> Iterator[Availability]:

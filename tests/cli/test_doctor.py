@@ -139,6 +139,8 @@ def test_a_host_with_many_guests_is_asked_of_the_first_ones(impostor) -> None:
     *measured, last = probe_routes([one] * (MAX_GUESTS + 5))
     assert len(measured) <= MAX_GUESTS
     assert (last.name, last.reason) == ("routes", "5 more guests were not measured")
+    (line,) = probe_routes([one], all_s=0)  # no time left
+    assert line.reason == "1 more guest was not measured"
 
 
 @pytest.mark.system
