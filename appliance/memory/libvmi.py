@@ -38,6 +38,7 @@ from appliance.model import Availability, Region, VcpuState
 from appliance.xenctl import is_control_domain
 
 PAGE = 4096
+MAX_VCPUS = 128
 _INSTALL: Final = "pip install 'parasight[libvmi]' (its wheels end at Python 3.11)"
 _XENSTORE: Final = "apt-get install libxen-dev, or ln -s libxenstore.so.4 libxenstore.so where the former lies"
 _CHANGES: Final = (
@@ -64,6 +65,7 @@ class LibvmiMemory:
     ) -> None:
         self.live = live
         self._handle, self._ram = handle, Ram(regions)
+        self._error: type[Exception] = _load().LibvmiError
         self._check, self._end = check, end
 
     @property
@@ -92,8 +94,19 @@ class LibvmiMemory:
         return found
 
     def vcpus(self) -> tuple[VcpuState, ...]:
-        """None are asked for: the kernel is found without them."""
-        return ()
+        """Registers of a running domain, by which its kernel is found without a search; a file has none."""
+        handle = self._opened()
+        if not self.live:
+            return ()
+        names = _load().X86Reg
+        states = []
+        with contextlib.suppress(self._error):  # of a virtual processor that was never started
+            for number in range(min(handle.get_num_vcpus(), MAX_VCPUS)):
+                cr0, cr3, cr4, rip = (
+                    handle.get_vcpureg(names[name].value, number) for name in ("CR0", "CR3", "CR4", "RIP")
+                )
+                states.append(VcpuState(cr0, cr3, cr4, rip))
+        return tuple(states)
 
     def check_alive(self) -> None:
         """Raise GuestGone unless what was opened is still there."""
@@ -114,9 +127,7 @@ class LibvmiMemory:
     def _read(self, handle: Any, gpa: int, size: int) -> bytes | None:  # noqa: ANN401
         try:
             data, got = handle.read_pa(gpa, size)  # all or nothing: without padding a short read fails
-        except Exception as error:
-            if type(error).__name__ != "LibvmiError":  # its own class, known by name since it is loaded lazily
-                raise
+        except self._error:
             return None
         return bytes(data) if got == size else None
 
