@@ -2,7 +2,7 @@
 
 It makes a mount namespace with private /run, /var and /etc/libvirt, and starts the daemon in it whenever it reads a
 line; it answers with the daemon's pid. It adopts the QEMUs, which libvirtd leaves to init (somebody must reap them),
-and ends all that it started when its standard input ends, that is also when the lab dies.
+and ends all that it started when its standard input ends, that is also when the lab dies, or when it is told to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # whoever ends the lab may mean all of its processes
 CLONE_NEWNS, PR_SET_CHILD_SUBREAPER = 0x20000, 36
 MOUNTS = """
 mount --make-rprivate /
@@ -42,12 +43,14 @@ def main(folder: str) -> None:
     subprocess.run(["sh", "-ec", MOUNTS, "sh", folder], check=True)
     wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(woken)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for number in (signal.SIGCHLD, *ENDS):
+        signal.signal(number, lambda *_: None)
     with Path(folder, "libvirtd.log").open("ab") as log:
         while True:
             ready, _, _ = select.select([0, wake], [], [])
             if wake in ready:
-                os.read(wake, 4096)
+                if set(os.read(wake, 4096)) & set(ENDS):
+                    break
                 reap()
             if 0 in ready:
                 if not os.read(0, 1):

@@ -77,6 +77,7 @@ class Libvirtd:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
             )
             self.start()
         except BaseException:
