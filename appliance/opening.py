@@ -56,12 +56,15 @@ def open_eye(
     """
     chosen = choose(info, route)
     memory = open_memory(info, chosen, change_domain=change_domain)
-    missing: tuple[Gap, ...] = getattr(memory, "gaps", ())[:1]  # the others are its parts
-    look = _Look(thorough or not memory.live, PATIENCE.get(chosen, 1.0), missing, brief)
+    missing: tuple[Gap, ...] = ()
     try:
+        if thorough or not memory.live:  # of a guest that runs on, they change: they are told of one look only
+            missing = getattr(memory, "gaps", ())[:1]  # the others are its parts
+        look = _Look(thorough or not memory.live, PATIENCE.get(chosen, 1.0), missing, brief)
         return _attach_to(memory, symbols, look)
-    except GuestError as error:
-        if missing and not memory.live:
+    except BaseException as error:
+        memory.close()
+        if isinstance(error, GuestError) and missing and not memory.live:
             path = info.id.target.removeprefix("file:")
             raise ConfigError(f"{path}: {missing[0].why}; {error}") from error
         raise
@@ -80,23 +83,19 @@ class _Look:
 def _attach_to(memory: GuestMemory, symbols: Sequence[Path], look: _Look) -> GuestEye:
     """The eye that fits what runs there; where there is neither Linux nor Windows, both are said to be missing."""
     open_windows = partial(_open_windows, memory, symbols, look)
+    # Cheap: a Linux guest must not wait for more; nor may what is left of a Windows that ran before it mislead.
+    if not is_linux(memory) and looks_like_windows(memory, near=False):
+        return open_windows()
     try:
-        # Cheap: a Linux guest must not wait for more; nor may what is left of a Windows that ran before it mislead.
-        if not is_linux(memory) and looks_like_windows(memory, near=False):
-            return open_windows()
-        try:
-            return _open_linux(memory, look)
-        except UnsupportedGuest as error:
-            if error.missing != (NO_LINUX,) or (look.brief and not looks_like_windows(memory)):
-                raise
-        try:
-            return open_windows()
-        except (UnsupportedGuest, OutOfTime) as error:
-            why = error.missing if isinstance(error, UnsupportedGuest) else (str(error),)
-            raise UnsupportedGuest((NO_LINUX, *why)) from error
-    except BaseException:
-        memory.close()
-        raise
+        return _open_linux(memory, look)
+    except UnsupportedGuest as error:
+        if error.missing != (NO_LINUX,) or (look.brief and not looks_like_windows(memory)):
+            raise
+    try:
+        return open_windows()
+    except (UnsupportedGuest, OutOfTime) as error:
+        why = error.missing if isinstance(error, UnsupportedGuest) else (str(error),)
+        raise UnsupportedGuest((NO_LINUX, *why)) from error
 
 
 def _open_linux(memory: GuestMemory, look: _Look) -> GuestEye:
