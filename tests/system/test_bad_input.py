@@ -107,7 +107,7 @@ def test_a_reader_that_leaves_ends_the_watch(guest, home):
     watch.stderr.close()
 
 
-@pytest.mark.parametrize("words", [("watch",), ("nosuch",), ("guests", "--bogus"), ("guests", "--output", "xml")])
+@pytest.mark.parametrize("words", [("processes",), ("nosuch",), ("guests", "--bogus"), ("guests", "--output", "xml")])
 def test_a_wrong_command_line_is_a_usage_error(words, home):
     done = parasight(*words, home=home)
     assert done.code == 2, done
