@@ -141,7 +141,7 @@ class XenSource:
         return fixed.uuid if fixed is not None else None
 
     def _describe(self, store: XenStore, domid: int) -> GuestInfo | None:
-        """One domain; None where it is only just made, or only its entries are left."""
+        """One domain; None while it is being built, and where only its entries are left."""
         domain = None
         if self._control is not None:
             try:
@@ -154,8 +154,9 @@ class XenSource:
                     return None
         fixed = self._fixed.get(domid)
         if fixed is None or (domain is not None and fixed.uuid != domain.uuid):
-            fixed = _read_fixed(store, domid, domain)
+            fixed = _read_fixed(store, domid, domain) if store.is_introduced(domid) else None
         if fixed is None:
+            self._fixed.pop(domid, None)
             return None
         self._fixed[domid] = fixed
         name = store.read(f"/local/domain/{domid}/name")

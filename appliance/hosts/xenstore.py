@@ -29,6 +29,7 @@ SOCKETS: Final = ("/run/xenstored/socket", "/var/run/xenstored/socket")
 DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
 _HEADER: Final = struct.Struct("=IIII")  # type, request, transaction, length of what follows
 _DIRECTORY, _READ, _WATCH, _UNWATCH, _WATCH_EVENT, _ERROR, _DIRECTORY_PART = 1, 2, 4, 5, 15, 16, 21
+_IS_DOMAIN_INTRODUCED: Final = 17
 
 Event = tuple[str, str]  # the path that changed, and the word that was given to `XenStore.watch`
 LOST: Final[Event] = ("", "")  # events were dropped: anything may have changed
@@ -68,6 +69,10 @@ class XenStore:
         except _TooLargeError:
             answer = self._read_parts(path)
         return [name.decode("utf-8", "replace") for name in (answer or b"").split(b"\0") if name]
+
+    def is_introduced(self, domid: int) -> bool:
+        """Whether a domain has been told of: its builder does so when all of it is there. Raises HostError."""
+        return self._ask(_IS_DOMAIN_INTRODUCED, str(domid)) == b"T\0"
 
     def watch(self, path: str, word: str) -> None:
         """Be told of changes of this node and below, by ``word``; the first event comes at once. Raises HostError."""

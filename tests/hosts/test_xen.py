@@ -72,6 +72,16 @@ def test_our_own_domain_is_no_guest(daemon, source):
     assert source.find_guests() == []
 
 
+def test_a_domain_is_listed_once_its_builder_is_done_with_it(daemon, source):
+    memory = "/local/domain/7/memory/static-max"
+    size = daemon.tree.pop(memory)
+    daemon.building = {7}
+    assert source.find_guests() == []
+    daemon.tree[memory] = size
+    daemon.building = set()
+    assert one(source).memory_bytes == 128 << 20
+
+
 @pytest.mark.parametrize(
     ("flags", "state"),
     [

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 HEADER = struct.Struct("=IIII")
-DIRECTORY, READ, WATCH, UNWATCH, EVENT, ERROR, PART = 1, 2, 4, 5, 15, 16, 21
+DIRECTORY, READ, WATCH, UNWATCH, EVENT, ERROR, INTRODUCED, PART = 1, 2, 4, 5, 15, 16, 17, 21
 
 
 class Xenstored:
@@ -22,6 +22,7 @@ class Xenstored:
         self.path = str(folder / "xenstored")
         self.tree = dict(tree)
         self.refused: dict[str, str] = {}  # errors by path
+        self.building: set[int] = set()  # domains that nobody has told it of yet
         self.stalled = threading.Event()
         self.asked: list[tuple[int, str]] = []
         self._watches: dict[socket.socket, set[tuple[str, str]]] = {}
@@ -103,6 +104,9 @@ class Xenstored:
         path = words[0]
         if path in self.refused:
             return _message(ERROR, request, self.refused[path])
+        if kind == INTRODUCED:
+            known = f"/local/domain/{path}/domid" in self.tree and int(path) not in self.building
+            return _message(INTRODUCED, request, "T" if known else "F")
         if kind == WATCH:
             self._watches[peer].add((path, words[1]))
             return _message(EVENT, 0, path, words[1]) + _message(WATCH, request, "OK")
