@@ -72,7 +72,8 @@ class XenHost(Inside):
         self._put_together(image)
         with (self._folder / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(image, memory_mb, dom0_mb, cpus, [end.fileno() for end in far]),
+                # By whatever death we die, it does not outlive us.
+                ["setpriv", "--pdeathsig", "KILL", *self._command(image, memory_mb, dom0_mb, cpus, far)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -169,7 +170,9 @@ class XenHost(Inside):
             for part in parts:
                 whole.write(part.read_bytes())
 
-    def _command(self, image: XenImage, memory_mb: int, dom0_mb: int, cpus: int, lines: list[int]) -> list[str]:
+    def _command(
+        self, image: XenImage, memory_mb: int, dom0_mb: int, cpus: int, lines: Sequence[socket.socket]
+    ) -> list[str]:
         command = [QEMU, "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", CPU, "-smp", str(cpus)]
         command += ["-m", str(memory_mb), "-display", "none", "-nodefaults", "-no-reboot", "-net", "none"]
         command += ["-serial", f"file:{self._folder / 'console.log'}", "-kernel", str(image.hypervisor)]
@@ -177,7 +180,7 @@ class XenHost(Inside):
         command += ["-append", f"console=com1 com1=115200,8n1 dom0_mem={dom0_mb}M,max:{dom0_mb}M dom0_max_vcpus=1"]
         command += ["-device", "virtio-serial-pci"]
         for name, line in zip(LINES, lines, strict=True):
-            command += ["-chardev", f"socket,id={name},fd={line}"]
+            command += ["-chardev", f"socket,id={name},fd={line.fileno()}"]
             command += ["-device", f"virtserialport,chardev={name},name=lab.{name}"]
         return command
 
