@@ -63,8 +63,8 @@ class Control:
     def __init__(self, folder: Path | None = None) -> None:
         """``folder``: where the libraries are, instead of the usual places. Raises HostError, PermissionRefused."""
         self.release, self._library = _load_control(folder)
-        self._handle = self._library.xc_interface_open(quiet_logger(), quiet_logger(), 0)
-        if not self._handle:
+        self._opened = self._library.xc_interface_open(quiet_logger(), quiet_logger(), 0)
+        if not self._opened:
             raise explain(ctypes.get_errno(), "the hypervisor cannot be asked")
 
     def read_domain(self, domid: int) -> Domain | None:
@@ -129,9 +129,16 @@ class Control:
 
     def close(self) -> None:
         """Give the handle back; may be called twice."""
-        if self._handle:
-            self._library.xc_interface_close(self._handle)
-            self._handle = None
+        if self._opened:
+            self._library.xc_interface_close(self._opened)
+            self._opened = None
+
+    @property
+    def _handle(self) -> int:
+        """What every call wants first; without one the library would take the process with it."""
+        if not self._opened:
+            raise HostError("the handle on the hypervisor is closed")
+        return int(self._opened)
 
     def __enter__(self) -> Self:
         return self

@@ -54,6 +54,7 @@ class XenMemory:
     @property
     def gaps(self) -> tuple[Gap, ...]:
         """What of the regions cannot be read now, looked at afresh each time. Raises GuestGone."""
+        self._check_open()
         frames = sum(region.size for region in self._regions) // PAGE
         asked = sample(self._regions)
         there = self._frames.probe(asked)

@@ -154,9 +154,17 @@ def test_a_domain_that_ended_or_is_another_one_is_gone(memory, host, change):
 
 def test_what_was_closed_is_gone(memory):
     memory.close()
-    for use in (lambda: memory.read(0, 8), lambda: memory.readv([(0, 8)]), memory.check_alive, memory.vcpus):
+    uses = (lambda: memory.read(0, 8), lambda: memory.readv([(0, 8)]), lambda: memory.gaps, memory.data_regions)
+    for use in (*uses, memory.check_alive, memory.vcpus):
         with pytest.raises(GuestGone):
             use()
+
+
+def test_a_handle_that_was_closed_is_not_given_to_the_library(host):
+    control = Control(host.folder)
+    control.close()
+    with pytest.raises(HostError, match="closed"):
+        control.read_domain(7)
 
 
 def test_touching_a_frame_that_failed_would_kill_us(host):
