@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from appliance.cli import contract
+from appliance.hosts.targets import resolve
 from appliance.memory.file import open_file
 from appliance.memory.libvirt import open_libvirt
 from appliance.memory.libvmi import open_libvmi_file
 from appliance.memory.monitor import open_monitor
 from appliance.memory.qemu import open_qemu
+from appliance.opening import open_eye
 from tests.worlds.command import parasight
 from tests.worlds.side import MIB, RAM, open_side
 
@@ -26,17 +29,24 @@ pytest.importorskip("libvirt")
 pytest.importorskip("libvmi")
 
 
-def look(side, verb, *words, target=None):
-    """What a verb tells of the guest, without the name by which it was asked for."""
-    prefix = ("env", f"PARASIGHT_LIBVIRT_URI={side.libvirtd.uri}")
-    done = parasight(verb, target or side.domain.uuid, *words, "-o", "json", home=side.folder, prefix=prefix)
-    assert done.code == 0, done.err
-    return sorted(json.dumps({key: body[key] for key in body if key != "vm"}) for body in json.loads(done.out))
+def look(target, route=None):
+    """What a full look tells, as `connections` and `processes` print it, without the name that was asked for."""
+    info = resolve(target)
+    with contextlib.closing(open_eye(info, thorough=True, route=route)) as eye:
+        snapshot = eye.read_snapshot()
+    told = [contract.connection("", one) for one in snapshot.sockets]
+    told += [contract.process(one) for one in snapshot.processes]
+    assert len(snapshot.sockets) > 40
+    assert len(snapshot.processes) > 40
+    return {json.dumps(body) for body in told}
 
 
 @pytest.fixture(scope="module")
 def side(network, tmp_path_factory):
-    with open_side(network, tmp_path_factory.mktemp("side")) as guest:
+    folder = tmp_path_factory.mktemp("side")
+    with open_side(network, folder) as guest, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARASIGHT_LIBVIRT_URI", guest.libvirtd.uri)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield guest
 
 
@@ -59,13 +69,9 @@ def test_while_it_runs_libvirt_and_the_monitor_tell_what_the_process_tells_and_l
     with contextlib.closing(libvirt.open(side.libvirtd.uri)) as connection:
         domain = connection.lookupByUUIDString(side.domain.uuid)
         before = domain.XMLDesc(0), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), domain.messages(0)
-        looks = [("connections", "libvirt"), ("connections", "qmp"), ("processes", "libvirt")]
-        told = {verb: look(side, verb) for verb, _ in looks}
-        slowly = [(verb, look(side, verb, "--route", route)) for verb, route in looks]
-        again = {verb: look(side, verb) for verb, _ in looks}
-        for verb, seen in slowly:  # what was there all the time is told, and nothing that never was
-            assert set(told[verb]) & set(again[verb]) <= set(seen) <= set(told[verb]) | set(again[verb])
-            assert len(seen) > 40
+        first, *slowly, last = [look(side.domain.uuid, route) for route in (None, "libvirt", "qmp", None)]
+        for told in slowly:  # what was there all the time is told, and nothing that never was
+            assert first & last <= told <= first | last
         assert (domain.XMLDesc(0), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), domain.messages(0)) == before
         assert domain.info()[0] == libvirt.VIR_DOMAIN_RUNNING
     cache = Path(f"/proc/{side.libvirtd.pid}/root/var/cache/libvirt/qemu")
@@ -115,18 +121,20 @@ def test_every_slow_route_tells_the_same_bytes_of_spans_all_over_ram(dumped):
                 assert memory.read(gpa, size) == data, name
 
 
-@pytest.mark.parametrize("verb", ["connections", "processes"])
-def test_dumps_and_libvmi_tell_what_the_process_tells(dumped, verb):
-    told = look(dumped, verb, target=f"qemu:{dumped.pid}")
-    assert len(told) > 30
+def test_dumps_and_libvmi_tell_what_the_process_tells(dumped):
+    told = look(f"qemu:{dumped.pid}")
     raw = f"file:{dumped.folder / 'raw'}"
-    assert look(dumped, verb, target=raw) == told
-    assert look(dumped, verb, target=f"file:{dumped.folder / 'elf'}") == told
-    assert look(dumped, verb, "--route", "libvmi", target=raw) == told
+    assert look(raw) == told
+    assert look(raw, "libvmi") == told
+    assert look(f"file:{dumped.folder / 'elf'}") == told
 
 
-def test_a_route_that_is_not_there_is_refused_with_those_that_are(side):
+def test_a_person_names_the_route_and_hears_which_there_are(side):
     prefix = ("env", f"PARASIGHT_LIBVIRT_URI={side.libvirtd.uri}")
-    done = parasight("connections", side.domain.uuid, "--route", "libvmi", home=side.folder, prefix=prefix)
+    words = ("connections", side.domain.uuid, "-o", "json", "--route")
+    done = parasight(*words, "libvirt", home=side.folder, prefix=prefix)
+    assert done.code == 0, done.err
+    assert len(json.loads(done.out)) > 40
+    done = parasight(*words, "libvmi", home=side.folder, prefix=prefix)
     assert done.code == 2
     assert "its routes are: qemu, libvirt, qmp" in done.err
