@@ -63,6 +63,7 @@ class Roster:
         self._refused: dict[str, Shape] = {}
         self._said: dict[str, str] = {}  # by what it is about
         self._ended: list[Life] = []
+        self._troubles: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self.looks = 0
 
@@ -110,12 +111,21 @@ class Roster:
         except ParasightError as error:
             self._say("inventory", str(error))
             return
-        for trouble in self._inventory.troubles:
-            self._say(f"trouble {trouble}", trouble)
+        self._tell_troubles()
         self._reconcile({key_of(info): info for info in guests})
         if self.looks == 0 and not self._lives and self._choice.uuids is None:
             self._tell("no guest to watch runs here yet; those that start will be watched")
         self.looks += 1
+
+    def _tell_troubles(self) -> None:
+        """What a hypervisor could not be asked, and that it can be again."""
+        before, self._troubles = self._troubles, self._inventory.troubles
+        for trouble in self._troubles:
+            if trouble not in before:
+                self._tell(trouble)
+        for trouble in before:
+            if trouble not in self._troubles:
+                self._tell(f"no longer so: {trouble}")
 
     def _reconcile(self, here: dict[str, GuestInfo]) -> None:
         self._bury(here)

@@ -39,3 +39,14 @@ def test_a_kernel_that_refuses_a_beat_costs_no_other_guest_its_own():
     heart.beat()
     heart.beat()
     assert (sick.beats, well.beats) == (2, 2)
+
+
+def test_a_guest_that_has_gone_is_not_beaten_for_and_the_others_are():
+    gone, stays = Guest(), Guest()
+    heart = Pacemaker()
+    for guest in (gone, stays):
+        heart.add(guest.count, guest.beat)
+    heart.beat()
+    heart.remove(gone.beat)
+    heart.beat()
+    assert (gone.beats, stays.beats) == (1, 2)

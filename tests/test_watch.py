@@ -1,11 +1,15 @@
 """The loop of one guest: what the guest or we ourselves do wrong is told, and never looks like a quiet guest."""
 
+from concurrent.futures import Future
+from dataclasses import replace
+
 import pytest
 
 from appliance.engine import Engine
 from appliance.errors import GuestGone, HostError, Implausible
 from appliance.model import (
     Act,
+    Change,
     Decision,
     Decoy,
     Evidence,
@@ -22,7 +26,7 @@ from appliance.model import (
     TapStats,
 )
 from appliance.sight import STILL_NS
-from appliance.watch import CHECK_NS, MAX_PUT_OFF, GuestWatch
+from appliance.watch import AGAIN_NS, CHECK_NS, MAX_PUT_OFF, GuestWatch
 from tests.worlds.nouns import VM, NoNames, Verbatim, flow, owner
 
 LIVE = GuestInfo(VM, 4242, ports=(GuestPort("tap1"),))
@@ -216,6 +220,99 @@ def test_a_clock_that_is_set_back_does_not_hide_that_the_guest_has_ended():
     one = GuestWatch(LIVE, Tap(), Eye(), Engine(Verbatim(), NoNames()), print, clock, runs=ended)
     one.run(stop)
     assert one.summary.ended == "the guest has ended"
+
+
+# -- its memory is attached to while it is watched --
+
+
+class Later:
+    """Does what it is asked to when the test says so."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, job):
+        self.asked.append((job, Future()))
+        return self.asked[-1][1]
+
+    def do(self):
+        job, future = self.asked.pop(0)
+        future.set_result(job())
+
+
+def watch_while(steps, tap, eye=None, **more):
+    """Run a watch; ``steps``: by the count of turns, what is done before it."""
+    reports, said = [], []
+    engine = Engine(Verbatim(), NoNames(), tags=("db",))
+    one = GuestWatch(LIVE, tap, eye, engine, reports.append, Clock(), tell=said.append, **more)
+
+    def stop():
+        steps.get(one.count_turns(), lambda watch: None)(one)
+        return one.count_turns() >= max(steps)
+
+    one.run(stop)
+    return one, reports, said
+
+
+def test_a_connection_that_begins_while_the_memory_is_being_attached_to_gets_its_process():
+    later, eye = Later(), Eye(Finding(Match.EXACT, (owner(),)))
+    steps = {20: lambda watch: later.do(), 400: lambda watch: None}
+    _, reports, _ = watch_while(steps, Tap([], [started()]), reopen=lambda: eye, aside=later, silent=False)
+    assert [verdict.binding.match for verdict in reports] == [Match.EXACT]
+
+
+def test_where_no_memory_can_be_attached_to_that_is_the_reason_and_nobody_waits_for_it():
+    later = Later()
+    steps = {20: lambda watch: later.do(), 4000: lambda watch: None}
+    _, reports, _ = watch_while(steps, Tap([], [started()]), reopen=lambda: None, aside=later, silent=False)
+    assert [verdict.binding.reason for verdict in reports] == [Reason.NO_MEMORY]
+
+
+def test_after_a_revert_no_owner_is_named_by_what_was_read_before_it():
+    old, new = Eye(Finding(Match.EXACT, (owner(7),))), Eye(Finding(Match.EXACT, (owner(8),)))
+    later = Later()
+    tap = Tap(*[[]] * 10, [started()])
+    steps = {5: lambda watch: watch.hint(Change.REVERTED), 30: lambda watch: later.do(), 400: lambda watch: None}
+    _, reports, said = watch_while(steps, tap, old, reopen=lambda: new, aside=later)
+    assert [verdict.binding.process.pid for verdict in reports] == [8]
+    assert old.closed
+    assert any("reverted" in line for line in said)
+
+
+def test_a_kernel_that_has_just_begun_is_looked_at_again_while_it_grows():
+    eye, looks = Eye(), []
+    eye.read_snapshot = lambda: looks.append(1) or Snapshot(0, (), ())
+    steps = {AGAIN_NS[-1] // 1_000_000 + 1000: lambda watch: None}
+    watch_while(steps, Tap(), reopen=lambda: eye, young=True, silent=False)
+    assert len(looks) == 1 + len(AGAIN_NS)
+
+
+def test_ports_and_tags_that_change_reach_the_tap_and_the_rules_at_once():
+    seen, policies = [], []
+
+    def policy(system, tags):
+        policies.append((system, tags))
+        return HoldPolicy(incoming="web" in tags)
+
+    hand = Hand()
+    more = {"ports": lambda *, changed: seen.append(changed), "policy": policy, "hand": hand, "hold": HoldPolicy()}
+    renamed = replace(LIVE, ports=(*LIVE.ports, GuestPort("tap2")), tags=("web",))
+    steps = {
+        3: lambda watch: watch.renew(renamed),
+        6: lambda watch: watch.renew(replace(renamed, tags=("db",))),
+        8: lambda watch: watch.hint(Change.DEVICES),
+        12: lambda watch: None,
+    }
+    watch_while(steps, Tap(), Eye(), **more)
+    assert seen == [False, True, True]
+    assert policies[-2:] == [("linux", ("web",)), ("linux", ("db",))]
+    assert [policy.incoming for policy in hand.policies[-3:]] == [False, True, False]
+
+
+def test_a_watch_that_is_told_to_end_says_why():
+    one, _, said = watch_while({3: lambda watch: watch.end("it is not wanted any more"), 99: lambda watch: None}, Tap())
+    assert one.summary.ended == "it is not wanted any more"
+    assert said[-1].endswith("the watch has ended: it is not wanted any more")
 
 
 # -- with a hand --

@@ -13,6 +13,7 @@ from appliance.errors import HostError, ParasightError, UsageError
 from appliance.model import Act, GuestId
 from appliance.respond import Banning, ControlRoom, NoAnswer, Words, spare
 from appliance.respond.banfile import read_bans
+from appliance.respond.room import MAX_ENDED
 from tests.respond.desks import NOW_NS, PATIENCE_S, Clock, FakeDesk, Serving, eventually, verdict
 from tests.worlds.nouns import VM
 
@@ -85,6 +86,39 @@ def test_a_guest_whose_watch_ended_early_does_not_vanish_without_a_word(world):
     assert body["trouble"] == "its watch has ended: a defect"
     world.room.admit(world.desks[0])
     assert [guest["answers"] for guest in world.ask("status")["guests"]] == [True]
+
+
+def test_a_guest_that_is_watched_again_under_another_name_is_not_missed_any_more(world):
+    world.room.dismiss(world.desks[0], "the guest has ended")
+    again = FakeDesk(replace(VM, target="qemu:4343"))
+    with Serving(again):
+        world.room.admit(again)
+        assert {one["vm"]: one["answers"] for one in world.ask("status")["guests"]} == {
+            "qemu:77": True,
+            "qemu:4343": True,
+        }
+
+
+def test_watches_that_are_over_are_told_of_within_bounds(world):
+    for number in range(3 * MAX_ENDED):
+        world.room.dismiss(world.desks[0], "a defect")
+        world.desks[0].vm = GuestId(f"qemu:{number}", instance=str(number))
+        world.room.admit(world.desks[0])
+    world.room.dismiss(world.desks[0], "a defect")
+    ended = [one["vm"] for one in world.ask("status")["guests"] if not one["answers"]]
+    assert len(ended) == MAX_ENDED
+    assert ended[-1] == f"qemu:{3 * MAX_ENDED - 1}"
+
+
+def test_two_guests_that_have_one_uuid_are_both_kept_to_the_bans(world):
+    twin = FakeDesk(replace(VM, target="qemu:4343", instance="4343-1"))
+    with Serving(twin):
+        world.room.admit(twin)
+        world.ask("ban", peer="203.0.113.9", seconds=60)
+        eventually(lambda: [desk.kernel for desk in (*world.desks, twin)] == [{PEER: 60.0}] * 3)
+        world.room.dismiss(world.desks[0])
+        world.ask("unban", peer="203.0.113.9")
+        eventually(lambda: twin.kernel == {})
 
 
 def test_a_list_of_held_flows_is_whole_or_none(tmp_path):
