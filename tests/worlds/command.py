@@ -23,7 +23,8 @@ class Done:
 
 
 def environment(home: Path) -> dict[str, str]:
-    return {
+    chosen = {name: os.environ[name] for name in ("PARASIGHT_LIBVIRT_URI",) if name in os.environ}
+    return chosen | {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         "PARASIGHT_STATE": str(home / "state"),
