@@ -68,7 +68,7 @@ def print_guests(output: Output, bodies: Sequence[dict[str, Any]]) -> None:
     rows = [
         (
             body["vm"],
-            "\n".join(safe(text) for text in (body["name"], body["uuid"]) if text) or "-",
+            "\n".join(safe(text) for text in (body["name"], body["uuid"]) if text not in {None, "", body["vm"]}) or "-",
             body["state"],
             f"{body['memory_bytes'] >> 20} MiB" if body["memory_bytes"] else "?",
             ", ".join(port["ifname"] for port in body["ports"]) or "none",

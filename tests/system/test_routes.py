@@ -138,3 +138,12 @@ def test_a_person_names_the_route_and_hears_which_there_are(side):
     done = parasight(*words, "libvmi", home=side.folder, prefix=prefix)
     assert done.code == 2
     assert "its routes are: qemu, libvirt, qmp" in done.err
+
+
+def test_where_its_process_cannot_be_seen_libvirt_alone_tells_of_it(side):
+    elsewhere = ("env", f"PARASIGHT_LIBVIRT_URI={side.libvirtd.uri}", "unshare", "--pid", "--fork", "--mount-proc")
+    done = parasight("connections", "side", "-o", "json", home=side.folder, prefix=elsewhere)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert {body["vm"] for body in told} == {side.domain.uuid}
+    assert len(told) > 40
