@@ -114,12 +114,15 @@ class Control:
     def read_on_demand(self, domid: int) -> tuple[int, int]:
         """Frames that are populated only when touched, and how many pages lie ready for them.
 
-        More of the first than of the second: touching frames, from outside too, may make Xen crash the domain.
+        More of the first than of the second: touching frames, from outside too, may make Xen crash the domain. Raises
+        PermissionRefused.
         """
         total, ready, frames = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64()
         failed = self._library.xc_domain_get_pod_target(
             self._handle, domid, ctypes.byref(total), ctypes.byref(ready), ctypes.byref(frames)
         )
+        if failed and (code := ctypes.get_errno()) in {errno.EPERM, errno.EACCES}:
+            raise explain(code, f"whether memory of domain {domid} is populated on demand may not be asked")
         return (0, 0) if failed else (frames.value, ready.value)
 
     def write_max_pages(self, domid: int, pages: int) -> None:

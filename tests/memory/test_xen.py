@@ -246,6 +246,13 @@ def test_memory_that_is_populated_on_demand_is_left_alone_while_too_few_pages_li
     memory.close()
 
 
+def test_a_policy_that_hides_whether_reading_is_harmless_keeps_us_from_reading(host):
+    host.state.on_demand = (1 << 64) - 1
+    with pytest.raises(PermissionRefused, match="populated on demand.*xl dmesg"):
+        open_xen(7, UUID_TEXT, LOW * PAGE, folder=host.folder)
+    assert host.state.maps == 0 and host.state.opened == host.state.closed
+
+
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES])
 def test_a_policy_that_refuses_every_frame_is_told_as_such(host, code):
     host.lose(range(LOW), code)

@@ -174,6 +174,10 @@ int xc_domain_hvm_getcontext_partial(void *handle, uint32_t domid, uint16_t type
 
 int xc_domain_get_pod_target(void *handle, uint32_t domid, uint64_t *total, uint64_t *ready, uint64_t *frames)
 {
+    if (state->on_demand == UINT64_MAX) { /* a policy */
+        errno = EACCES;
+        return -1;
+    }
     *total = state->pages;
     *ready = state->ready;
     *frames = state->on_demand;
