@@ -7,15 +7,13 @@ addresses).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-_NO_VALUE: Final = frozenset({"S", "nodefaults", "no-user-config", "snapshot", "daemonize", "enable-kvm", "nographic"})
-_UNITS: Final = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
-_DEFAULT_MEMORY: Final = 128 << 20  # hw/core/machine.c
+from appliance.hosts.options import as_text, iter_options, merge_options, parse_properties, parse_size
+
 _SEV_POLICY_ES: Final = 1 << 2  # docs/system/i386/amd-memory-encryption.rst
 _DOMAIN: Final = re.compile(r"/domain-(\d{1,18})-[^/]*/master-key\.aes$")
 _DEFAULT_MAC: Final = "52:54:00:12:34:{:02x}"  # net/net.c: 0x56 + index
@@ -52,14 +50,14 @@ class Arguments:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the arguments of a QEMU process (``argv[0]`` included)."""
-    options = list(_pairs(argv))
+    options = list(iter_options(argv))
     keys = {key for key, _ in options}
-    machine = _merge(options, ("machine", "M"), "type")
+    machine = merge_options(options, ("machine", "M"), "type")
     return Arguments(
-        name=_text(_merge(options, ("name",), "guest").get("guest")),
+        name=as_text(merge_options(options, ("name",), "guest").get("guest")),
         uuid=next((value.lower() for key, value in options if key == "uuid"), None),
-        machine=_text(machine.get("type")) or "pc",
-        memory_bytes=_size(_text(_merge(options, ("m",), "size").get("size"))),
+        machine=as_text(machine.get("type")) or "pc",
+        memory_bytes=parse_size(as_text(merge_options(options, ("m",), "size").get("size"))),
         nets=tuple(_with_default_macs(_net_devices(options))),
         passthrough=tuple(_passthrough(options)),
         default_net=not keys & {"netdev", "nic", "net", "nodefaults"},
@@ -71,77 +69,36 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     )
 
 
-def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Options and their values; ``--option`` is ``-option``."""
-    at = 1
-    while at < len(argv):
-        word = argv[at]
-        at += 1
-        if not word.startswith("-") or word == "-":
-            continue
-        key, value = word.lstrip("-"), ""
-        if key not in _NO_VALUE and at < len(argv) and (not argv[at].startswith("-") or argv[at] == "-"):
-            value = argv[at]
-            at += 1
-        yield key, value
-
-
-def _properties(text: str, implied: str) -> dict[str, Any]:
-    """``a,b=c`` or a JSON object to a dict; the first word without ``=`` is the value of ``implied``."""
-    if text.lstrip().startswith("{"):
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
-    properties: dict[str, Any] = {}
-    for index, word in enumerate(re.split(r"(?<!,),(?!,)", text)):
-        key, equals, value = word.replace(",,", ",").partition("=")
-        if not equals and index == 0:
-            key, value = implied, key
-        properties[key] = value if equals or index == 0 else "on"
-    return properties
-
-
-def _merge(options: list[tuple[str, str]], keys: tuple[str, ...], implied: str) -> dict[str, Any]:
-    """All uses of an option together: the last word wins."""
-    merged: dict[str, Any] = {}
-    for key, text in options:
-        if key in keys:
-            merged |= _properties(text, implied)
-    return merged
-
-
 def _net_devices(options: list[tuple[str, str]]) -> Iterator[NetDevice]:
     macs, plugged = _front_ends(options)
-    hub_nics = [_properties(text, "type") for key, text in options if key == "net" and text.startswith("nic")]
-    hub_mac = _text(hub_nics[0].get("macaddr")) if len(hub_nics) == 1 else None
+    hub_nics = [parse_properties(text, "type") for key, text in options if key == "net" and text.startswith("nic")]
+    hub_mac = as_text(hub_nics[0].get("macaddr")) if len(hub_nics) == 1 else None
     for key, text in options:
         if key not in {"netdev", "nic", "net"}:
             continue
-        found = _properties(text, "type")
-        kind = _text(found.get("type")) or ""
+        found = parse_properties(text, "type")
+        kind = as_text(found.get("type")) or ""
         if kind in {"", "nic", "none", "hubport"}:
             continue
-        ident = _text(found.get("id")) or kind
+        ident = as_text(found.get("id")) or kind
         if key == "netdev" and ident not in plugged:
             continue  # no card: the guest has no such port
         if _is_passt(found, options):
             kind = "passt"
         mac = macs.get(ident) if key == "netdev" else hub_mac
         if key == "nic":
-            mac = _text(found.get("mac") or found.get("macaddr"))
-        yield NetDevice(ident, kind, _text(found.get("ifname")), _descriptors(found), _mac(mac))
+            mac = as_text(found.get("mac") or found.get("macaddr"))
+        yield NetDevice(ident, kind, as_text(found.get("ifname")), _descriptors(found), _mac(mac))
 
 
 def _is_passt(found: dict[str, Any], options: list[tuple[str, str]]) -> bool:
     """Passt is no back end of its own before QEMU 10.1: its socket is that of a stream or a vhost-user device."""
     address = found.get("addr")
     path = address.get("path") if isinstance(address, dict) else found.get("addr.path")
-    if (chardev := _text(found.get("chardev"))) is not None:
-        others = (_properties(text, "backend") for key, text in options if key == "chardev")
+    if (chardev := as_text(found.get("chardev"))) is not None:
+        others = (parse_properties(text, "backend") for key, text in options if key == "chardev")
         path = next((other.get("path") for other in others if other.get("id") == chardev), None)
-    return "passt" in (_text(path) or "")
+    return "passt" in (as_text(path) or "")
 
 
 def _front_ends(options: list[tuple[str, str]]) -> tuple[dict[str, str], set[str]]:
@@ -149,11 +106,11 @@ def _front_ends(options: list[tuple[str, str]]) -> tuple[dict[str, str], set[str
     macs: dict[str, str] = {}
     plugged: set[str] = set()
     for key, text in options:
-        found = _properties(text, "driver" if key == "device" else "type")
-        ident = _text(found.get("netdev"))
+        found = parse_properties(text, "driver" if key == "device" else "type")
+        ident = as_text(found.get("netdev"))
         if ident and (key == "device" or (key == "net" and found.get("type") == "nic")):
             plugged.add(ident)
-            if given := _text(found.get("mac") or found.get("macaddr")):
+            if given := as_text(found.get("mac") or found.get("macaddr")):
                 macs[ident] = given
     return macs, plugged
 
@@ -170,22 +127,22 @@ def _with_default_macs(devices: Iterator[NetDevice]) -> Iterator[NetDevice]:
 def _passthrough(options: list[tuple[str, str]]) -> Iterator[str]:
     for key, text in options:
         if key == "device":
-            found = _properties(text, "driver")
-            driver = _text(found.get("driver")) or ""
+            found = parse_properties(text, "driver")
+            driver = as_text(found.get("driver")) or ""
             if driver.startswith(("vfio-", "vhost-vdpa-device")):
-                where = _text(found.get("host") or found.get("sysfsdev") or found.get("vhostdev")) or "?"
+                where = as_text(found.get("host") or found.get("sysfsdev") or found.get("vhostdev")) or "?"
                 yield f"{driver} {where}"
 
 
 def _encryption(machine: dict[str, Any], options: list[tuple[str, str]]) -> str | None:
     """The kind of the object that the machine refers to; one that it does not refer to encrypts nothing."""
-    ident = _text(machine.get("confidential-guest-support") or machine.get("memory-encryption"))
+    ident = as_text(machine.get("confidential-guest-support") or machine.get("memory-encryption"))
     if ident is None:
         return None
-    objects = (_properties(text, "qom-type") for key, text in options if key == "object")
-    found = next((one for one in objects if _text(one.get("id")) == ident), {})
-    kind = _text(found.get("qom-type")) or ident
-    policy = _text(found.get("policy")) or "0"
+    objects = (parse_properties(text, "qom-type") for key, text in options if key == "object")
+    found = next((one for one in objects if as_text(one.get("id")) == ident), {})
+    kind = as_text(found.get("qom-type")) or ident
+    policy = as_text(found.get("policy")) or "0"
     number = int(policy, 0) if re.fullmatch(r"0x[0-9a-fA-F]+|[1-9]\d*|0", policy) else 0
     return "sev-es-guest" if kind == "sev-guest" and number & _SEV_POLICY_ES else kind
 
@@ -195,18 +152,18 @@ def _monitors(options: list[tuple[str, str]]) -> Iterator[str]:
     backends = {}
     for key, text in options:
         if key in {"qmp", "qmp-pretty"} and text.startswith("unix:"):
-            yield from _listening(_properties(text.removeprefix("unix:"), "path"))
+            yield from _listening(parse_properties(text.removeprefix("unix:"), "path"))
         elif key == "chardev":
-            found = _properties(text, "backend")
-            backends[_text(found.get("id"))] = found
+            found = parse_properties(text, "backend")
+            backends[as_text(found.get("id"))] = found
     for key, text in options:
-        monitor = _properties(text, "chardev") if key == "mon" else {}
+        monitor = parse_properties(text, "chardev") if key == "mon" else {}
         if monitor.get("mode") == "control":
-            yield from _listening(backends.get(_text(monitor.get("chardev")), {}))
+            yield from _listening(backends.get(as_text(monitor.get("chardev")), {}))
 
 
 def _listening(socket: dict[str, Any]) -> Iterator[str]:
-    path = _text(socket.get("path"))
+    path = as_text(socket.get("path"))
     if path is not None and "/libvirt/" not in path and socket.get("server") in {"on", "yes", "true", True}:
         yield path
 
@@ -214,8 +171,8 @@ def _listening(socket: dict[str, Any]) -> Iterator[str]:
 def _libvirt_id(options: list[tuple[str, str]]) -> int | None:
     """From the folder of the key that libvirt hands to each QEMU it starts (``qemuDomainMasterKeyCreate``)."""
     for key, text in options:
-        found = _properties(text, "qom-type") if key == "object" else {}
-        if found.get("id") == "masterKey0" and (match := _DOMAIN.search(_text(found.get("file")) or "")):
+        found = parse_properties(text, "qom-type") if key == "object" else {}
+        if found.get("id") == "masterKey0" and (match := _DOMAIN.search(as_text(found.get("file")) or "")):
             return int(match[1])
     return None
 
@@ -230,13 +187,3 @@ def _mac(text: str | None) -> str | None:
         return None
     plain = text.lower().replace("-", ":")
     return plain if re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", plain) else None
-
-
-def _text(value: object) -> str | None:
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
-
-
-def _size(text: str | None) -> int:
-    """Memory size: a number of MiB, or one with a unit."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([bkmgtp]?)", (text or "").lower())
-    return int(float(found[1]) * (1 << _UNITS[found[2]])) if found else _DEFAULT_MEMORY

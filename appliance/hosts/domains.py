@@ -6,10 +6,7 @@ may have changed. What a domain is like is believed until an event says otherwis
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
@@ -17,19 +14,18 @@ from urllib.parse import urlsplit
 from appliance.bounded import Worker
 from appliance.errors import HostError
 from appliance.hosts.arguments import NetDevice
+from appliance.hosts.changes import Changes
 from appliance.hosts.domainxml import DomainXml, parse_domain
 from appliance.hosts.libvirt import Connection, Running, chosen_uri
 from appliance.hosts.netns import find_index
 from appliance.hosts.unreadable import explain_unreadable
 from appliance.hosts.untappable import explain_untappable
-from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestPort
+from appliance.model import GuestChange, GuestId, GuestInfo, GuestPort
 
 ANSWER_S: Final = 2.0  # for one question, so that guests of others are not looked for too seldom
 PATIENCE_S: Final = 6.0  # a daemon under load, or one that is starting a domain, may be slow
 RETRY_S: Final = (0.5, 5.0)  # between tries to connect: the first time, at most
 XML_S: Final = 30.0  # how long a description is believed where no event says that it changed
-MAX_CHANGES: Final = 4096
-EVERYTHING: Final = GuestChange(Change.DESCRIBED)  # of any domain, in any way
 
 T = TypeVar("T")
 
@@ -174,59 +170,6 @@ class LibvirtSource:
             self._described[one.uuid, one.life] = known
             found.append((_make_info(one, known[1], connection.uri), known[1]))
         return found
-
-
-class Changes:
-    """What was told in the thread of libvirt's events, until somebody takes it."""
-
-    def __init__(self) -> None:
-        self.lost = False  # the connection is
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._told: deque[GuestChange] = deque(maxlen=MAX_CHANGES)
-        self._changed: set[str] = set()
-        self._lock = threading.Lock()
-
-    def tell(self, change: GuestChange) -> None:
-        """Queue one."""
-        with self._lock:
-            if self.fd < 0:
-                return
-            if len(self._told) == MAX_CHANGES:
-                self._told.clear()
-                self._told.append(EVERYTHING)
-            self._told.append(change)
-            if change.uuid is not None:
-                self._changed.add(change.uuid)
-            os.eventfd_write(self.fd, 1)
-
-    def lose(self) -> None:
-        """The connection has ended."""
-        self.lost = True
-        self.tell(EVERYTHING)
-
-    def take(self) -> tuple[GuestChange, ...]:
-        """All that was told, and clear the descriptor."""
-        with self._lock:
-            if not self._told:
-                return ()
-            told = tuple(self._told)
-            self._told.clear()
-            os.eventfd_read(self.fd)
-            return told
-
-    def take_changed(self) -> set[str]:
-        """The UUIDs of domains that something was told of since the last time."""
-        with self._lock:
-            changed, self._changed = self._changed, set()
-            return changed
-
-    def close(self) -> None:
-        """Let the descriptor go."""
-        with self._lock:
-            fd, self.fd = self.fd, -1
-            self._told.clear()
-            if fd >= 0:
-                os.close(fd)
 
 
 def name_life(uuid: str, life: int) -> str:

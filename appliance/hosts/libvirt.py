@@ -2,7 +2,7 @@
 
 Every call may hang with the daemon: `domains.py` makes them in a thread of their own. Events come through libvirt's own
 loop, in another thread.
-Sources: libvirt include/libvirt/libvirt-domain.h (states, reasons, events and their details), docs/uri.rst.
+Sources: libvirt docs/uri.rst, docs/daemons.rst (sockets), docs/kbase/internals/eventloop.rst.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.errors import HostError
-from appliance.model import Availability, Change, GuestChange, GuestState
+from appliance.hosts.libvirtwords import DETAILS, LIFECYCLE, OTHERS, REASONS, STATES
+from appliance.model import GuestChange, GuestState
 
 URI: Final = "qemu:///system"
 CHOICE: Final = "PARASIGHT_LIBVIRT_URI"
@@ -28,47 +29,6 @@ SOCKETS: Final = tuple(
 )
 INSTALL: Final = "apt-get install python3-libvirt, or pip install 'parasight[libvirt]'"
 KEEPALIVE: Final = (3, 3)  # seconds, times: a connection whose daemon is silent for longer is given up
-
-_STATES: Final = {
-    "RUNNING": GuestState.RUNNING,
-    "PAUSED": GuestState.PAUSED,
-    "PMSUSPENDED": GuestState.PAUSED,
-    "CRASHED": GuestState.CRASHED,
-}
-_REASONS: Final = {  # of a state, where the state alone misleads
-    "PAUSED_CRASHED": GuestState.CRASHED,
-    "PAUSED_MIGRATION": GuestState.INCOMING,
-    "PAUSED_STARTING_UP": GuestState.INCOMING,
-    "PAUSED_POSTCOPY": GuestState.INCOMING,
-    "PAUSED_POSTCOPY_FAILED": GuestState.INCOMING,
-    "RUNNING_POSTCOPY": GuestState.INCOMING,
-    "RUNNING_POSTCOPY_FAILED": GuestState.INCOMING,
-}
-_LIFECYCLE: Final = {
-    "DEFINED": Change.DESCRIBED,
-    "UNDEFINED": Change.DESCRIBED,
-    "STARTED": Change.STARTED,
-    "SUSPENDED": Change.PAUSED,
-    "RESUMED": Change.RESUMED,
-    "STOPPED": Change.ENDED,
-    "PMSUSPENDED": Change.PAUSED,
-    "CRASHED": Change.CRASHED,
-}
-_DETAILS: Final = {  # told besides
-    "STARTED_FROM_SNAPSHOT": Change.REVERTED,
-    "RESUMED_FROM_SNAPSHOT": Change.REVERTED,
-    "SUSPENDED_FROM_SNAPSHOT": Change.REVERTED,
-    "RESUMED_MIGRATED": Change.MIGRATED,
-    "RESUMED_POSTCOPY": Change.MIGRATED,
-    "STOPPED_CRASHED": Change.CRASHED,
-}
-_OTHERS: Final = {
-    "REBOOT": Change.REBOOTED,
-    "DEVICE_ADDED": Change.DEVICES,
-    "DEVICE_REMOVED": Change.DEVICES,
-    "METADATA_CHANGE": Change.DESCRIBED,
-    "JOB_COMPLETED": Change.MIGRATED,
-}
 
 Tell = Callable[[GuestChange], None]
 
@@ -159,19 +119,19 @@ class Connection:
             connection.setKeepAlive(*KEEPALIVE)
         with suppress(libvirt.libvirtError):
             connection.registerCloseCallback(lambda *_: lost(), None)
-        details = _names(libvirt, "VIR_DOMAIN_EVENT_", _LIFECYCLE)
+        details = _names(libvirt, "VIR_DOMAIN_EVENT_", LIFECYCLE)
 
         def lifecycle(_: object, domain: Any, event: int, detail: int, __: object) -> None:  # noqa: ANN401
             kind = details.get(event)
             if kind is not None:
-                tell(GuestChange(_LIFECYCLE[kind], domain.UUIDString()))
-                for name, change in _DETAILS.items():
+                tell(GuestChange(LIFECYCLE[kind], domain.UUIDString()))
+                for name, change in DETAILS.items():
                     same = getattr(libvirt, f"VIR_DOMAIN_EVENT_{name}", None) == detail
                     if same and name.startswith(f"{kind}_"):
                         tell(GuestChange(change, domain.UUIDString()))
 
         self._listen("LIFECYCLE", lifecycle)
-        for name, change in _OTHERS.items():
+        for name, change in OTHERS.items():
             self._listen(name, lambda _, domain, *rest, what=change: tell(GuestChange(what, domain.UUIDString())))
 
     def _listen(self, event: str, callback: Callable[..., None]) -> None:
@@ -207,16 +167,6 @@ def is_installed() -> bool:
     return importlib.util.find_spec("libvirt") is not None
 
 
-def probe() -> Availability:
-    """Whether libvirt can be asked. May wait as long as its daemon does: not to be called where nobody should wait."""
-    try:
-        connection = Connection(chosen_uri() or URI)
-    except HostError as error:
-        return Availability("libvirt", ok=False, reason=str(error), remedy=None if is_installed() else INSTALL)
-    connection.close()
-    return Availability("libvirt", ok=True, reason=f"{connection.uri} answers")
-
-
 def _import() -> Any:  # noqa: ANN401  the binding has no types
     try:
         libvirt = importlib.import_module("libvirt")
@@ -227,11 +177,11 @@ def _import() -> Any:  # noqa: ANN401  the binding has no types
 
 
 def _name_state(libvirt: Any, state: int, reason: int) -> GuestState:  # noqa: ANN401
-    found = _names(libvirt, "VIR_DOMAIN_", _STATES).get(state, "RUNNING")
-    for name, meaning in _REASONS.items():
+    found = _names(libvirt, "VIR_DOMAIN_", STATES).get(state, "RUNNING")
+    for name, meaning in REASONS.items():
         if name.startswith(f"{found}_") and getattr(libvirt, f"VIR_DOMAIN_{name}", None) == reason:
             return meaning
-    return _STATES[found]
+    return STATES[found]
 
 
 def _names(libvirt: Any, prefix: str, table: dict[str, Any]) -> dict[int, str]:  # noqa: ANN401

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from appliance.errors import HostError
-from appliance.hosts.domains import EVERYTHING, Changes, LibvirtSource
+from appliance.hosts.changes import EVERYTHING, Changes
+from appliance.hosts.domains import LibvirtSource
 from appliance.hosts.inventory import Inventory
 from appliance.hosts.libvirt import chosen_uri
 from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestState
@@ -99,6 +100,22 @@ def test_after_a_hundred_domains_there_is_each_of_them_once(tmp_path) -> None:
         names = sorted(guest.id.name for guest in inventory.find_guests())
         assert names == sorted(f"guest-{number}" for number in range(100))
         assert inventory.troubles == ()
+
+
+def test_a_domain_whose_process_is_not_seen_is_listed_at_first_sight_and_later_once_it_has_settled(
+    source, domain
+) -> None:
+    with Inventory([source]) as inventory:
+        assert [guest.id.name for guest in inventory.find_guests()] == ["test"]
+        domain.destroy()
+        assert inventory.find_guests() == []
+        domain.create()
+        began = time.monotonic()
+        assert inventory.find_guests() == []  # its process may be about to be seen
+        while not inventory.find_guests():
+            assert time.monotonic() < began + 60
+            time.sleep(0.05)
+        assert time.monotonic() >= began + 1
 
 
 def test_without_events_there_is_nothing_to_wait_on() -> None:
