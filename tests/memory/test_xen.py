@@ -248,7 +248,7 @@ def test_memory_that_is_populated_on_demand_is_left_alone_while_too_few_pages_li
 
 def test_a_policy_that_hides_whether_reading_is_harmless_keeps_us_from_reading(host):
     host.state.on_demand = (1 << 64) - 1
-    with pytest.raises(PermissionRefused, match="populated on demand.*xl dmesg"):
+    with pytest.raises(PermissionRefused, match=r"populated on demand.*xl dmesg"):
         open_xen(7, UUID_TEXT, LOW * PAGE, folder=host.folder)
     assert host.state.maps == 0 and host.state.opened == host.state.closed
 
