@@ -28,7 +28,7 @@ PAGE = 4096
 MEASURE_S = 0.25  # for each of the two rates
 MAX_BATCH = 1024  # pages asked for at once
 # How much longer a look may take than one through the QEMU process itself: where each read costs milliseconds.
-PATIENCE = {"xen": 4.0, "libvirt": 20.0, "qmp": 20.0, "libvmi": 20.0}
+PATIENCE = {"xen": 8.0, "libvirt": 20.0, "qmp": 20.0, "libvmi": 20.0}
 
 
 @dataclass(frozen=True, slots=True)

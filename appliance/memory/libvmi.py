@@ -18,10 +18,8 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
-import io
 import os
 import struct
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,12 +37,14 @@ from appliance.xenctl import is_control_domain
 
 PAGE = 4096
 MAX_VCPUS = 128
+MAX_PRINTED = 1 << 20  # bytes
 _INSTALL: Final = "pip install 'parasight[libvmi]' (its wheels end at Python 3.11)"
 _XENSTORE: Final = "apt-get install libxen-dev, or ln -s libxenstore.so.4 libxenstore.so where the former lies"
 _CHANGES: Final = (
     "LibVMI changes a domain's memory limit when it attaches on Xen; say --libvmi-allow-domain-changes "
     "(the limits are put back), or use the route 'xen'"
 )
+_ITS_WORDS = (b"VMI_", b"LibVMI", b"xc:", b"Failed to ", b"Opening a live guest")  # how lines of LibVMI and libxc begin
 _stderr_lock = threading.Lock()
 _limits_lock = threading.Lock()  # whoever keeps the limits must not see what another handle is just about to put back
 
@@ -214,17 +214,16 @@ class _Domid(str):
 def _construct(domain: str, flag: str, mode: str) -> Any:  # noqa: ANN401  the binding has no types
     """A handle. Raises HostError with what the C library printed: its exception says nothing."""
     libvmi = _load()
-    printed = io.StringIO()
     try:
-        with _quiet(printed):
+        with _caught() as lines:
             return libvmi.Libvmi(domain, getattr(libvmi, flag), mode=libvmi.VMIMode[mode], partial=True)
     except libvmi.LibvmiError as error:
-        why = " ".join(printed.getvalue().split()) or f"no reason told ({error})"
+        why = " ".join(lines) or f"no reason told ({error})"
         raise HostError(f"LibVMI cannot open it in mode {mode}: {why}") from None
 
 
 def _destroy(handle: Any) -> None:  # noqa: ANN401
-    with _quiet(io.StringIO()):
+    with _caught(), contextlib.suppress(_load().LibvmiError):  # the domain may have ended before
         handle.destroy()
 
 
@@ -251,16 +250,19 @@ def _has_xenstore(folder: Path | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet(printed: io.StringIO) -> Iterator[None]:
-    """Catch what the C library prints to standard error, which it does to whatever has that descriptor."""
-    with _stderr_lock, tempfile.TemporaryFile() as caught:
-        sys.stderr.flush()
+def _caught() -> Iterator[list[str]]:
+    """Lines that the C library prints to standard error meanwhile. What others print there is handed on."""
+    lines: list[str] = []
+    with _stderr_lock, tempfile.TemporaryFile("a+b") as file:  # several may write: each behind what is there
         before = os.dup(2)
         try:
-            os.dup2(caught.fileno(), 2)
-            yield
+            os.dup2(file.fileno(), 2)
+            yield lines
         finally:
             os.dup2(before, 2)
+            for line in os.pread(file.fileno(), MAX_PRINTED, 0).splitlines(keepends=True):
+                if line.startswith(_ITS_WORDS):
+                    lines.append(line.decode(errors="replace").strip())
+                else:
+                    os.write(before, line)
             os.close(before)
-            caught.seek(0)
-            printed.write(caught.read(4096).decode(errors="replace"))

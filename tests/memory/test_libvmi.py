@@ -1,6 +1,7 @@
 """LibVMI on files, and what keeps it harmless on Xen."""
 
 import contextlib
+import os
 import random
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,19 @@ def test_a_failed_attach_says_why_and_leaves_the_limits_and_no_handle(xen, capfd
     assert (xen.state.max_pages, xen.state.dom0_max_pages) == (72, 0x20000)
     assert xen.state.opened == xen.state.closed > 0
     assert capfd.readouterr().err == ""
+
+
+def test_what_others_print_while_libvmi_is_opened_is_not_lost(image, capfd):
+    def print_lines():
+        for number in range(2000):
+            os.write(2, f"line {number}\n".encode())
+
+    with ThreadPoolExecutor(1) as pool:
+        printing = pool.submit(print_lines)
+        while not printing.done():
+            open_libvmi_file(image).close()
+        printing.result()
+    assert sorted(capfd.readouterr().err.splitlines()) == sorted(f"line {number}" for number in range(2000))
 
 
 def test_limits_are_put_back_where_they_were_changed(xen):
