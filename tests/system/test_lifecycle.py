@@ -1,14 +1,29 @@
-"""A guest that reboots or gets another network card goes on being seen without anybody's help."""
+"""A guest that starts, reboots or gets another network card goes on being seen without anybody's help."""
 
 import time
 
 import pytest
 
+from lab.guest import boot
+from lab.image import build
 from tests.worlds.command import Watching
 
 pytestmark = pytest.mark.system
 
 CALL = "/usr/bin/python3 -c 'import socket; socket.create_connection((\"10.77.0.1\", 7000)).close()'"
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """A watch of whatever runs here, begun before the guest."""
+    with Watching(home=tmp_path_factory.mktemp("host")) as watch:
+        yield watch
+
+
+@pytest.fixture(scope="module")
+def guest(network, host):
+    with boot(build("debian-12-cloud"), network, name="web-01") as booted:
+        yield booted
 
 
 def wait_for(condition, seconds):
@@ -20,6 +35,19 @@ def wait_for(condition, seconds):
 
 def calls(watch):
     return [body for body in watch.verdicts if body["flow"]["remote"]["port"] == 7000]
+
+
+def test_a_guest_that_starts_while_its_host_is_watched_is_seen_from_its_start_and_its_processes_are_named(guest, host):
+    def said(text):
+        return [line for line in host.said if line.startswith(f"qemu:{guest.pid}: ") and text in line]
+
+    wait_for(lambda: said("attached in"), 60)
+    assert host.said.index(said("under watch (web-01)")[0]) < host.said.index(said("attached in")[0])
+    guest.run(CALL)
+    wait_for(lambda: calls(host), 20)
+    host.end()
+    (body,) = calls(host)
+    assert (body["vm"], body["binding"]["match"], body["process"]["name"]) == (f"qemu:{guest.pid}", "exact", "python3")
 
 
 def test_after_a_reboot_the_new_kernel_is_attached_and_its_processes_are_named(guest, tmp_path):
