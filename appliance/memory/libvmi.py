@@ -20,9 +20,9 @@ import importlib
 import importlib.util
 import os
 import struct
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +30,7 @@ from typing import Any, Final
 from appliance.errors import ConfigError, GuestGone, HostError, UnreadableMemory, UsageError
 from appliance.memory.batches import Ram
 from appliance.memory.file import open_file
+from appliance.memory.printed import caught
 from appliance.memory.xen import open_xen
 from appliance.memory.xenlimits import MemoryLimits
 from appliance.model import Availability, Region, VcpuState
@@ -37,15 +38,12 @@ from appliance.xenctl import is_control_domain
 
 PAGE = 4096
 MAX_VCPUS = 128
-MAX_PRINTED = 1 << 20  # bytes
 _INSTALL: Final = "pip install 'parasight[libvmi]' (its wheels end at Python 3.11)"
 _XENSTORE: Final = "apt-get install libxen-dev, or ln -s libxenstore.so.4 libxenstore.so where the former lies"
 _CHANGES: Final = (
     "LibVMI changes a domain's memory limit when it attaches on Xen; say --libvmi-allow-domain-changes "
     "(the limits are put back), or use the route 'xen'"
 )
-_ITS_WORDS = (b"VMI_", b"LibVMI", b"xc:", b"Failed to ", b"Opening a live guest")  # how lines of LibVMI and libxc begin
-_stderr_lock = threading.Lock()
 _limits_lock = threading.Lock()  # whoever keeps the limits must not see what another handle is just about to put back
 
 
@@ -77,8 +75,9 @@ class LibvmiMemory:
         """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
         self._ram.check(gpa, size)
         handle = self._opened()
-        handle.pagecache_flush()
-        data = self._read(handle, gpa, size)
+        with self._quietly():
+            handle.pagecache_flush()
+            data = self._read(handle, gpa, size)
         if data is None:
             self._check()
             raise UnreadableMemory(gpa, size, "LibVMI cannot read it")
@@ -87,8 +86,9 @@ class LibvmiMemory:
     def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
         """Read many ``(gpa, size)`` spans, one by one; None where one is unreadable."""
         handle = self._opened()
-        handle.pagecache_flush()
-        found = [self._read(handle, gpa, size) if self._ram.holds(gpa, size) else None for gpa, size in spans]
+        with self._quietly():
+            handle.pagecache_flush()
+            found = [self._read(handle, gpa, size) if self._ram.holds(gpa, size) else None for gpa, size in spans]
         if None in found:
             self._check()
         return found
@@ -123,6 +123,10 @@ class LibvmiMemory:
         if self._handle is None:
             raise GuestGone("LibVMI was closed")
         return self._handle
+
+    def _quietly(self) -> AbstractContextManager[object]:
+        """Frames of a running domain may be missing, of which it prints; those of a file are there."""
+        return caught() if self.live else contextlib.nullcontext()
 
     def _read(self, handle: Any, gpa: int, size: int) -> bytes | None:  # noqa: ANN401
         try:
@@ -215,7 +219,7 @@ def _construct(domain: str, flag: str, mode: str) -> Any:  # noqa: ANN401  the b
     """A handle. Raises HostError with what the C library printed: its exception says nothing."""
     libvmi = _load()
     try:
-        with _caught() as lines:
+        with caught() as lines:
             return libvmi.Libvmi(domain, getattr(libvmi, flag), mode=libvmi.VMIMode[mode], partial=True)
     except libvmi.LibvmiError as error:
         why = " ".join(lines) or f"no reason told ({error})"
@@ -223,7 +227,7 @@ def _construct(domain: str, flag: str, mode: str) -> Any:  # noqa: ANN401  the b
 
 
 def _destroy(handle: Any) -> None:  # noqa: ANN401
-    with _caught(), contextlib.suppress(_load().LibvmiError):  # the domain may have ended before
+    with caught(), contextlib.suppress(_load().LibvmiError):  # the domain may have ended before
         handle.destroy()
 
 
@@ -247,22 +251,3 @@ def _has_xenstore(folder: Path | None = None) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _caught() -> Iterator[list[str]]:
-    """Lines that the C library prints to standard error meanwhile. What others print there is handed on."""
-    lines: list[str] = []
-    with _stderr_lock, tempfile.TemporaryFile("a+b") as file:  # several may write: each behind what is there
-        before = os.dup(2)
-        try:
-            os.dup2(file.fileno(), 2)
-            yield lines
-        finally:
-            os.dup2(before, 2)
-            for line in os.pread(file.fileno(), MAX_PRINTED, 0).splitlines(keepends=True):
-                if line.startswith(_ITS_WORDS):
-                    lines.append(line.decode(errors="replace").strip())
-                else:
-                    os.write(before, line)
-            os.close(before)

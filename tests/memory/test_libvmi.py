@@ -1,6 +1,7 @@
 """LibVMI on files, and what keeps it harmless on Xen."""
 
 import contextlib
+import ctypes
 import os
 import random
 import struct
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from appliance.errors import ConfigError, GuestGone, HostError, UnreadableMemory, UsageError
-from appliance.memory.libvmi import open_libvmi_file, open_libvmi_xen, probe
+from appliance.memory.libvmi import _construct, open_libvmi_file, open_libvmi_xen, probe
 from appliance.memory.xenlimits import MemoryLimits
 from appliance.model import Region
 from appliance.ports import GuestMemory
@@ -127,6 +128,13 @@ def test_a_failed_attach_says_why_and_leaves_the_limits_and_no_handle(xen, capfd
     assert (xen.state.max_pages, xen.state.dom0_max_pages) == (72, 0x20000)
     assert xen.state.opened == xen.state.closed > 0
     assert capfd.readouterr().err == ""
+
+
+def test_what_libvmi_prints_becomes_the_reason_and_does_not_stand_among_our_answers(capfd):
+    with pytest.raises(HostError, match="VMI_ERROR: The selected LibVMI mode is not available"):
+        _construct("anything", "INIT_DOMAINNAME", "KVM")
+    ctypes.CDLL(None).fflush(None)  # it goes through C's buffers
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_others_print_while_libvmi_is_opened_is_not_lost(image, capfd):
