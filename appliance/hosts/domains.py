@@ -24,7 +24,7 @@ from appliance.model import GuestChange, GuestId, GuestInfo, GuestPort
 
 ANSWER_S: Final = 2.0  # for one question, so that guests of others are not looked for too seldom
 PATIENCE_S: Final = 6.0  # a daemon under load, or one that is starting a domain, may be slow
-RETRY_S: Final = (0.5, 5.0)  # between tries to connect: the first time, at most
+RETRY_S: Final = (0.5, 2.0)  # between tries to connect: the first time, at most
 XML_S: Final = 30.0  # how long a description is believed where no event says that it changed
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class LibvirtSource:
         self._worker = Worker("libvirt")
         self._closed = False
         self._found: list[tuple[GuestInfo, DomainXml]] | None = None  # None: never asked with success
+        self._macs: dict[str, dict[str, str]] = {}
         self._silent_s: float | None = None  # since when, monotonic
         # These belong to that thread.
         self._connection: Connection | None = None
@@ -66,10 +67,15 @@ class LibvirtSource:
         if uri is None:
             return []
         found = self._found = self._find_patiently(uri)
+        self._macs = {info.id.instance: _read_macs(described) for info, described in found}
         self.troubles = tuple(
             f"domain {info.id.name}: {trouble}" for info, described in found for trouble in described.troubles
         )
         return [info for info, _ in found]
+
+    def macs(self, guest: GuestInfo) -> dict[str, str]:
+        """By interface, the MAC addresses of the cards of a domain found last, of those plugged in later too."""
+        return self._macs.get(guest.id.instance, {})
 
     def find_off(self) -> list[str]:
         """Names and UUIDs of the domains that could be started. Raises HostError."""
@@ -199,6 +205,10 @@ def _make_info(one: Running, described: DomainXml, uri: str) -> GuestInfo:
         manager="libvirt",
         wanted=described.wanted,
     )
+
+
+def _read_macs(described: DomainXml) -> dict[str, str]:
+    return {net.ifname: net.mac for net in described.arguments.nets if net.ifname and net.mac}
 
 
 def _find_port(net: NetDevice, uri: str, notes: list[str]) -> GuestPort | None:

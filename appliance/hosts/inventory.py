@@ -58,7 +58,7 @@ class Inventory:
     def find_guests(self) -> list[GuestInfo]:
         """Every guest that is here now, once."""
         processes: list[tuple[GuestInfo, Arguments]] = []
-        domains: list[GuestInfo] = []
+        domains: list[tuple[GuestInfo, dict[str, str]]] = []
         others: list[GuestInfo] = []
         troubles = list(self._lasting)
         for source in self._sources:
@@ -67,7 +67,7 @@ class Inventory:
                 case QemuSource():
                     processes += [(info, found) for info in told if (found := source.arguments(info)) is not None]
                 case LibvirtSource():
-                    domains += told
+                    domains += [(info, source.macs(info)) for info in told]
                     troubles += source.troubles
                 case _:
                     others += told

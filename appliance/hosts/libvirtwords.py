@@ -48,5 +48,4 @@ OTHERS: Final = {
     "DEVICE_ADDED": Change.DEVICES,
     "DEVICE_REMOVED": Change.DEVICES,
     "METADATA_CHANGE": Change.DESCRIBED,
-    "JOB_COMPLETED": Change.MIGRATED,
 }

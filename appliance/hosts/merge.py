@@ -8,7 +8,7 @@ domain's only where the UUID and that number agree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from appliance.hosts.arguments import Arguments
@@ -17,20 +17,20 @@ from appliance.model import GuestInfo, GuestState
 
 
 def join(
-    processes: Sequence[tuple[GuestInfo, Arguments]], domains: Iterable[GuestInfo]
+    processes: Sequence[tuple[GuestInfo, Arguments]], domains: Iterable[tuple[GuestInfo, Mapping[str, str]]]
 ) -> tuple[list[GuestInfo], list[GuestInfo], list[GuestInfo]]:
-    """Join domains to their processes.
+    """Join domains, each with the MAC addresses behind its interfaces, to their processes.
 
     Returns the guests that have a process, with what libvirt knows of them; the domains that were joined; the domains
     whose process cannot be seen.
     """
     guests = {info.id.instance: info for info, _ in processes}
     joined, alone = [], []
-    for domain in domains:
+    for domain, macs in domains:
         same = [one for one in processes if _is_domains(*one, domain)]
         if len(same) == 1:
             info, arguments = same[0]
-            guests[info.id.instance] = _join(info, arguments, domain)
+            guests[info.id.instance] = _join(info, arguments, domain, macs)
             joined.append(domain)
         else:
             alone.append(domain)
@@ -47,7 +47,7 @@ def _is_domains(process: GuestInfo, arguments: Arguments, domain: GuestInfo) -> 
     return process.id.uuid == domain.id.uuid and arguments.libvirt_id == read_life(domain)
 
 
-def _join(process: GuestInfo, arguments: Arguments, domain: GuestInfo) -> GuestInfo:
+def _join(process: GuestInfo, arguments: Arguments, domain: GuestInfo, macs: Mapping[str, str]) -> GuestInfo:
     routes, notes = process.routes, process.notes
     if not domain.routes:  # libvirt knows a reason why its memory cannot be read
         routes, notes = (), (*(domain.notes if routes else ()), *notes)
@@ -59,6 +59,7 @@ def _join(process: GuestInfo, arguments: Arguments, domain: GuestInfo) -> GuestI
     return replace(
         process,
         id=replace(process.id, name=domain.id.name),
+        ports=tuple(replace(port, mac=macs.get(port.ifname, port.mac)) for port in process.ports),
         routes=routes,
         notes=notes,
         state=state,

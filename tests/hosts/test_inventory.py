@@ -80,6 +80,18 @@ def test_a_domain_and_its_process_are_one_guest(libvirtd, inventory) -> None:
         assert guests_of(inventory, uuid)[0].state is GuestState.RUNNING
 
 
+def test_a_card_that_is_plugged_in_is_told_and_listed(libvirtd, inventory) -> None:
+    with running(libvirtd, "inv-nic") as uuid:
+        libvirtd.virsh("resume", "inv-nic")
+        assert len(guests_of(inventory, uuid)[0].ports) == 1
+        card = ("--target", "tapnic", "--mac", "52:54:00:00:00:77", "--model", "virtio", "--live")
+        libvirtd.virsh("attach-interface", "inv-nic", "bridge", "br0", *card)
+        wait_for(lambda: told(inventory, Change.DEVICES, uuid))
+        ports = {port.ifname: port.mac for port in guests_of(inventory, uuid)[0].ports}
+        assert len(ports) == 2
+        assert ports["tapnic"] == "52:54:00:00:00:77"
+
+
 def test_a_domain_that_is_off_is_known_by_name(libvirtd, inventory) -> None:
     with running(libvirtd, "inv-off") as uuid:
         libvirtd.virsh("destroy", "inv-off")
