@@ -91,6 +91,11 @@ def is_running(guest: GuestInfo) -> bool:
     return guest.pid is not None and guest.id.instance == f"{guest.pid}-{proc.read_start_time(guest.pid)}"
 
 
+def is_libvirts(guest: GuestInfo) -> bool:
+    """Whether libvirt has started its process, and so can tell more of it."""
+    return guest.pid is not None and parse_arguments(proc.read_argv(guest.pid)).libvirt_id is not None
+
+
 def check_permission(guest: GuestInfo) -> None:
     """Raise PermissionRefused when the process of ``guest`` may not be looked into."""
     try:

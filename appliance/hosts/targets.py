@@ -12,7 +12,7 @@ from typing import Final
 from appliance.errors import ConfigError, HostError, UsageError
 from appliance.hosts.inventory import Inventory
 from appliance.hosts.netns import OURS, call_in, find_index, read_inode
-from appliance.hosts.qemu import find_guest
+from appliance.hosts.qemu import find_guest, is_libvirts
 from appliance.model import GuestId, GuestInfo, GuestPort
 
 FORMS: Final = "qemu:PID, xen:DOMID, file:PATH, port:IFNAME[@NETNS], or the name or UUID of a running guest"
@@ -28,10 +28,13 @@ def resolve(target: str, inventory: Inventory | None = None) -> GuestInfo:
         return _find_port(rest)
     if colon and kind == "file":
         return _find_file(rest)
+    process = _find_process(rest) if colon and kind == "qemu" else None
+    if process is not None and not is_libvirts(process):
+        return process  # nobody else knows more of it
     with contextlib.nullcontext(inventory) if inventory else Inventory.of_this_host() as found:
-        if colon and kind == "qemu":
-            return _find_process(rest, found)
-        return _find_named(target, found)
+        if process is None:
+            return _find_named(target, found)
+        return next((one for one in found.find_guests() if one.id.instance == process.id.instance), process)
 
 
 def _find_port(text: str) -> GuestInfo:
@@ -69,11 +72,10 @@ def _find_file(text: str) -> GuestInfo:
     return GuestInfo(guest, memory_bytes=status.st_size, routes=routes)
 
 
-def _find_process(text: str, inventory: Inventory) -> GuestInfo:
+def _find_process(text: str) -> GuestInfo:
     if not text.isdecimal():
         raise UsageError(f"'qemu:{text}': the process id of a QEMU is wanted, as in qemu:1234")
-    info = find_guest(int(text))  # says what it is where it is no guest
-    return next((guest for guest in inventory.find_guests() if guest.id.instance == info.id.instance), info)
+    return find_guest(int(text))
 
 
 def _find_named(word: str, inventory: Inventory) -> GuestInfo:
