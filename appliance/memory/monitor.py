@@ -59,7 +59,7 @@ class QmpMemory:
     def read(self, gpa: int, size: int) -> bytes:
         """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
         self._ram.check(gpa, size)
-        with _Turns(self._socket) as turns:
+        with _Turns(self._socket, self.pid) as turns:
             try:
                 return turns.read(gpa, size)
             except HostError as error:
@@ -79,13 +79,13 @@ class QmpMemory:
                 broken = True  # busy or silent: the rest of the batch would find it so as well
                 return None
 
-        with _Turns(self._socket) as turns:
+        with _Turns(self._socket, self.pid) as turns:
             return gather(self._ram.plan(spans, gap=64, limit=PIECE), spans, fetch)
 
     def vcpus(self) -> tuple[VcpuState, ...]:
         """Registers; empty where the socket is busy."""
         try:
-            return qmp.read_vcpus(self._socket)
+            return qmp.read_vcpus(self._socket, pid=self.pid)
         except HostError:
             return ()
 
@@ -109,8 +109,8 @@ def open_monitor(pid: int) -> QmpMemory:
     line = read_command_line(pid)
     if not line.monitors:
         raise UsageError(f"QEMU process {pid} has no QMP socket of its own: start it with -qmp unix:PATH,server,nowait")
-    socket = f"/proc/{pid}/root{line.monitors[0]}"
-    with qmp.Monitor(socket, ANSWER_S) as monitor:
+    socket = qmp.find_socket(pid, line.monitors[0])
+    with qmp.Monitor(socket, ANSWER_S, pid) as monitor:
         regions = list(_ram(monitor.human("info mtree -f"), line))
     if not regions:
         raise HostError(f"QEMU's monitor {line.monitors[0]} names no RAM")
@@ -131,8 +131,8 @@ def _ram(tree: str, line: CommandLine) -> Iterator[Region]:
 class _Turns:
     """The socket, taken for a short while at a time."""
 
-    def __init__(self, socket: str) -> None:
-        self._socket = socket
+    def __init__(self, socket: str, pid: int) -> None:
+        self._socket, self._pid = socket, pid
         self._monitor: qmp.Monitor | None = None
         self._until_s = 0.0
 
@@ -150,7 +150,7 @@ class _Turns:
         if self._monitor is not None and time.monotonic() > self._until_s:
             self.__exit__()
         if self._monitor is None:
-            self._monitor = qmp.Monitor(self._socket, ANSWER_S)
+            self._monitor = qmp.Monitor(self._socket, ANSWER_S, self._pid)
             self._until_s = time.monotonic() + TURN_S
         return self._monitor.human(command)
 

@@ -104,7 +104,7 @@ class QemuMemory:
         if self._monitor is None:
             return ()
         try:
-            return qmp.read_vcpus(self._monitor)
+            return qmp.read_vcpus(self._monitor, pid=self.pid)
         except HostError:
             return ()  # busy or gone: the port promises "empty where this route has none"
 
@@ -235,17 +235,17 @@ def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = Tr
     line = read_command_line(pid)
     socket = str(monitor) if monitor else None
     if socket is None and not passive and line.monitors:
-        socket = f"/proc/{pid}/root{line.monitors[0]}"
+        socket = qmp.find_socket(pid, line.monitors[0])
     process = ProcessMemory(pid)
     try:
         if socket and line.hotplug:
-            return QemuMemory(process, ask_monitor(socket, line), monitor=socket, proof="told by QEMU")
+            return QemuMemory(process, ask_monitor(pid, socket, line), monitor=socket, proof="told by QEMU")
         try:
             found = locate(process, line)
         except HostError:
             if socket is None:
                 raise
-            return QemuMemory(process, ask_monitor(socket, line), monitor=socket, proof="told by QEMU")
+            return QemuMemory(process, ask_monitor(pid, socket, line), monitor=socket, proof="told by QEMU")
         block = found.blocks[0]
         if block.fd is not None:
             return SharedQemuMemory(process, found.spans, block, block.fd, monitor=socket, proof=found.proof)
@@ -255,11 +255,11 @@ def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = Tr
         raise
 
 
-def ask_monitor(socket: str, line: CommandLine) -> list[Span]:
+def ask_monitor(pid: int, socket: str, line: CommandLine) -> list[Span]:
     """The map of RAM as QEMU itself tells it. Raises HostError."""
     names = {"pc.ram", "microvm.ram", *line.hotplug, *(block.id for block in line.blocks)}
     spans = []
-    with qmp.Monitor(socket) as monitor:
+    with qmp.Monitor(socket, pid=pid) as monitor:
         for region, name, _ in qmp.parse_flat_view(monitor.human("info mtree -f")):
             hva = qmp.parse_host_address(monitor.human(f"gpa2hva {region.gpa:#x}")) if name in names else None
             if hva is not None:

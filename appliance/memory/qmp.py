@@ -1,21 +1,26 @@
 """A small QMP client: registers and the memory map, asked for only where reading passively is not enough.
 
 A QMP socket takes one client at a time, so every exchange is short, has a deadline, and gives up at once when somebody
-else holds the socket. A manager's own monitor (libvirt) is never used.
-Sources: docs/interop/qmp-spec.rst, QEMU target/i386/cpu-dump.c (``info registers``), softmmu/memory.c (``info mtree``).
+else holds the socket. A manager's own monitor (libvirt) is never used. A path leads to whoever bound it last, so who
+serves it is asked of the kernel at each connection.
+Sources: docs/interop/qmp-spec.rst, unix(7) (SO_PEERCRED), QEMU target/i386/cpu-dump.c (``info registers``),
+softmmu/memory.c (``info mtree``).
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import socket
+import struct
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from appliance.errors import HostError
+from appliance.errors import HostError, PermissionRefused
 from appliance.model import Region, VcpuState
 
 TIMEOUT_S = 1.0
@@ -26,25 +31,30 @@ _SEGMENT = re.compile(r"\b(FS|GS) ?=[0-9a-f]{4} ([0-9a-f]+)")
 _CPU = re.compile(r"^CPU#\d+", re.MULTILINE)
 _FLAT_RAM = re.compile(r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]+))?", re.MULTILINE)
 _HOST_VA = re.compile(r"is (0x[0-9a-f]+)")
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class Monitor:
-    """One short conversation with QEMU. Raises HostError when the socket is busy, gone or silent."""
+    """One short conversation with QEMU. Raises HostError when the socket is busy, gone or silent, PermissionRefused.
 
-    def __init__(self, path: str | Path, timeout_s: float = TIMEOUT_S) -> None:
+    ``pid``: whose monitor it must be; None: whoever serves the path.
+    """
+
+    def __init__(self, path: str | Path, timeout_s: float = TIMEOUT_S, pid: int | None = None) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._pending = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.settimeout(timeout_s)
-            self._socket.connect(str(path))
+            _connect(self._socket, path)
+            if pid is not None:
+                self._check_server(path, pid)
             if "QMP" not in self._receive():
                 raise HostError(f"{path} is no QMP socket")
             self.execute("qmp_capabilities")
         except OSError as error:
             self._socket.close()
-            why = "another client may hold it" if isinstance(error, BlockingIOError) else error.strerror or error
-            raise HostError(f"the QMP socket {path} cannot be used: {why}") from None  # its queue holds but one more
+            raise _explain(path, error) from None
         except HostError:
             self._socket.close()
             raise
@@ -79,6 +89,13 @@ class Monitor:
     ) -> None:
         self.close()
 
+    def _check_server(self, path: str | Path, pid: int) -> None:
+        """Raise HostError unless that process listens: another QEMU may have bound the same path since."""
+        listener, _, _ = _PEER.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if listener != pid:
+            whom = f"process {listener}" if listener else "a process that cannot be seen from here"
+            raise HostError(f"the QMP socket {path} is served by {whom}, not by {pid}")
+
     def _receive(self) -> dict[str, Any]:
         while b"\n" not in self._pending:
             left = self._deadline - time.monotonic()
@@ -100,9 +117,14 @@ class Monitor:
         return answer if isinstance(answer, dict) else {}
 
 
-def read_vcpus(path: str | Path, timeout_s: float = TIMEOUT_S) -> tuple[VcpuState, ...]:
+def find_socket(pid: int, path: str) -> str:
+    """Where a path of a QEMU's command line leads from here."""
+    return f"/proc/{pid}/{'root' if path.startswith('/') else 'cwd/'}{path}"
+
+
+def read_vcpus(path: str | Path, timeout_s: float = TIMEOUT_S, pid: int | None = None) -> tuple[VcpuState, ...]:
     """Registers of every virtual CPU. Raises HostError."""
-    with Monitor(path, timeout_s) as monitor:
+    with Monitor(path, timeout_s, pid) as monitor:
         return parse_registers(monitor.human("info registers -a"))
 
 
@@ -142,3 +164,21 @@ def parse_host_address(text: str) -> int | None:
     """The answer of ``gpa2hva``."""
     found = _HOST_VA.search(text)
     return int(found[1], 16) if found else None
+
+
+def _connect(client: socket.socket, path: str | Path) -> None:
+    """Connect by a descriptor: the path itself may be longer than the 108 bytes of an address."""
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        client.connect(f"/proc/self/fd/{place}")
+    finally:
+        os.close(place)
+
+
+def _explain(path: str | Path, error: OSError) -> HostError:
+    what = f"the QMP socket {path} cannot be used"
+    if isinstance(error, BlockingIOError):  # its queue holds but one more
+        return HostError(f"{what}: another client may hold it")
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return PermissionRefused(f"{what}: {error.strerror}; run as root or as the user of this QEMU")
+    return HostError(f"{what}: {error.strerror or error}")

@@ -126,6 +126,22 @@ def test_a_socket_that_somebody_else_holds_is_left_to_him(machine, memory, monke
     assert eventually(lambda: memory.read(MIB, 8)) == RAM[:8]
 
 
+def test_a_socket_that_somebody_else_bound_meanwhile_is_not_taken_for_the_guests(machine, memory):
+    kept = machine.socket.rename(machine.socket.with_name("kept"))
+    try:
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(machine.socket))
+            other.listen()
+            with pytest.raises(UnreadableMemory, match=f"served by process {os.getpid()}, not by {machine.pid}"):
+                memory.read(MIB, 8)
+            assert memory.readv([(MIB, 8)]) == [None] and memory.vcpus() == ()
+            with pytest.raises(HostError, match="served by process"):
+                open_monitor(machine.pid)
+    finally:
+        kept.rename(machine.socket)
+    assert eventually(lambda: memory.read(MIB, 8)) == RAM[:8]
+
+
 def test_a_qemu_that_hangs_is_unreadable_until_it_goes_on(machine, memory, monkeypatch):
     monkeypatch.setattr(monitor, "ANSWER_S", 0.2)
     os.kill(machine.pid, signal.SIGSTOP)

@@ -1,14 +1,16 @@
 """The QMP client, against a server of a few lines."""
 
+import contextlib
 import json
+import os
 import socket
 import threading
 import time
 
 import pytest
 
-from appliance.errors import HostError
-from appliance.memory.qmp import Monitor, parse_flat_view, parse_host_address, parse_registers, read_vcpus
+from appliance.errors import HostError, PermissionRefused
+from appliance.memory.qmp import Monitor, find_socket, parse_flat_view, parse_host_address, parse_registers, read_vcpus
 from appliance.model import Region, VcpuState
 
 REGISTERS = """
@@ -44,7 +46,12 @@ def serve(path, answers, greeting=b'{"QMP": {"version": {}}}\n'):
     listener.listen(1)
 
     def run():
-        with listener, listener.accept()[0] as client, client.makefile("rb") as lines:
+        with (
+            contextlib.suppress(ConnectionError),
+            listener,
+            listener.accept()[0] as client,
+            client.makefile("rb") as lines,
+        ):
             client.sendall(greeting)
             for line in lines:
                 client.sendall(answers.get(json.loads(line)["execute"], b'{"return": {}}\n'))
@@ -82,6 +89,34 @@ def test_a_socket_that_does_not_answer_is_given_up(tmp_path, greeting, answers, 
 def test_a_socket_that_is_not_there_is_a_host_error(tmp_path):
     with pytest.raises(HostError, match="cannot be used"):
         read_vcpus(tmp_path / "nothing")
+
+
+def test_a_socket_that_another_process_serves_is_refused_and_that_one_named(tmp_path):
+    for pid in (os.getppid(), os.getpid()):
+        serve(tmp_path / f"{pid}", {})
+    with pytest.raises(HostError, match=f"served by process {os.getpid()}, not by {os.getppid()}"):
+        Monitor(tmp_path / f"{os.getppid()}", pid=os.getppid())
+    Monitor(tmp_path / f"{os.getpid()}", timeout_s=60, pid=os.getpid()).close()
+
+
+def test_a_path_may_be_longer_than_an_address_and_relative_to_where_qemu_runs(tmp_path, monkeypatch):
+    folder = tmp_path / ("d" * 200)
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    serve("q", {})
+    Monitor(find_socket(os.getpid(), "q"), timeout_s=60).close()
+    monkeypatch.chdir("/")
+    with pytest.raises(HostError, match="Connection refused"):  # it served one client: but it is found
+        Monitor(find_socket(os.getpid(), f"{folder}/q"))
+
+
+def test_a_socket_that_may_not_be_used_names_the_remedy(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionRefused, match="run as root"):
+        Monitor(tmp_path / "q")
 
 
 def test_a_cpu_of_32_bits_tells_as_much():
