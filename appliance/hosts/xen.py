@@ -17,13 +17,13 @@ from typing import Final
 from uuid import UUID
 
 from appliance.errors import HostError
-from appliance.hosts.xenports import VIFS, explain_cards, find_ports
+from appliance.hosts.xenports import explain_cards, find_ports
 from appliance.hosts.xenstore import LOST, SOCKETS, Event, XenStore
 from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestState
 from appliance.xenctl import Control, Domain, is_control_domain
 
 _UUID: Final = re.compile(r"/vm/([0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12})")
-_VIF_EVENT: Final = re.compile(r"/local/domain/0/backend/vif/(\d+)(?:/\d+(?:/(?:mac|vifname|hotplug-status|online))?)?")
+_CARD_EVENT: Final = re.compile(r"/libxl/(\d+)/device/(?:vif|pci)(?:/.*)?")
 _NAME_EVENT: Final = re.compile(r"/local/domain/(\d+)/name")
 _INCOMING: Final = "--incoming"  # what libxl appends to the name of a domain while it is being migrated to this host
 _CRASH, _WATCHDOG = 3, 4  # SHUTDOWN_*
@@ -74,7 +74,8 @@ class XenSource:
 
     def fileno(self) -> int:
         """Readable when domains may have changed; -1 while xenstored cannot be asked."""
-        if self._told is None:
+        if self._told is None or self._told.fileno() < 0:
+            self._told = None
             with suppress(HostError):
                 self._told = self._open_watches()
         return self._told.fileno() if self._told is not None else -1
@@ -108,15 +109,17 @@ class XenSource:
     def _open_watches(self) -> XenStore:
         told = XenStore(self._path)
         self._watched = set()
-        for path, word in (("@introduceDomain", "come"), ("@releaseDomain", "gone"), (VIFS, "vif")):
+        # What guests can change is not watched: one that toggles its cards would keep us awake. Where another toolstack
+        # than libxl plugs cards, they are found when the domains are listed again.
+        for path, word in (("@introduceDomain", "come"), ("@releaseDomain", "gone"), ("/libxl", "cards")):
             told.watch(path, word)
         return told
 
     def _watch_names(self, domids: set[int]) -> None:
         """Renames are told for each domain by itself: the nodes beside the name are the guest's to write."""
-        if self._told is None:
+        if self._told is None or self._told.fileno() < 0:
             return
-        with suppress(HostError):
+        with suppress(HostError):  # the connection is closed then, and opened again by `fileno`
             for domid in self._watched - domids:
                 self._told.unwatch(f"/local/domain/{domid}/name", "name")
             for domid in domids - self._watched:
@@ -130,7 +133,7 @@ class XenSource:
                 return GuestChange(Change.STARTED)
             case "gone":
                 return GuestChange(Change.ENDED)
-            case "vif" if (found := _VIF_EVENT.fullmatch(path)) is not None:
+            case "cards" if (found := _CARD_EVENT.fullmatch(path)) is not None:
                 return GuestChange(Change.DEVICES, self._uuid_of(int(found[1])))
             case "name" if (found := _NAME_EVENT.fullmatch(path)) is not None:
                 return GuestChange(Change.DESCRIBED, self._uuid_of(int(found[1])))

@@ -200,7 +200,7 @@ def test_coming_going_renaming_and_plugging_are_told(daemon, source):
     quiet(source)
     daemon.write("/local/domain/7/name", "web-02")
     assert wait_for(source, [GuestChange(Change.DESCRIBED, UUID_TEXT)]) and one(source).id.name == "web-02"
-    daemon.write("/local/domain/0/backend/vif/7/1/hotplug-status", "connected")
+    daemon.write("/libxl/7/device/vif/1/backend", "/local/domain/0/backend/vif/7/1")
     wait_for(source, [GuestChange(Change.DEVICES, UUID_TEXT)])
     daemon.fire("@introduceDomain")
     wait_for(source, [GuestChange(Change.STARTED)])
@@ -224,9 +224,10 @@ def test_a_guest_that_toggles_its_cards_does_not_wake_us_for_it(daemon, source):
     source.fileno()
     source.find_guests()
     quiet(source)
-    for state in "1234" * 5:
+    for state in "1234":
         daemon.write("/local/domain/0/backend/vif/7/0/state", state)
         daemon.write("/local/domain/7/device/vif/0/state", state)
+    assert not select.select([source.fileno()], [], [], 0)[0]
     daemon.fire("@introduceDomain")
     assert set(wait_for(source, [GuestChange(Change.STARTED)])) == {GuestChange(Change.STARTED)}
 
@@ -243,6 +244,22 @@ def test_a_xenstored_that_was_away_is_asked_again(daemon, source):
     quiet(source)
     daemon.fire("@releaseDomain")
     wait_for(source, [GuestChange(Change.ENDED)])
+
+
+def test_watches_are_set_again_whoever_noticed_that_xenstored_was_away(daemon, source):
+    source.find_guests()
+    source.fileno()
+    daemon.restart()
+    daemon.tree |= domain(9, OTHER, "db-01")
+    with pytest.raises(HostError):
+        source.find_guests()
+    assert len(source.find_guests()) == 1  # the second one is none of the hypervisor's
+    quiet(source)
+    assert source.fileno() >= 0
+    source.find_guests()
+    quiet(source)
+    daemon.write("/local/domain/7/name", "web-02")
+    wait_for(source, [GuestChange(Change.DESCRIBED, UUID_TEXT)])
 
 
 def test_a_host_without_xenstored_is_an_error_and_nothing_to_wait_for(tmp_path):
