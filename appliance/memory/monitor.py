@@ -27,13 +27,14 @@ from appliance.memory import qmp
 from appliance.memory.batches import Ram, gather
 from appliance.memory.commandline import CommandLine
 from appliance.memory.layout import LEGACY_HOLE
-from appliance.memory.process import read_start_time
+from appliance.memory.process import open_life, read_start_time
 from appliance.memory.qemu import read_command_line
 from appliance.model import Region, VcpuState
 
 PIECE = 4096  # bytes of one command: some 0.2 ms of QEMU's main loop
 TURN_S = 0.5  # for how long others find the socket taken
-ANSWER_S = 5.0
+ANSWER_S = 2.0  # well below what a guest's thread may take for one round (pacemaker.HANGS_S)
+REST_S = 3.0  # after a conversation that cost its whole time the next ones fail at once for so long
 _WORD = re.compile(r" 0x([0-9a-f]{16})\b")
 
 
@@ -46,10 +47,8 @@ class QmpMemory:
     def __init__(self, pid: int, socket: str, regions: Iterable[Region]) -> None:
         self.pid, started = pid, read_start_time(pid)
         self.instance = f"{pid}.{started}"
-        self._socket, self._ram = socket, Ram(regions)
-        self._pidfd = os.pidfd_open(pid)
-        if read_start_time(pid) != started:
-            raise GuestGone(f"process {pid} has ended")
+        self._turns, self._socket, self._ram = _Turns(socket, pid), socket, Ram(regions)
+        self._pidfd = open_life(pid, started)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -59,7 +58,7 @@ class QmpMemory:
     def read(self, gpa: int, size: int) -> bytes:
         """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
         self._ram.check(gpa, size)
-        with _Turns(self._socket, self.pid) as turns:
+        with self._turns as turns:
             try:
                 return turns.read(gpa, size)
             except HostError as error:
@@ -79,7 +78,7 @@ class QmpMemory:
                 broken = True  # busy or silent: the rest of the batch would find it so as well
                 return None
 
-        with _Turns(self._socket, self.pid) as turns:
+        with self._turns as turns:
             return gather(self._ram.plan(spans, gap=64, limit=PIECE), spans, fetch)
 
     def vcpus(self) -> tuple[VcpuState, ...]:
@@ -134,7 +133,7 @@ class _Turns:
     def __init__(self, socket: str, pid: int) -> None:
         self._socket, self._pid = socket, pid
         self._monitor: qmp.Monitor | None = None
-        self._until_s = 0.0
+        self._until_s = self._rest_until_s = 0.0
 
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of RAM. Raises HostError: busy, gone or silent."""
@@ -149,10 +148,18 @@ class _Turns:
     def _human(self, command: str) -> str:
         if self._monitor is not None and time.monotonic() > self._until_s:
             self.__exit__()
-        if self._monitor is None:
-            self._monitor = qmp.Monitor(self._socket, ANSWER_S, self._pid)
-            self._until_s = time.monotonic() + TURN_S
-        return self._monitor.human(command)
+        began_s = time.monotonic()
+        if began_s < self._rest_until_s:
+            raise HostError(f"the QMP socket {self._socket} did not answer just now: it is busy, or QEMU is stuck")
+        try:
+            if self._monitor is None:
+                self._monitor = qmp.Monitor(self._socket, ANSWER_S, self._pid)
+                self._until_s = began_s + TURN_S
+            return self._monitor.human(command)
+        except HostError:
+            if time.monotonic() - began_s > ANSWER_S / 2:
+                self._rest_until_s = time.monotonic() + REST_S
+            raise
 
     def __enter__(self) -> _Turns:
         return self

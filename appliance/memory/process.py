@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, pairwise, repeat
 from pathlib import Path
 
-from appliance.errors import GuestGone, PermissionRefused, UnreadableMemory, UsageError
+from appliance.errors import GuestGone, HostError, PermissionRefused, UnreadableMemory, UsageError
 
 IOV_MAX = 1024  # include/uapi/linux/uio.h UIO_MAXIOV
 BATCH_BYTES = 8 << 20  # bytes gathered by one system call
@@ -43,13 +43,17 @@ class ProcessMemory:
             self.fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError:
             raise PermissionRefused(f"the memory of process {pid} may not be read: {_REMEDY}") from None
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             raise UsageError(f"there is no process {pid}") from None
-        self._pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            raise HostError(f"the memory of process {pid} cannot be opened: {error.strerror}") from None
+        try:
+            self._pidfd = open_life(pid, self.started)
+        except BaseException:
+            os.close(self.fd)
+            raise
         self._poll = select.poll()
         self._poll.register(self._pidfd, select.POLLIN)
-        if read_start_time(pid) != self.started:
-            raise GuestGone(f"process {pid} has ended")
         self._buffer = array("B", bytes(1 << 16))
         self._local = array("Q", (self._buffer.buffer_info()[0], 0))
 
@@ -148,6 +152,23 @@ def cut(buffer: memoryview, sizes: array[int]) -> list[bytes | None]:
 def is_uniform(sizes: array[int]) -> bool:
     """Whether all sizes are equal; much cheaper than looking at each."""
     return sizes.tobytes() == sizes[:1].tobytes() * len(sizes)
+
+
+def open_life(pid: int, started: int) -> int:
+    """A descriptor of the process that started then: readable once it has ended. Raises GuestGone, HostError."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise GuestGone(f"process {pid} has ended") from None
+    except OSError as error:
+        raise HostError(f"process {pid} cannot be kept in sight: {error.strerror}") from None
+    try:
+        if read_start_time(pid) == started:
+            return pidfd
+    except UsageError:
+        pass  # it ended just now
+    os.close(pidfd)
+    raise GuestGone(f"process {pid} has ended")
 
 
 def read_start_time(pid: int) -> int:

@@ -248,7 +248,11 @@ def open_qemu(pid: int, *, monitor: str | Path | None = None, passive: bool = Tr
             return QemuMemory(process, ask_monitor(pid, socket, line), monitor=socket, proof="told by QEMU")
         block = found.blocks[0]
         if block.fd is not None:
-            return SharedQemuMemory(process, found.spans, block, block.fd, monitor=socket, proof=found.proof)
+            try:
+                return SharedQemuMemory(process, found.spans, block, block.fd, monitor=socket, proof=found.proof)
+            except OSError as error:
+                os.close(block.fd)
+                raise HostError(f"the RAM of QEMU process {pid} cannot be mapped: {error.strerror or error}") from None
         return QemuMemory(process, found.spans, monitor=socket, proof=found.proof)
     except BaseException:
         process.close()

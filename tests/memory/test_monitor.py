@@ -64,6 +64,13 @@ def memory(machine):
     opened.close()
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A loaded machine may take long for what is no trouble."""
+    monkeypatch.setattr(monitor, "ANSWER_S", 60.0)
+    monkeypatch.setattr(monitor, "REST_S", 0.0)
+
+
 def until(condition):
     end_s = time.monotonic() + 60
     while not condition():
@@ -140,6 +147,19 @@ def test_a_socket_that_somebody_else_bound_meanwhile_is_not_taken_for_the_guests
     finally:
         kept.rename(machine.socket)
     assert eventually(lambda: memory.read(MIB, 8)) == RAM[:8]
+
+
+def test_a_socket_that_was_silent_is_not_waited_for_again_at_once(machine, memory, monkeypatch):
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.2)
+    monkeypatch.setattr(monitor, "REST_S", 1e9)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(machine.socket))
+        assert other.recv(100).startswith(b'{"QMP"')
+        with pytest.raises(UnreadableMemory, match="is silent"):
+            memory.read(MIB, 8)
+    with pytest.raises(UnreadableMemory, match="did not answer just now"):
+        memory.read(MIB, 8)
+    assert memory.readv([(MIB, 8)]) == [None]
 
 
 def test_a_qemu_that_hangs_is_unreadable_until_it_goes_on(machine, memory, monkeypatch):

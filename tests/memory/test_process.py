@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import GuestGone, HostError, ParasightError, UnreadableMemory, UsageError
-from appliance.memory import anchor
+from appliance.memory import anchor, monitor, process
+from appliance.memory.monitor import QmpMemory
 from appliance.memory.process import IOV_MAX, ProcessMemory, pack, read_start_time
 from appliance.memory.qemu import open_qemu, read_command_line
+from appliance.model import Region
 from tests.worlds.tiny import DATA, IMAGE_GPA, Tiny
 
 PAGE = 4096
@@ -87,6 +89,24 @@ def test_a_process_that_ends_is_gone_at_once():
         with pytest.raises(UsageError, match="has ended"):
             read_start_time(child.pid)
         memory.close()
+
+
+@pytest.mark.parametrize("open_memory", [ProcessMemory, lambda pid: QmpMemory(pid, "", [Region(0, PAGE)])])
+@pytest.mark.parametrize("how", ["it ends", "its number is another process's by now", "no descriptor is left"])
+def test_a_process_that_ends_while_it_is_opened_is_gone_and_leaves_no_descriptor(monkeypatch, open_memory, how):
+    def fail(_):
+        raise ProcessLookupError(3, "") if how == "it ends" else OSError(24, "Too many open files")
+
+    if how.startswith("its"):
+        starts = iter(range(100))
+        for module in (process, monitor):
+            monkeypatch.setattr(module, "read_start_time", lambda _: next(starts))
+    else:
+        monkeypatch.setattr(os, "pidfd_open", fail)
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with pytest.raises(HostError if how.startswith("no") else GuestGone):
+        open_memory(os.getpid())
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_a_pid_that_is_no_qemu_or_no_process_is_the_callers_mistake():

@@ -103,11 +103,9 @@ def test_a_path_may_be_longer_than_an_address_and_relative_to_where_qemu_runs(tm
     folder = tmp_path / ("d" * 200)
     folder.mkdir()
     monkeypatch.chdir(folder)
-    serve("q", {})
-    Monitor(find_socket(os.getpid(), "q"), timeout_s=60).close()
-    monkeypatch.chdir("/")
-    with pytest.raises(HostError, match="Connection refused"):  # it served one client: but it is found
-        Monitor(find_socket(os.getpid(), f"{folder}/q"))
+    for name, path in (("a", "a"), ("b", f"{folder}/b")):
+        serve(name, {})
+        Monitor(find_socket(os.getpid(), path), timeout_s=60).close()
 
 
 def test_a_socket_that_may_not_be_used_names_the_remedy(tmp_path, monkeypatch):
