@@ -1,6 +1,9 @@
 """What is watched follows what runs: a hypervisor that is played, and real threads that watch its guests."""
 
 import contextlib
+import fcntl
+import os
+import resource
 import threading
 import time
 from dataclasses import replace
@@ -282,3 +285,32 @@ def test_sums_of_many_lives_fit_and_nothing_is_lost_of_them():
     assert sum(one.verdicts["deny"] for one in told) == 20
     assert sum(one.unshown for one in told) == 40
     assert any(one.defect for one in told)
+
+
+def test_a_descriptor_above_1023_is_waited_for():
+    source = Source()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    reader, writer = os.pipe()
+    try:
+        high = fcntl.fcntl(reader, fcntl.F_DUPFD_CLOEXEC, 1500)
+        source.fileno, source.changes = lambda: high, lambda: (GuestChange(Change.STARTED),)
+        with Inventory([source]) as inventory:
+            assert inventory.wait(0) == ()
+            os.write(writer, b"x")
+            assert inventory.wait(0) == (GuestChange(Change.STARTED),)
+        os.close(high)
+    finally:
+        os.close(reader)
+        os.close(writer)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_source_with_a_defect_hides_no_guests_of_others_nor_what_it_told_before():
+    broken, sound = Source(), Source()
+    broken.guests, sound.guests = [guest("a")], [guest("b")]
+    with Inventory([broken, sound]) as inventory:
+        assert len(inventory.find_guests()) == 2
+        broken.guests = None  # a defect of ours
+        assert [one.id.name for one in inventory.find_guests()] == ["a", "b"]
+        assert "a defect of Parasight" in inventory.troubles[0]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import select
+import threading
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Final, Self
 
 from appliance.errors import HostError
 from appliance.hosts.arguments import Arguments
-from appliance.hosts.domains import LibvirtSource
+from appliance.hosts.domains import PATIENCE_S, LibvirtSource
 from appliance.hosts.libvirt import INSTALL, SOCKETS, is_installed
 from appliance.hosts.merge import join, note_twins
 from appliance.hosts.qemu import QemuSource
@@ -82,8 +84,15 @@ class Inventory:
     def wait(self, timeout_s: float = POLL_S) -> tuple[GuestChange, ...]:
         """Wait until a source tells of changes, at most ``timeout_s``; what it told."""
         files = {fd: source for source in self._sources if (fd := source.fileno()) >= 0}
-        ready, _, _ = select.select(files, (), (), timeout_s)
-        return tuple(change for fd in ready for change in files[fd].changes())
+        poll = select.poll()  # select(2) knows no descriptor above 1023
+        for fd in files:
+            poll.register(fd, select.POLLIN)
+        ready = poll.poll(timeout_s * 1000)
+        return tuple(change for fd, _ in ready for change in files[fd].changes())
+
+    def has_process(self, info: GuestInfo) -> bool:
+        """Whether a life that libvirt listed alone at first was found to be that of a process, which is listed too."""
+        return info.pid is None and info.id.instance in self._joined
 
     def close(self) -> None:
         """Ask no more; may be called twice."""
@@ -96,6 +105,8 @@ class Inventory:
             self._told[source] = source.find_guests()
         except HostError as error:
             troubles.append(str(error))
+        except Exception:  # a defect of ours with one source must not hide the guests of all others
+            troubles.append(f"{source.name}: a defect of Parasight, please report it:\n{traceback.format_exc()}")
         return self._told.get(source, [])
 
     def _settled(self, joined: list[GuestInfo], alone: list[GuestInfo]) -> list[GuestInfo]:
@@ -127,7 +138,20 @@ def is_running(guest: GuestInfo) -> bool:
         return is_qemu_running(guest)
     if guest.hypervisor == "xen":
         return is_xen_running(guest)
-    return guest.hypervisor is not None and _libvirt().is_running(guest)
+    return guest.hypervisor is not None and _ask_libvirt(guest)
+
+
+def _ask_libvirt(guest: GuestInfo) -> bool:
+    """One question at a time: several threads would take each other's answers. Who waits for too long believes it."""
+    if not _asking.acquire(timeout=PATIENCE_S):
+        return True
+    try:
+        return _libvirt().is_running(guest)
+    finally:
+        _asking.release()
+
+
+_asking: Final = threading.Lock()
 
 
 @functools.cache

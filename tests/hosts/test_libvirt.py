@@ -1,18 +1,21 @@
 """libvirt's own test drivers, and daemons that do not answer: no daemon is needed here."""
 
+import contextlib
 import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from appliance.errors import HostError
 from appliance.hosts.changes import EVERYTHING, Changes
 from appliance.hosts.domains import LibvirtSource
-from appliance.hosts.inventory import Inventory
+from appliance.hosts.inventory import Inventory, is_running
 from appliance.hosts.libvirt import chosen_uri
 from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestState
 
@@ -182,3 +185,35 @@ def test_a_process_that_listened_to_libvirt_ends_when_it_is_done() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+def test_a_libvirt_whose_socket_has_gone_takes_no_guest_away(monkeypatch) -> None:
+    monkeypatch.setenv("PARASIGHT_LIBVIRT_URI", "test:///default")
+    with Inventory([LibvirtSource()]) as inventory:
+        before = inventory.find_guests()
+        assert [guest.id.name for guest in before] == ["test"]
+        monkeypatch.delenv("PARASIGHT_LIBVIRT_URI")
+        monkeypatch.setattr("appliance.hosts.libvirt.SOCKETS", ())
+        assert inventory.find_guests() == before
+        assert "its socket is gone" in inventory.troubles[0]
+        with contextlib.closing(LibvirtSource()) as asked:
+            assert asked.is_running(before[0])
+
+
+def test_threads_that_ask_at_once_get_the_answers_to_their_own_questions(monkeypatch) -> None:
+    source = LibvirtSource("test:///default")
+    monkeypatch.setattr("appliance.hosts.inventory._libvirt", lambda: source)
+    (here,) = source.find_guests()
+    gone = replace(here, id=replace(here.id, instance=f"libvirt-{here.id.uuid}-99"))
+    wrong = []
+
+    def ask(guest: GuestInfo, truth: bool) -> None:
+        wrong.extend(1 for _ in range(300) if is_running(guest) is not truth)
+
+    threads = [threading.Thread(target=ask, args=case) for case in [(here, True), (gone, False)] * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    source.close()
+    assert not wrong
