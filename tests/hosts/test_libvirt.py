@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -204,7 +203,7 @@ def test_threads_that_ask_at_once_get_the_answers_to_their_own_questions(monkeyp
     source = LibvirtSource("test:///default")
     monkeypatch.setattr("appliance.hosts.inventory._libvirt", lambda: source)
     (here,) = source.find_guests()
-    gone = replace(here, id=replace(here.id, instance=f"libvirt-{here.id.uuid}-99"))
+    gone = GuestInfo(GuestId("u", "11111111-2222-3333-4444-555555555555", "n", "libvirt-u-1"), hypervisor="qemu")
     wrong = []
 
     def ask(guest: GuestInfo, truth: bool) -> None:
