@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 import tty
 
@@ -25,34 +26,39 @@ def ask(*command: str) -> str:
     return done.stdout.strip()
 
 
-def console(after: int) -> tuple[int, int]:
-    """The number of the newest domain that is newer than this, and a descriptor of its console."""
+def console() -> tuple[int, int]:
+    """The number of the newest domain and a descriptor of its console; waits until there is one."""
     while True:
         domains = [int(name) for name in ask("/usr/bin/xenstore-list", "/local/domain").split()]
         newest = max(domains, default=0)
-        path = ask("/usr/bin/xenstore-read", f"/local/domain/{newest}/console/tty") if newest > after else ""
-        if path.startswith("/dev/"):
-            descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY)
-            tty.setraw(descriptor)
-            return newest, descriptor
+        path = ask("/usr/bin/xenstore-read", f"/local/domain/{newest}/console/tty") if newest else ""
+        with contextlib.suppress(OSError):  # it may be the console of a domain that is being destroyed
+            if path.startswith("/dev/"):
+                descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY)
+                tty.setraw(descriptor, termios.TCSANOW)  # what has been said already is kept
+                return newest, descriptor
         time.sleep(0.3)
 
 
-def join(port: int, line: int) -> None:
-    """Carry both ways until the console is hung up. The virtio port is never at its end while the lab lives."""
-    rest, spoken = b"", False
+def join(port: int, line: int, *, spoken: bool) -> bool:
+    """Carry both ways until the console is hung up, as xenconsoled also does once when a domain is made.
+
+    Whether the domain's agent has spoken. The virtio port is never at its end while the lab lives.
+    """
+    rest = b""
     while True:
         ready = select.select([port, line], [], [])[0]
         if port in ready and (orders := os.read(port, 65536)) and spoken:
-            write(line, orders)
+            with contextlib.suppress(OSError):  # hung up: the next read says so
+                write(line, orders)
         if line not in ready:
             continue
         try:
             said = os.read(line, 65536)
         except OSError:
-            return
+            return spoken
         if not said:
-            return
+            return spoken
         *lines, rest = (rest + said).split(b"\n")
         for text in lines:
             _, separator, message = text.rpartition(SEPARATOR)
@@ -69,11 +75,11 @@ def write(descriptor: int, data: bytes) -> None:
 def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     port = os.open(port_path("lab.guest"), os.O_RDWR)
-    domain = 0
+    before, spoken = 0, False
     while True:
-        domain, line = console(domain)
-        with contextlib.suppress(OSError):  # the domain has ended while it was spoken to
-            join(port, line)
+        domain, line = console()
+        spoken = join(port, line, spoken=spoken and domain == before)
+        before = domain
         os.close(line)
 
 
