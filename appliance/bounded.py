@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
 from appliance.errors import HostError
@@ -12,49 +13,68 @@ from appliance.errors import HostError
 _T = TypeVar("_T")
 
 
+class _Job:
+    """One call, and what came of it: nobody else can take it for the answer to another call."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.work, self.done = work, Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
 class Worker:
-    """Runs one thing at a time in a thread of its own. What takes too long is left to end when it can."""
+    """Runs one thing at a time in a thread of its own. What takes too long is left to end when it can.
+
+    Several threads may ask: each waits for its turn, and no longer than it would for its answer.
+    """
 
     def __init__(self, name: str) -> None:
-        self._work: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
-        self._results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        self._late = self._ended = False
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._turn = Lock()
+        self._last: _Job | None = None
+        self._ended = False
+        self._thread = Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def runs(self) -> bool:
+        """Whether its thread is there; behind `end` that means that it hangs."""
+        return self._thread.is_alive()
 
     def run(self, work: Callable[[], _T], seconds: float) -> _T:
         """The result of ``work``, or what it raised. Raises TimeoutError: at once while a call before is still out."""
-        if self._ended:
-            raise HostError("it was closed")
-        if self._late:
-            try:
-                self._results.get_nowait()
-            except Empty:
-                raise TimeoutError from None
-            self._late = False
-        self._work.put(work)
+        end_s = time.monotonic() + seconds
+        if not self._turn.acquire(timeout=seconds):
+            raise TimeoutError
         try:
-            result, error = self._results.get(timeout=seconds)
-        except Empty:
-            self._late = True
-            raise TimeoutError from None
-        if error is not None:
-            raise error
-        return result  # type: ignore[no-any-return]
+            if self._ended:
+                raise HostError("it was closed")
+            if self._last is not None and not self._last.done.is_set():
+                raise TimeoutError
+            job = self._last = _Job(work)
+            self._jobs.put(job)
+            if not job.done.wait(max(0.0, end_s - time.monotonic())):
+                raise TimeoutError
+        finally:
+            self._turn.release()
+        if job.error is not None:
+            raise job.error
+        return job.result  # type: ignore[no-any-return]
 
     def end(self, last: Callable[[], None]) -> None:
         """Have the thread do one last thing and end; wait for that unless it hangs. May be called twice."""
+        hangs = self._last is not None and not self._last.done.is_set()
         if not self._ended:
             self._ended = True
-            self._work.put(last)
-            self._work.put(None)
-        if not self._late:
+            self._jobs.put(_Job(last))
+            self._jobs.put(None)
+        if not hangs:
             self._thread.join(1.0)
 
     def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            result: tuple[Any, BaseException | None]
+        while (job := self._jobs.get()) is not None:
             try:
-                self._results.put((work(), None))
+                job.result = job.work()
             except BaseException as error:
-                self._results.put((None, error))
+                job.error = error
+            job.done.set()
