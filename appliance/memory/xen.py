@@ -173,6 +173,7 @@ def probe() -> Availability:
         return Availability("xen", ok=False, reason="this host is no control domain (dom0) of Xen", required=False)
     try:
         with Control() as control:
+            control.read_domain(0)  # refused for a release that is not known, or by a policy
             ForeignMemory().close()
     except HostError as error:
         reason, _, remedy = str(error).partition("; ")
