@@ -69,6 +69,11 @@ class Watched:
     how: str  # its packets are seen
     opened: contextlib.ExitStack
 
+    @property
+    def follows(self) -> bool:
+        """Whether it keeps to ports that come and go by itself."""
+        return self.front.hand is not None
+
     def close(self) -> None:
         """Give back what was opened; may be called twice."""
         self.opened.close()

@@ -15,7 +15,7 @@ from typing import Final
 from appliance.assembly import Builder, Watched
 from appliance.hosts.inventory import Inventory
 from appliance.hosts.targets import resolve
-from appliance.life import Life, Open, Stopping, key_of
+from appliance.life import Life, Open, Stopping, join_all, key_of
 from appliance.model import GuestInfo, Verdict
 from appliance.pacemaker import Pacemaker
 from appliance.respond.room import ControlRoom
@@ -90,26 +90,30 @@ class Crowd:
 
     def retire(self) -> None:
         """Take down the sums of watches that are over, once ``queue`` holds no verdict of theirs any more."""
-        if self._resting and self.queue.empty():
-            for life in self._resting:
-                summary = life.final()
-                summary.awaited = True
-                self._ledger.add(life.info.id, summary)
-            self._resting.clear()
         if self._roster is not None:
             self._resting += self._roster.take_ended()
+        done = [life for life in self._resting if life.shown >= life.offered]
+        if done:
+            self._resting = [life for life in self._resting if life not in done]
+            self._take_down(done)
+
+    def _take_down(self, lives: list[Life]) -> None:
+        for life in lives:
+            summary = life.final()
+            summary.awaited = True
+            self._ledger.add(life.info.id, summary)
 
     def summaries(self) -> list[Summary]:
         """What every watch has seen and cost. After the end."""
         self.retire()
-        self.retire()
+        self._take_down(self._resting)
+        self._resting = []
         return [*(life.final() for life in self._named), *self._ledger.all()]
 
     def end(self, stop: threading.Event) -> None:
         """End all watches, and wait for them."""
         stop.set()
-        for life in self._named:
-            life.join()
+        join_all(self._named, self._tell)
         if self._thread is not None:
             self._thread.join()
         if self._inventory is not None:
@@ -127,7 +131,7 @@ class Crowd:
 
     def _start_roster(self) -> None:
         if self._roster is not None:
-            self._thread = threading.Thread(target=self._roster.run, args=(self._stopping,), name="roster")
+            self._thread = threading.Thread(target=self._roster.run, args=(self._stopping,), name="roster", daemon=True)
             self._thread.start()
 
     def _begin(self, info: GuestInfo, young: bool) -> Life:
@@ -147,6 +151,7 @@ class Crowd:
     def _offer(self, life: Life, verdict: Verdict) -> None:
         try:
             self.queue.put_nowait((life, verdict))
+            life.offered += 1
         except Full:
             life.dropped += 1
 

@@ -113,13 +113,19 @@ class _Desk:
         """A verdict that we fail to show must not end the watch that made it; a reader who has left may."""
         try:
             self._room.known.remember(self._report(verdict), verdict.flow.id)
-        except OSError:
+        except BrokenPipeError:
             raise
+        except OSError as error:  # a full disk, as a rule
+            life.unwritten += 1
+            if life.unwritten == 1:
+                self._tell(f"{verdict.flow.id.vm.target}: a verdict is not shown: {error}")
         except Exception:
             life.failed += 1
             if life.failed == 1:
                 vm, why = verdict.flow.id.vm.target, "a verdict is not shown"
                 self._tell(f"{vm}: a defect of Parasight, please report it: {why}\n{traceback.format_exc()}")
+        finally:
+            life.shown += 1
 
 
 def _open_bans(options: Options, tell: Tell) -> Banning:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from appliance.assembly import Watched
 from appliance.errors import ParasightError
@@ -15,8 +17,18 @@ from appliance.respond.room import ControlRoom
 from appliance.summary import Summary
 from appliance.watch import ENDED, Tell
 
+PATIENCE_S: Final = 10.0  # a thread can hang in the kernel, in a read of a guest's memory
+
 Open = Callable[["Life"], Watched]
 Stopping = Callable[[], bool]
+
+
+def join_all(lives: Iterable[Life], tell: Tell) -> None:
+    """Wait for threads that were told to end; one that hangs is told of and left behind."""
+    until_s = time.monotonic() + PATIENCE_S
+    for life in lives:
+        if not life.join(max(0.0, until_s - time.monotonic())):
+            tell(f"{life.info.id.target}: its watch hangs and is left behind; what it held is released with our end")
 
 
 def key_of(info: GuestInfo) -> str:
@@ -28,7 +40,7 @@ def key_of(info: GuestInfo) -> str:
 class Shape:
     """What a guest is to us: where that changes, one that could not be watched is worth another try."""
 
-    ports: tuple[str, ...]
+    ports: tuple[tuple[str, int | None, str | None], ...]  # name, index, network namespace
     routes: tuple[str, ...]
     state: str
     notes: tuple[str, ...]
@@ -36,7 +48,12 @@ class Shape:
     @classmethod
     def of(cls, info: GuestInfo) -> Shape:
         """That of a guest as the inventory knows it."""
-        return cls(tuple(port.ifname for port in info.ports), info.routes, info.state.value, info.notes)
+        return cls(
+            tuple((port.ifname, port.ifindex, port.netns) for port in info.ports),
+            info.routes,
+            info.state.value,
+            info.notes,
+        )
 
 
 class Life:
@@ -59,20 +76,24 @@ class Life:
         self._stopping, self._tell, self._named = stopping, tell, named
         self.watched: Watched | None = None
         self.summary = Summary(info.id.target)
+        self.offered = 0  # verdicts that wait to be shown, or were; counted by its own thread
+        self.shown = 0  # of these; counted by whoever shows them
         self.dropped = 0  # verdicts for which there was no room; counted by its own thread
+        self.unwritten = 0  # for which there was no place where they go; as ``failed``
         self.failed = 0  # verdicts that could not be shown; counted by whoever shows them
         self.refused = ""  # why it could not be opened
         self._ending = ""
-        self._thread = threading.Thread(target=self._run, name=info.id.target)
+        self._thread = threading.Thread(target=self._run, name=info.id.target, daemon=True)  # one can hang
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
-    def join(self) -> None:
-        """Wait for its end."""
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait for its end, for so long at most; whether it has ended, or never begun."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def over(self) -> bool:
@@ -91,7 +112,7 @@ class Life:
 
     def final(self) -> Summary:
         """Its summary, with what became of its verdicts. After its end."""
-        self.summary.unshown = self.dropped + self.failed
+        self.summary.unshown = self.dropped + self.failed + self.unwritten
         self.summary.defect |= self.failed > 0
         return self.summary
 

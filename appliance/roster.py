@@ -17,7 +17,7 @@ from typing import Final
 from appliance.errors import ParasightError
 from appliance.hosts.inventory import Inventory, is_running
 from appliance.hosts.proc import read_age_s
-from appliance.life import Life, Shape, Stopping, key_of
+from appliance.life import Life, Shape, Stopping, join_all, key_of
 from appliance.model import GuestInfo
 from appliance.watch import ENDED, Tell
 
@@ -25,6 +25,8 @@ POLL_S: Final = 0.5
 SETTLE_S: Final = 1.0  # a machine opens its ports a moment after its start, and closes them one before its end
 YOUNG_S: Final = 300.0
 REST_S: Final = 1.0  # after an error of ours
+PACE_S: Final = 0.1  # from one look to the next, at least: a guest can have changes told as often as it likes
+AGAIN_S: Final = (5.0, 300.0)  # until a guest that could not be watched is tried again: the first time, at most
 MAX_SAID: Final = 1000  # lines that are remembered, to be said once
 
 Begin = Callable[[GuestInfo, bool], Life]
@@ -44,6 +46,15 @@ class Choice:
         return info.wanted is True if self.opt_in else info.wanted is not False
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A guest that could not be watched, or whose watch ended by itself."""
+
+    shape: Shape
+    pause_s: float
+    until_s: float
+
+
 class Roster:
     """Keeps the watches of this host's guests to what runs here. One thread calls `look`; `lives` any may read."""
 
@@ -60,7 +71,8 @@ class Roster:
         self._inventory, self._choice, self._begin, self._tell, self._clock_s = inventory, choice, begin, tell, clock_s
         self._lives: dict[str, Life] = {}
         self._portless_s: dict[str, float] = {}  # since when
-        self._refused: dict[str, Shape] = {}
+        self._refused: dict[str, _Refusal] = {}
+        self._begun_s: dict[str, float] = {}
         self._said: dict[str, str] = {}  # by what it is about
         self._ended: list[Life] = []
         self._troubles: tuple[str, ...] = ()
@@ -90,15 +102,16 @@ class Roster:
         """Look until told to stop, and then wait for the guests' threads."""
         try:
             while not stopping():
+                began_s = time.monotonic()
                 try:
                     self.look(POLL_S if self.looks else 0.0)
+                    time.sleep(max(0.0, began_s + PACE_S - time.monotonic()))
                 except Exception:  # a defect of ours: guests that come later must not go unseen for it
                     self._say("defect", f"a defect of Parasight, please report it:\n{traceback.format_exc()}")
                     time.sleep(REST_S)
         finally:
-            for life in self.lives():
-                life.join()
-            self._bury(())
+            join_all(self.lives(), self._tell)
+            self._bury({})
 
     def look(self, timeout_s: float = POLL_S) -> None:
         """Wait for a change, at most ``timeout_s``; then make what is watched what shall be."""
@@ -133,9 +146,9 @@ class Roster:
             self._tend(life, here.get(key))
         now_s = self._clock_s()
         self._portless_s = {key: self._portless_s.get(key, now_s) for key, info in here.items() if not info.ports}
-        self._refused = {key: shape for key, shape in self._refused.items() if key in here}
+        self._refused = {key: refusal for key, refusal in self._refused.items() if key in here}
         for key, info in here.items():
-            if key in self._lives or self._refused.get(key) == Shape.of(info):
+            if key in self._lives or self._rests(key, info, now_s):
                 continue
             if not self._choice.takes(info):
                 if self._choice.uuids is None and info.wanted is False:
@@ -143,9 +156,31 @@ class Roster:
                 continue
             if not info.ports and self.looks > 0 and now_s - self._portless_s[key] < SETTLE_S:
                 continue
-            life = self._begin(info, self._is_new(info))
+            try:
+                life = self._begin(info, self._is_new(info))
+            except Exception:  # a defect of ours, or no thread to be had: the others shall be watched all the same
+                self._say(f"begin {key}", f"{info.id.target} cannot be watched:\n{traceback.format_exc()}")
+                self._refuse(key, Shape.of(info), now_s)
+                continue
+            self._begun_s[key] = now_s
             with self._lock:
                 self._lives[key] = life
+
+    def _rests(self, key: str, info: GuestInfo, now_s: float) -> bool:
+        """Whether it could not be watched as it is a short while ago."""
+        refusal = self._refused.get(key)
+        if refusal is not None and refusal.shape != Shape.of(info):
+            del self._refused[key]
+            return False
+        return refusal is not None and now_s < refusal.until_s
+
+    def _refuse(self, key: str, shape: Shape, now_s: float) -> None:
+        """Leave it alone for a while, for longer each time; as at first where it was watched for long."""
+        before, begun_s = self._refused.get(key), self._begun_s.pop(key, now_s)
+        least_s, most_s = AGAIN_S
+        again = before is not None and before.shape == shape and now_s - begun_s < most_s
+        pause_s = min(2 * before.pause_s, most_s) if before is not None and again else least_s
+        self._refused[key] = _Refusal(shape, pause_s, now_s + pause_s)
 
     def _is_new(self, info: GuestInfo) -> bool:
         """Whether its machine has just started, so that its kernel may not run yet."""
@@ -163,28 +198,35 @@ class Roster:
             life.end("its metadata does not ask for a watch any more")
         elif info.ports and not life.info.ports:
             life.end("it has a port now")  # and is opened again
+        elif info.ports and life.watched is not None and not life.watched.follows and _moved(life.info, info):
+            life.end("its ports have changed")  # and is opened again
         elif life.watched is not None:
             life.info = info
             life.watched.watch.renew(info)
 
     def _lives_on(self, info: GuestInfo) -> bool:
         """A guest that is not listed may still run, where its hypervisor could not be asked."""
+        if self._inventory.has_process(info):
+            return False
         try:
             return is_running(info)
         except ParasightError:
             return True
 
-    def _bury(self, here: dict[str, GuestInfo] | tuple[()]) -> None:
+    def _bury(self, here: dict[str, GuestInfo]) -> None:
         """Take the lives that are over off the list; a guest that could not be watched is tried when it changes."""
         for key, life in list(self._lives.items()):
             if not life.over:
                 continue
             with self._lock:
                 del self._lives[key]
-                if not life.refused:
+                if not life.refused or life.summary.defect:
                     self._ended.append(life)
-            if key in here and not life.sent_off:
-                self._refused[key] = life.shape
+            if life.sent_off:
+                self._refused.pop(key, None)
+            elif key in here:
+                self._refuse(key, life.shape, self._clock_s())
+            self._begun_s.pop(key, None)
             if life.refused:
                 self._say(f"refused {key}", f"{life.refused}; it is not watched")
 
@@ -196,6 +238,11 @@ class Roster:
             del self._said[next(iter(self._said))]
         self._said[subject] = line
         self._tell(line)
+
+
+def _moved(before: GuestInfo, info: GuestInfo) -> bool:
+    """Whether it has other ports."""
+    return set(Shape.of(before).ports) != set(Shape.of(info).ports)
 
 
 def _name(info: GuestInfo) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import resource
 import threading
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from appliance.assembly import Watched
+from appliance.crowd import Crowd
 from appliance.engine import Engine
 from appliance.errors import HostError
 from appliance.front import Front
@@ -19,7 +21,7 @@ from appliance.life import Life
 from appliance.model import Change, GuestChange, GuestId, GuestInfo, GuestPort, GuestState
 from appliance.pacemaker import Pacemaker
 from appliance.respond import Banning, ControlRoom, Mailbox, Words
-from appliance.roster import SETTLE_S, Choice, Roster
+from appliance.roster import AGAIN_S, PACE_S, SETTLE_S, Choice, Roster
 from appliance.summary import Ledger, Summary
 from appliance.watch import GuestWatch
 from tests.respond.desks import eventually
@@ -89,6 +91,7 @@ class Host:
     def __init__(self, choice=None):
         self.source, self.said, self.now_s = Source(), [], 1000.0
         self.inventory = Hinting(self.source)
+        self.tried = []
         self.opened, self.refuses, self.slow = [], {}, threading.Event()
         self.taps = {}
         self.stopping = threading.Event()
@@ -99,9 +102,15 @@ class Host:
         )
 
     def begin(self, info, young):
+        if info.id.name == "threadless":
+            raise RuntimeError("can't start new thread")
+
         def open_(life):
+            self.tried.append(info.id.instance)
             if info.id.name in self.refuses:
                 raise HostError(self.refuses[info.id.name])
+            if info.id.name == "broken":
+                raise ZeroDivisionError("a defect of ours")
             if info.id.name == "slow":
                 self.slow.wait(60)
             tap = self.taps[info.id.instance] = SlowTap()
@@ -314,3 +323,117 @@ def test_a_source_with_a_defect_hides_no_guests_of_others_nor_what_it_told_befor
         broken.guests = None  # a defect of ours
         assert [one.id.name for one in inventory.find_guests()] == ["a", "b"]
         assert "a defect of Parasight" in inventory.troubles[0]
+
+
+def test_a_guest_that_could_not_be_watched_is_tried_again_less_and_less_often(host):
+    host.refuses["a"] = "too many open files"
+    tries = []
+    for _ in range(1200):
+        before = len(host.tried)
+        host.look(guest("a"))
+        if len(host.tried) > before:
+            tries.append(host.now_s)
+    gaps = [round(b - a) for a, b in itertools.pairwise(tries)]
+    assert gaps[:4] == sorted(gaps[:4])
+    assert 5 <= gaps[0] <= 7
+    assert max(gaps) > 100
+    assert len([line for line in host.said if "too many open files" in line]) == 1
+    host.refuses.clear()
+    host.look(guest("a"), passed_s=AGAIN_S[1])
+    assert host.names() == ["a"]
+
+
+def test_a_port_that_is_unplugged_and_plugged_in_again_is_watched_again(host):
+    host.look(guest("a"))
+    host.taps[guest("a").id.instance].gone = True  # its only port
+    eventually(lambda: host.roster.lives()[0].over)
+    host.look(guest("a", port=False))
+    host.look(guest("a", port=False), passed_s=SETTLE_S)
+    host.look(guest("a"))
+    host.settle()
+    host.look(guest("a"))
+    assert [life.info.ports for life in host.roster.lives()] == [guest("a").ports]
+    assert host.names() == ["a"]
+
+
+def test_a_port_that_was_made_anew_under_its_name_is_another_port(host):
+    host.refuses["a"] = "its port is gone"
+    host.look(replace(guest("a"), ports=(GuestPort("tap", ifindex=7),)))
+    host.refuses.clear()
+    host.look(replace(guest("a"), ports=(GuestPort("tap", ifindex=8),)))
+    host.look(replace(guest("a"), ports=(GuestPort("tap", ifindex=8),)))
+    assert host.names() == ["a"]
+
+
+def test_where_a_tap_cannot_follow_its_ports_the_watch_is_opened_again_when_they_change(host):
+    host.look(guest("a"))
+    more = replace(guest("a"), ports=(*guest("a").ports, GuestPort("tap-new")))
+    host.look(more)
+    host.settle()
+    host.look(more)
+    assert [life.info.ports for life in host.roster.lives()] == [more.ports]
+    assert len(host.opened) == 2
+
+
+def test_a_domain_whose_process_is_found_later_is_not_watched_twice(host, monkeypatch):
+    monkeypatch.setattr("appliance.roster.is_running", lambda info: True)  # libvirt says so of the domain
+    host.look(guest("a"))
+    host.look()
+    assert host.names() == ["a"]
+    host.inventory.has_process = lambda info: True
+    host.look()
+    host.settle()
+    assert host.names() == []
+
+
+def test_a_guest_for_which_there_is_no_thread_keeps_no_other_from_being_watched(host):
+    host.look(guest("threadless"), guest("b"))
+    assert host.names() == ["b"]
+    assert any("can't start new thread" in line for line in host.said)
+
+
+def test_a_defect_in_opening_a_guest_is_counted(host):
+    host.look(guest("broken"))
+    host.look(guest("broken"))
+    (life,) = host.roster.take_ended()
+    assert life.final().defect
+
+
+def test_changes_that_never_end_do_not_have_the_host_looked_at_without_end(host):
+    asked = []
+    host.source.find_guests = lambda: asked.append(1) or []
+    began_s = time.monotonic()
+    running = threading.Thread(target=host.roster.run, args=(host.stopping.is_set,))  # `wait` always returns at once
+    running.start()
+    eventually(lambda: len(asked) > 3)
+    host.stopping.set()
+    running.join()
+    assert len(asked) <= (time.monotonic() - began_s) / PACE_S + 2
+
+
+def test_a_thread_that_hangs_keeps_nothing_from_its_end(host, monkeypatch):
+    monkeypatch.setattr("appliance.life.PATIENCE_S", 0.2)
+    host.look(guest("slow"), guest("b"))
+    host.stopping.set()
+    host.roster.run(host.stopping.is_set)
+    assert [line for line in host.said if "hangs" in line] == [
+        f"{guest('slow').id.target}: its watch hangs and is left behind; what it held is released with our end"
+    ]
+
+
+def test_a_watch_that_is_over_is_put_away_once_its_own_verdicts_were_shown(host):
+    crowd = Crowd(None, host.room, host.heart, host.stopping.is_set, host.said.append)
+    crowd._roster = host.roster
+    host.look(guest("a"), guest("b"))
+    over, other = host.roster.lives()
+    crowd._offer(over, "a verdict")
+    host.look(guest("b"))
+    host.settle()
+    host.look(guest("b"))
+    crowd._offer(other, "there is always another verdict")
+    crowd.retire()
+    assert crowd._resting == [over]
+    over.shown += 1
+    crowd.retire()
+    assert crowd._resting == []
+    assert [one.vm for one in crowd.summaries()] == [guest("a").id.target]
