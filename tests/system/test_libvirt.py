@@ -147,6 +147,19 @@ def test_the_processes_of_a_domain_are_named_before_and_after_pause_reset_and_re
     ended(watch, pid)
 
 
+def test_a_domain_that_was_named_is_watched_again_in_its_next_life(libvirtd, watching) -> None:
+    uuid = libvirtd.define_tiny("named-1")
+    libvirtd.virsh("start", "named-1", "--paused")
+    first = libvirtd.qemu_pid("named-1")
+    watch = watching(uuid)
+    libvirtd.virsh("destroy", "named-1")
+    ended(watch, first)
+    second, _ = start(libvirtd, watch, "named-1", "--paused")
+    assert second != first
+    libvirtd.virsh("destroy", "named-1")
+    ended(watch, second)
+
+
 def test_twenty_domains_are_under_watch_at_once(libvirtd, watching) -> None:
     watch = watching()
     names = [f"many-{number}" for number in range(20)]
