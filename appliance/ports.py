@@ -88,7 +88,10 @@ class GuestEye(Protocol):
         ...
 
     def read_pulse(self) -> int:
-        """Return a number that changes while this very kernel runs: not while it is paused, nor after a reboot."""
+        """Return a number that grows while this very kernel runs: not while it is paused, nor after a reboot.
+
+        It falls where the guest was reverted to an earlier time, if that can be seen at all.
+        """
         ...
 
     def close(self) -> None:

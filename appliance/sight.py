@@ -237,7 +237,7 @@ class Sight:
             backwards = pulse < self._pulse
             self._pulse, self._beat_ns, self._still_ns = pulse, now_ns, STILL_NS
             if backwards:
-                self._upset("its clock went backwards", now_ns)
+                self._upset("it went back in time", now_ns)
         elif self.state is not GuestState.RUNNING:
             self._rest(now_ns)
         else:

@@ -145,9 +145,16 @@ class LinuxEye:
         return find_foreign(self._kernel, self._facts, process)
 
     def read_pulse(self) -> int:
-        """``jiffies``: changes while this very kernel runs (kernel/time/timer.c, ``jiffies_64``)."""
-        self._kernel.memory.check_alive()
-        return self._kernel.u64(self._kernel.symbols.get("jiffies_64"))
+        """``total_forks`` (kernel/fork.c), and below it ``jiffies_64`` (kernel/time/timer.c).
+
+        Both only ever grow while this very kernel runs. A revert to a snapshot takes both back; the clocks of a virtual
+        machine may not go back with it, and then jiffies catch up at once.
+        """
+        kernel = self._kernel
+        kernel.memory.check_alive()
+        forks_va = kernel.symbols.find("total_forks")
+        forks = kernel.u64(forks_va) if forks_va is not None else 0
+        return forks << 64 | kernel.u64(kernel.symbols.get("jiffies_64"))
 
     def close(self) -> None:
         """Release the memory behind it."""
