@@ -2,8 +2,10 @@
 
 libvirt has QEMU save each piece to a file (pmemsave), which stalls the guest for a moment, and hands it over. It
 answers zeros for what is no RAM, so nothing is asked for that the map does not hold; and it reads whatever domain has
-the UUID now, so the id of the domain, another one after each start, is compared behind each batch. A writable
-connection is needed. The domain is not tainted (no monitor command is passed through) and nothing of it changes.
+the UUID now, so the id of the domain, another one after each start, is compared behind each batch. A daemon that was
+started again may give another life the same id: behind a lost connection nothing is read, it must be opened anew. A
+writable connection is needed. The domain is not tainted (no monitor command is passed through) and nothing of it
+changes.
 
 All calls are made by a thread of their own: a libvirtd that hangs costs one deadline, not the watch.
 Sources: libvirt src/qemu/qemu_driver.c (qemuDomainMemoryPeek), src/remote/remote_protocol.x
@@ -24,19 +26,21 @@ from appliance.bounded import Worker
 from appliance.errors import GuestGone, HostError, ParasightError, PermissionRefused, UnreadableMemory, UsageError
 from appliance.memory.batches import Ram, gather
 from appliance.memory.commandline import CommandLine
-from appliance.memory.domainxml import parse_domain
+from appliance.memory.domainxml import parse_domain, refuse_memory_devices
 from appliance.memory.hostmap import is_amd
 from appliance.memory.layout import above_start, extents
 from appliance.memory.qemu import read_command_line
 from appliance.model import Availability, Region, VcpuState
 
 URI: Final = "qemu:///system"
-ANSWER_S = 5.0  # for one call
+ANSWER_S = 2.0  # for one call: well below what a guest's thread may take for one round (pacemaker.HANGS_S)
+OPEN_S = 5.0  # for each of those by which it is opened
 CHUNK = 1 << 20  # bytes of one call; more makes it slower, and longer pauses for the guest
 GAP = 128 << 10  # bytes that are read along rather than to ask twice: a call takes as long as some 200 KB
 _PHYSICAL = 2  # VIR_MEMORY_PHYSICAL
 _INSTALL = "apt-get install python3-libvirt, or pip install 'parasight[libvirt]'"
 _T = TypeVar("_T")
+_hanging: Final[dict[Worker, str]] = {}  # those that were left with a call that did not come back, and what they asked
 
 
 class LibvirtMemory:
@@ -105,15 +109,18 @@ def open_libvirt(uuid: str, *, pid: int | None = None, uri: str | None = None) -
     ``uri``: None for ``PARASIGHT_LIBVIRT_URI``, else the system's. Raises UsageError (no such domain, or it is off),
     PermissionRefused, HostError with the remedy.
     """
-    domain = Domain(uri or os.environ.get("PARASIGHT_LIBVIRT_URI") or URI, uuid)
+    domain = Domain(uri or os.environ.get("PARASIGHT_LIBVIRT_URI") or URI, uuid, OPEN_S)
     try:
         try:
             domain.check()
         except GuestGone as error:
             raise UsageError(str(error)) from None
-        line = _command_line(pid, uuid) or parse_domain(domain.describe())
+        text = domain.describe()
+        refuse_memory_devices(text)  # of those that are plugged in while it runs no command line tells
+        line = _command_line(pid, uuid) or parse_domain(text)
         regions = [Region(one.gpa, one.size) for one in extents(line, above_start(line, is_amd()))]
         domain.peek(regions[0].gpa, 1)  # what is not permitted is said now
+        domain.answer_s = ANSWER_S
         return LibvirtMemory(domain, regions)
     except HostError as error:
         domain.close()
@@ -145,12 +152,18 @@ class Domain:
     """One life of a domain, asked through a thread of its own. ``life`` is the id of the domain while it runs."""
 
     def __init__(self, uri: str, uuid: str, answer_s: float = ANSWER_S) -> None:
+        """Raises HostError: no binding, or an earlier call has not come back."""
         self.uri, self.uuid, self.life = uri, uuid, -1
+        self.answer_s = answer_s
         self._libvirt = _binding()
-        self._answer_s = answer_s
+        for worker in [one for one in list(_hanging) if not one.runs]:
+            _hanging.pop(worker, None)
+        if uri in list(_hanging.values()):
+            raise HostError(f"libvirt does not answer ({uri}): an earlier call is still out; is libvirtd stuck?")
         self._worker = Worker(f"libvirt {uuid}")
         self._connection: Any = None  # this and the next belong to that thread
         self._found: Any = None
+        self._lost = False
 
     def peek(self, gpa: int, size: int) -> bytes:
         """Bytes of RAM, in pieces. Raises HostError, GuestGone."""
@@ -178,26 +191,32 @@ class Domain:
     def close(self) -> None:
         """Close the connection, if libvirt lets us; may be called twice."""
         self._worker.end(self._drop)
+        if self._worker.runs:
+            _hanging[self._worker] = self.uri
 
     def _ask(self, work: Callable[[Any], _T]) -> _T:
         try:
-            return self._worker.run(lambda: self._do(work), self._answer_s)
+            return self._worker.run(lambda: self._do(work), self.answer_s)
         except TimeoutError:
-            raise HostError(f"libvirt does not answer ({self.uri}, {self._answer_s:g} s): is libvirtd stuck?") from None
+            raise HostError(f"libvirt does not answer ({self.uri}, {self.answer_s:g} s): is libvirtd stuck?") from None
 
     # -- in its own thread --
 
     def _do(self, work: Callable[[Any], _T]) -> _T:
+        if self._lost:
+            raise GuestGone(
+                f"the connection to libvirt was lost: whether domain {self.uuid} goes on is not known by it"
+            )
         try:
             if self._found is None:
                 self._connection = self._libvirt.open(self.uri)
                 self._found = self._connection.lookupByUUIDString(self.uuid)
             return work(self._found)
         except self._libvirt.libvirtError as error:
-            translated = self._translate(error)
-            if not isinstance(translated, GuestGone):
-                self._drop()  # it may be libvirtd that ended: the next call connects anew
-            raise translated from None
+            if self._connection is None or not self._connection.isAlive():
+                self._lost = self.life >= 0  # before that there is nothing to be mistaken for: it is connected anew
+                self._drop()
+            raise self._translate(error) from None
 
     def _read_life(self, _: object) -> int:
         """Asked of libvirtd anew: what the binding keeps of the domain does not change."""

@@ -1,6 +1,10 @@
 """libvirt's memoryPeek: against libvirt's own test driver, and a real libvirtd that gets stuck and restarts."""
 
 import contextlib
+import socket
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -65,6 +69,19 @@ def test_the_map_comes_from_the_xml_and_the_bytes_from_libvirt(node):
         memory.check_alive()
 
 
+def test_memory_that_was_plugged_in_is_not_left_out_in_silence_where_the_process_is_seen(tmp_path):
+    path, device = tmp_path / "node.xml", "<target><size unit='MiB'>32</size><node>0</node></target>"
+    xml = XML.format(more=f"<devices><memory model='dimm'>{device}</memory></devices>")
+    numa = "<cpu><numa><cell id='0' cpus='0' memory='32' unit='MiB'/></numa></cpu>"
+    xml = xml.replace("<os>", f"<maxMemory slots='2' unit='MiB'>512</maxMemory><vcpu>1</vcpu>{numa}<os>")
+    path.write_text(f"<node>{xml}</node>")
+    command = ["qemu-system-x86_64", "-c", "input()", "-machine", "q35", "-m", "64", "-uuid", UUID]
+    with subprocess.Popen(command, executable=sys.executable, stdin=subprocess.PIPE) as process:
+        with pytest.raises(HostError, match=r"a memory device \(dimm\)"):
+            open_libvirt(UUID, pid=process.pid, uri=f"test://{path}").close()
+        process.kill()
+
+
 def test_zeros_are_never_asked_for_where_there_is_no_ram(node):
     with contextlib.closing(open_libvirt(UUID, uri=node)) as memory:  # the driver answers for any address
         spans = [(64 * MIB - 4, 4), (64 * MIB - 4, 8), (0xB8000, 4), (1 << 40, 8), (-8, 8), (0x2000, -1)]
@@ -105,6 +122,29 @@ def test_a_domain_that_is_off_or_unknown_cannot_be_opened(default, node):
 def test_a_libvirt_that_is_not_there_is_the_hosts_trouble(tmp_path):
     with pytest.raises(HostError, match="Failed to connect socket"):
         open_libvirt(UUID, uri=f"qemu+unix:///system?socket={tmp_path / 'nobody'}")
+
+
+def test_while_a_call_has_not_come_back_no_other_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("appliance.memory.libvirt.OPEN_S", 0.3)
+    uri = f"qemu+unix:///system?socket={tmp_path / 'silent'}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "silent"))
+        listener.listen()
+        before = threading.active_count()
+        with pytest.raises(HostError, match=r"0\.3 s"):
+            open_libvirt(UUID, uri=uri)
+        for _ in range(20):
+            with pytest.raises(HostError, match="an earlier call is still out"):
+                open_libvirt(UUID, uri=uri)
+        assert threading.active_count() <= before + 1
+    end_s = time.monotonic() + 60
+    while True:
+        with pytest.raises(HostError) as caught:
+            open_libvirt(UUID, uri=uri)
+        if "still out" not in str(caught.value):
+            break
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 def test_a_closed_memory_reads_nothing(node):
@@ -157,7 +197,7 @@ def test_a_map_that_would_be_a_guess_is_refused(xml, why):
 
 
 @pytest.mark.root("runs libvirtd in namespaces of its own")
-def test_a_stuck_or_restarted_libvirtd_costs_one_answer_and_is_asked_again():
+def test_a_stuck_libvirtd_costs_one_answer_and_a_restarted_one_proves_no_life(monkeypatch):
     with Network() as network, Libvirtd(network) as libvirtd:
         uuid = libvirtd.define_tiny("t1")
         libvirtd.virsh("start", "t1", "--paused")
@@ -171,12 +211,20 @@ def test_a_stuck_or_restarted_libvirtd_costs_one_answer_and_is_asked_again():
                 assert memory.readv([(15 * MIB, 64)] * 1000) == [None] * 1000
                 assert time.monotonic() - start_s < 60  # and not a deadline for each
             readable(memory, expected)
+            monkeypatch.setattr("appliance.memory.libvirt.CHUNK", 1 << 30)
+            with pytest.raises(UnreadableMemory):  # more than the daemon hands out at once: the connection stays
+                memory.read(MIB, 14 * MIB)
+            assert memory.read(15 * MIB, 64) == expected
             libvirtd.restart()
             with pytest.raises(UnreadableMemory):
                 memory.read(15 * MIB, 64)
+            for again in (memory.check_alive, lambda: memory.read(15 * MIB, 64), lambda: memory.readv([(MIB, 8)])):
+                with pytest.raises(GuestGone, match="was lost"):  # the new daemon may call another life by the same id
+                    again()
+        with contextlib.closing(open_libvirt(uuid, uri=libvirtd.uri)) as memory:
             assert memory.read(15 * MIB, 64) == expected
             libvirtd.virsh("destroy", "t1")
-            with pytest.raises(GuestGone):
+            with pytest.raises(GuestGone, match="does not run"):
                 memory.check_alive()
 
 
