@@ -40,7 +40,7 @@ class Machine:
             "16",
         ]
         command += ["-m", "16", "-device", f"loader,file={content},addr={MIB:#x},force-raw=on", *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=folder)
         self.pid = self.process.pid
 
     def close(self):
@@ -174,10 +174,9 @@ def test_a_qemu_that_hangs_is_unreadable_until_it_goes_on(machine, memory, monke
 
 
 def test_a_qemu_without_a_socket_of_its_own_cannot_be_read_so_and_one_that_ended_is_gone(tmp_path):
-    path = tmp_path / "qmp"
-    machine = Machine(tmp_path, "-qmp", f"unix:{path},server=on,wait=off")
+    machine = Machine(tmp_path, "-qmp", "unix:qmp,server=on,wait=off")  # where it was started
     try:
-        until(path.exists)
+        until(machine.socket.exists)
         with contextlib.closing(eventually(lambda: open_monitor(machine.pid))) as memory:
             machine.close()
             for again in (memory.check_alive, lambda: memory.read(MIB, 8), lambda: memory.readv([(MIB, 8)])):
