@@ -238,7 +238,8 @@ class ControlRoom:
 
     def _handle(self, prefix: str, act: Act, who: str) -> Json:
         verdict_id, flow = self.known.find(prefix)
-        desk = next((desk for desk in self._all() if desk.vm == flow.vm), None)
+        life = flow.vm.target, flow.vm.instance  # its name may have changed since
+        desk = next((desk for desk in self._all() if (desk.vm.target, desk.vm.instance) == life), None)
         if desk is None:
             raise UsageError(f"{flow.vm.target} is not under watch any more")
         done = self._call(desk, lambda: desk.act(flow, act, who))

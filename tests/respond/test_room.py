@@ -205,6 +205,16 @@ def test_an_act_on_a_flow_nobody_was_told_of_is_refused(world):
         world.ask("block", id="abcdef")
 
 
+def test_an_act_on_a_flow_reaches_its_guest_also_when_that_was_renamed_since(world):
+    one = verdict(5)
+    world.room.known.remember("abcdef012345", one.flow.id)
+    world.desks[0].vm = replace(VM, name="web-02")
+    assert world.ask("block", id="abcdef")["done"] is True
+    world.desks[0].vm = replace(VM, instance="another life")
+    with pytest.raises(UsageError, match="not under watch any more"):
+        world.ask("block", id="abcdef")
+
+
 def test_an_act_on_a_guest_that_has_gone_is_refused(world):
     one = verdict(5)
     world.room.known.remember("abcdef012345", one.flow.id)
