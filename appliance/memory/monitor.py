@@ -112,7 +112,7 @@ def open_monitor(pid: int) -> QmpMemory:
     with qmp.Monitor(socket, ANSWER_S, pid) as monitor:
         regions = list(_ram(monitor.human("info mtree -f"), line))
     if not regions:
-        raise HostError(f"QEMU's monitor {path} names no RAM")
+        raise HostError(f"QEMU's monitor {line.monitors[0]} names no RAM")
     return QmpMemory(pid, socket, regions)
 
 
