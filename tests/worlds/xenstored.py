@@ -5,6 +5,7 @@ Events may come before an answer and in the same packet. ``stalled``: it takes q
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -41,7 +42,8 @@ class Xenstored:
         with self._lock:
             for peer, watches in self._watches.items():
                 told = [(at, word) for at, word in watches if path == at or path.startswith(at + "/")]
-                peer.sendall(b"".join(_message(EVENT, 0, path, word) for _, word in told))
+                with contextlib.suppress(OSError):  # who has left is told nothing
+                    peer.sendall(b"".join(_message(EVENT, 0, path, word) for _, word in told))
 
     def write(self, path: str, value: str | None) -> None:
         """Change a value (None: remove it and what is below), and tell."""
