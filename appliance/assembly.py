@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from appliance.engine import Engine, Judge
-from appliance.errors import HostError
+from appliance.errors import GuestGone, HostError
 from appliance.flow.community import community_id
 from appliance.flow.names import Names
 from appliance.front import Front
 from appliance.hosts.inventory import is_running
+from appliance.hosts.netns import find_index
 from appliance.hosts.proc import read_cpu_s
 from appliance.hosts.qemu import find_guest
-from appliance.model import Decoy, GuestInfo, HoldPolicy, Snapshot, Verdict
+from appliance.lately import Lately
+from appliance.model import Decoy, GuestInfo, GuestState, HoldPolicy, Snapshot, Verdict
 from appliance.opening import open_eye, open_eye_or_say, open_other, open_tap, teach
 from appliance.plugging import Plugging
 from appliance.ports import GuestEye, PacketTap
@@ -26,7 +28,7 @@ from appliance.respond.mailbox import Mailbox
 from appliance.sight import at_once, in_a_thread
 from appliance.tap.bpf.tap import KernelTap
 from appliance.tap.looks import LookTap
-from appliance.watch import GuestWatch, Tell
+from appliance.watch import ENDED, GuestWatch, Tell
 
 LOOKS: Final = "looks"  # the tap where no packet can be seen
 Offer = Callable[[Verdict], None]
@@ -90,18 +92,26 @@ class Builder:
     def open_eye(self, info: GuestInfo, *, brief: bool = False) -> GuestEye:
         """Attach to its memory. Raises ParasightError."""
         options = self.options
-        return open_eye(info, options.symbols, brief=brief, route=options.route, change_domain=options.change_domain)
+        eye = open_eye(info, options.symbols, brief=brief, route=options.route, change_domain=options.change_domain)
+        if _lives(info):
+            return eye
+        eye.close()  # of who has its pid, or its UUID, by now
+        raise GuestGone(ENDED)
 
-    def open_named(self, infos: list[GuestInfo], offer: Callable[[GuestInfo], Offer]) -> list[Watched]:
+    def open_named(
+        self, infos: list[GuestInfo], offer: Callable[[GuestInfo], Offer], stopping: Callable[[], bool]
+    ) -> list[Watched]:
         """Open guests that a person has named: whatever keeps one from being watched is an error, and none is.
 
-        All memory eyes first, since attaching takes time in which an open tap's ring would fill.
+        All memory eyes first, since attaching takes time in which an open tap's ring would fill. When it is to stop
+        meanwhile, no further memory is attached to. Memory that is not complete yet is attached to when it is.
         """
         with contextlib.ExitStack() as undo:
             eyes: list[GuestEye | None] = []
             for info in infos:
                 self._say_notes(info)
-                eyes.append(self._open_eye_or_say(info) if info.routes else None)
+                whole = bool(info.routes) and info.state is not GuestState.INCOMING
+                eyes.append(self._open_eye_or_say(info) if whole and not stopping() else None)
                 if (eye := eyes[-1]) is not None:
                     undo.callback(eye.close)
             opened: list[Watched] = []
@@ -146,6 +156,7 @@ class Builder:
         options, rules, tell = self.options, self.rules, self.tell
         tap, how, looked = self._open_tap(info, eye)
         undo.callback(tap.close)
+        _check_same(info)
         hand = tap if isinstance(tap, KernelTap) else None
         system = eye.os if eye is not None else ""  # not known yet: then the rules for every system hold
         policy = rules.hold_policy(system, info.tags)
@@ -172,7 +183,7 @@ class Builder:
             offer,
             time.time_ns,
             tell=tell,
-            runs=partial(_lives, info) if info.pid is not None or named else lambda: True,
+            runs=_make_runs(info, named=named),
             looked=looked,
             use=tap.use if isinstance(tap, LookTap) else lambda eye: None,
             reopen=attach if info.routes else lambda: None,
@@ -180,7 +191,7 @@ class Builder:
             aside=in_a_thread if info.routes else at_once,
             work_s=partial(read_cpu_s, info.pid) if info.pid is not None else None,
             young=young,
-            silent=named or not info.routes,
+            silent=(named and info.state is not GuestState.INCOMING) or not info.routes,
             other=other,
             hand=hand if enforces else None,
             hold=policy if enforces else None,
@@ -188,10 +199,10 @@ class Builder:
             decoys={decoy.name: decoy for decoy in options.decoys},
             serve=mailbox.serve,
             ports=plugging.look if plugging is not None else lambda *, changed: None,
-            abandon=hand.abandon if enforces and policy is not None and hand and options.fail_closed else None,
+            abandon=hand.abandon if enforces and hand and options.fail_closed else None,
         )
         latest.append(watch)
-        front = Front(watch, hand, how, enforces and policy is not None, time.time_ns(), mailbox)
+        front = Front(watch, hand, how, time.time_ns(), mailbox)
         return Watched(watch, front, hand.beat if hand is not None else None, how, undo.pop_all())
 
     def _open_tap(self, info: GuestInfo, eye: GuestEye | None) -> tuple[PacketTap, str, Callable[[Snapshot], None]]:
@@ -208,7 +219,23 @@ class Builder:
         if not info.ports and not info.routes:
             raise HostError(f"{info.id.target} has no port to watch: {'; '.join(info.notes) or 'no network card'}")
         for note in info.notes:
-            self.tell(f"{info.id.target}: {note}")
+            self.tell(f"{info.id.target}: {' '.join(note.split())}")
+
+
+def _make_runs(info: GuestInfo, *, named: bool) -> Callable[[], bool]:
+    """Asked once a second in the guest's thread, in which flows wait. Who has no process is asked for aside."""
+    if info.pid is not None or info.hypervisor is None:
+        return partial(_lives, info)
+    return Lately(partial(_lives, info), first=True) if named else lambda: True  # else the roster asks
+
+
+def _check_same(info: GuestInfo) -> None:
+    """Raise HostError unless its ports and itself are those that were found: opening takes time."""
+    for port in info.ports:
+        if port.ifindex is not None and find_index(port.netns, port.ifname) != port.ifindex:
+            raise HostError(f"{info.id.target}: its port {port.ifname} is gone, or another one by now")
+    if not _lives(info):
+        raise HostError(f"{info.id.target}: {ENDED}")
 
 
 def _lives(info: GuestInfo) -> bool:

@@ -38,6 +38,7 @@ class Crowd:
         self._roster: Roster | None = None
         self._thread: threading.Thread | None = None
         self._inventory: Inventory | None = None
+        self._waits = True  # for guests that are not here now
         self._ledger = Ledger()
         self._resting: list[Life] = []
         self._since_s = time.monotonic()
@@ -52,15 +53,21 @@ class Crowd:
             return opened[key_of(life.info)]
 
         lives = {key: self._make(info, take, named=True) for key, info in infos.items()}
-        watched = self._builder.open_named(list(infos.values()), lambda info: partial(self._offer, lives[key_of(info)]))
+        watched = self._builder.open_named(
+            list(infos.values()), lambda info: partial(self._offer, lives[key_of(info)]), self._stopping
+        )
         opened.update(zip(infos, watched, strict=True))
         followed = {key_of(info): info.id.uuid for target, info in named if _is_followed(target, info)}
         self._named = [life for key, life in lives.items() if key not in followed]
-        if followed:
+        self._waits = bool(followed)
+        managed = [life for life in self._named if life.info.manager is not None]
+        if followed or managed:
             uuids = frozenset(uuid for uuid in followed.values() if uuid is not None)
             roster = self._make_roster(inventory or Inventory.of_this_host(events=True), Choice(uuids=uuids))
             for key in followed:
                 roster.adopt(lives[key])
+            for life in managed:
+                roster.accompany(life)
         for life in lives.values():
             life.start()
         self._start_roster()
@@ -74,7 +81,7 @@ class Crowd:
     def goes_on(self) -> bool:
         """Whether there is, or will be, anything to watch."""
         roster = self._thread is not None and self._thread.is_alive()
-        return roster or any(not life.over for life in self._named)
+        return (roster and self._waits) or any(not life.over for life in self._named)
 
     def has_begun(self) -> bool:
         """Whether the guests that were here are watched; one that keeps us waiting is not waited for."""

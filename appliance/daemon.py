@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import sys
 import threading
 import time
@@ -64,6 +65,7 @@ def watch(
     or HostError when a target cannot be watched at all from the start.
     """
     sys.setswitchinterval(SWITCH_S)
+    _raise_limit()
 
     def stopping() -> bool:
         return stop.is_set() or (until is not None and time.monotonic() >= until)
@@ -95,6 +97,13 @@ def watch(
             if desk.show_next():
                 idle()
     return crowd.summaries()
+
+
+def _raise_limit() -> None:
+    """Each guest takes some 25 open files; the usual limit is 1024, and what we may have much more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Desk:

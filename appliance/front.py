@@ -22,7 +22,6 @@ class Front:
     watch: GuestWatch
     hand: PacketHand | None  # also where the rules do not act: a person may
     rung: str
-    enforces: bool
     started_ns: int
     mailbox: Mailbox
 
@@ -37,7 +36,7 @@ class Front:
         return GuestStatus(
             rung=self.rung,
             acts=self.hand is not None,
-            enforces=self.enforces,
+            enforces=self.watch.enforces,
             started_ns=self.started_ns,
             flows=self.watch.flows,
             held=len(self.watch.engine.waiting),

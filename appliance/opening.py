@@ -55,7 +55,10 @@ def open_eye(
     Raises GuestError, HostError, ConfigError or UsageError with what to do.
     """
     chosen = choose(info, route)
-    memory = open_memory(info, chosen, change_domain=change_domain)
+    try:
+        memory = open_memory(info, chosen, change_domain=change_domain)
+    except OSError as error:  # too many open files, as a rule
+        raise HostError(f"its memory cannot be opened: {error}") from error
     missing: tuple[Gap, ...] = ()
     try:
         if thorough or not memory.live:  # of a guest that runs on, they change: they are told of one look only

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from appliance.assembly import Watched
 from appliance.errors import ParasightError
 from appliance.hosts.inventory import Inventory, is_running
 from appliance.hosts.proc import read_age_s
@@ -71,6 +72,7 @@ class Roster:
         self._inventory, self._choice, self._begin, self._tell, self._clock_s = inventory, choice, begin, tell, clock_s
         self._lives: dict[str, Life] = {}
         self._portless_s: dict[str, float] = {}  # since when
+        self._beside: list[Life] = []
         self._refused: dict[str, _Refusal] = {}
         self._begun_s: dict[str, float] = {}
         self._said: dict[str, str] = {}  # by what it is about
@@ -84,6 +86,10 @@ class Roster:
     def adopt(self, life: Life) -> None:
         """Take a life that was begun elsewhere. Before the first look."""
         self._lives[key_of(life.info)] = life
+
+    def accompany(self, life: Life) -> None:
+        """Tell a watch what is known of its guest, and nothing else: it ends by itself. Before the first look."""
+        self._beside.append(life)
 
     def lives(self) -> list[Life]:
         """Those under watch."""
@@ -116,7 +122,7 @@ class Roster:
     def look(self, timeout_s: float = POLL_S) -> None:
         """Wait for a change, at most ``timeout_s``; then make what is watched what shall be."""
         for change in self._inventory.wait(timeout_s):
-            for life in self.lives():
+            for life in (*self.lives(), *self._beside):
                 if change.uuid is not None and change.uuid == life.info.id.uuid and life.watched is not None:
                     life.watched.watch.hint(change.what)
         try:
@@ -144,6 +150,9 @@ class Roster:
         self._bury(here)
         for key, life in list(self._lives.items()):
             self._tend(life, here.get(key))
+        for life in self._beside:
+            if (info := here.get(key_of(life.info))) is not None and life.watched is not None:
+                self._inform(life, life.watched, info)
         now_s = self._clock_s()
         self._portless_s = {key: self._portless_s.get(key, now_s) for key, info in here.items() if not info.ports}
         self._refused = {key: refusal for key, refusal in self._refused.items() if key in here}
@@ -203,6 +212,15 @@ class Roster:
         elif life.watched is not None:
             life.info = info
             life.watched.watch.renew(info)
+
+    def _inform(self, life: Life, watched: Watched, info: GuestInfo) -> None:
+        """Tell a watch that nobody opens again what is known of its guest now."""
+        if info.ports and not watched.follows and _moved(life.info, info):
+            ports = ", ".join(port.ifname for port in info.ports)
+            self._say(
+                f"ports {key_of(info)}", f"{info.id.target}: its ports are {ports} now: watch it anew to see them"
+            )
+        watched.watch.renew(info)
 
     def _lives_on(self, info: GuestInfo) -> bool:
         """A guest that is not listed may still run, where its hypervisor could not be asked."""

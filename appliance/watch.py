@@ -116,8 +116,8 @@ class GuestWatch:
         same policy), ``policy`` what that is for another system and other tags. ``decoys`` are the far ends of
         redirects by name. ``serve`` does what others ask of this thread,
         ``ports`` looks whether the guest's ports have changed. ``abandon`` leaves the tap as a dead appliance would:
-        for an operator who wants the guest's network to fail closed, also by an error of ours. ``other`` is asked for
-        a second opinion.
+        for an operator who wants the guest's network to fail closed, also by an error of ours; where nothing is held,
+        it is not used. ``other`` is asked for a second opinion.
         """
         self.info, self._tap, self.engine = info, tap, engine
         self._report, self.clock, self._tell = report, clock, tell
@@ -125,6 +125,7 @@ class GuestWatch:
         self._other, self._unanswered = other, 0
         self._hand, self._hold, self._decoys, self._serve, self._ports = hand, hold, decoys, serve, ports
         self._abandon = abandon
+        self._had_ports = bool(info.ports)  # what is known of it may say otherwise in the end
         self._turns = 0
         self._later: deque[tuple[GatherEvidence, int]] = deque()  # with the time it was asked for
         self._complained: set[str] = set()
@@ -172,7 +173,7 @@ class GuestWatch:
                 self._check()
                 self._serve()
                 self._turns += 1
-            if self.info.ports and not stop():
+            if self._had_ports and not stop():
                 raise GuestGone("its ports are gone" if self._runs() else ENDED)
             self._finish()
         except GuestGone as error:  # the boundary: this guest's watch ends, the others go on
@@ -198,6 +199,11 @@ class GuestWatch:
     def opening(self) -> bool:
         """Its memory is being attached to."""
         return self._sight.opening
+
+    @property
+    def enforces(self) -> bool:
+        """Whether its rules act: flows wait for them."""
+        return self._hold is not None
 
     @property
     def flows(self) -> int:
@@ -408,7 +414,7 @@ class GuestWatch:
         self.summary.ended = why
         self._tell(f"{self.info.id.target}: the watch has ended: {why}")
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            if failed and self._abandon is not None:
+            if failed and self._abandon is not None and self._hold is not None:
                 self._abandon()
                 self._tell(f"{self.info.id.target}: its network has failed closed; to open it: parasight stop --clean")
                 self.summary.tap = self._tap.stats()

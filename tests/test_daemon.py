@@ -1,7 +1,9 @@
 """Who gives orders to a watch, and when it is ready; real ports, the command as a person runs it."""
 
 import contextlib
+import errno
 import json
+import resource
 import socket
 import subprocess
 import threading
@@ -282,3 +284,33 @@ def test_the_rules_for_a_tag_hold_for_the_guests_that_bear_it_from_when_they_do(
         source.guests = [here(world, tags=("db", "web"))]
         ports = iter(range(6002, 7000))
         wait_for(lambda: call_until_seen(next(ports)) is Decision.DENY)
+
+
+def test_as_many_files_may_be_open_as_the_host_allows(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1024), hard))
+    ready = threading.Event()
+    try:
+        with watching([], ready.set, inventory=Inventory([Source()])) as (_, said):
+            assert ready.wait(60), said
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_verdict_that_finds_no_room_on_the_disk_ends_no_watch(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARASIGHT_RUN_DIR", str(tmp_path))
+    ready, tries = threading.Event(), []
+
+    def report(verdict):
+        tries.append(verdict)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with watching([f"port:{PORT}@{world.host}"], ready.set, report=report) as (summaries, said):
+        assert ready.wait(60), said
+        ports = iter(range(7001, 9000))
+        wait_for(lambda: call_out(world, next(ports)) or len(tries) >= 2)
+    assert len([line for line in said if "No space left" in line]) == 1
+    assert summaries[0].unshown == len(tries)
+    assert not summaries[0].defect

@@ -19,7 +19,7 @@ def front(hand, *events, actions=("hold",)):
     watch = GuestWatch(LIVE, Tap(), eye, engine, reports.append, Clock(), hand=hand, hold=HoldPolicy())
     for event in events:
         watch.take(event)
-    return Front(watch, hand, "tc+ring", True, 0, Mailbox()), reports
+    return Front(watch, hand, "tc+ring", 0, Mailbox()), reports
 
 
 @pytest.mark.parametrize("act", [Act.BLOCK, Act.RESET])

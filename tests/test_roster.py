@@ -5,13 +5,14 @@ import fcntl
 import itertools
 import os
 import resource
+import socket
 import threading
 import time
 from dataclasses import replace
 
 import pytest
 
-from appliance.assembly import Watched
+from appliance.assembly import Watched, _check_same
 from appliance.crowd import Crowd
 from appliance.engine import Engine
 from appliance.errors import HostError
@@ -118,7 +119,7 @@ class Host:
             watch = GuestWatch(
                 info, tap, Eye(), engine, print, time.time_ns, tell=self.said.append, serve=mailbox.serve
             )
-            front = Front(watch, None, "played", False, 0, mailbox)
+            front = Front(watch, None, "played", 0, mailbox)
             self.opened.append(info.id.instance)
             return Watched(watch, front, None, "played", contextlib.ExitStack())
 
@@ -437,3 +438,36 @@ def test_a_watch_that_is_over_is_put_away_once_its_own_verdicts_were_shown(host)
     crowd.retire()
     assert crowd._resting == []
     assert [one.vm for one in crowd.summaries()] == [guest("a").id.target]
+
+
+def test_a_watch_that_a_person_began_by_its_process_learns_what_is_told_and_goes_on_whatever_its_metadata_says(host):
+    life = host.begin(guest("a", manager="libvirt"), False)
+    host.roster.accompany(life)
+    eventually(lambda: life.begun)
+    told = replace(guest("a", manager="libvirt"), tags=("web",), wanted=False)
+    host.inventory.told = [GuestChange(Change.REBOOTED, guest("a").id.uuid)]
+    host.look(replace(told, ports=(GuestPort("tap-new"),)))
+    eventually(lambda: life.watched.watch.info.tags == ("web",))
+    eventually(lambda: any("it reboots" in line for line in host.said))
+    assert any("its ports are tap-new now" in line for line in host.said)
+    host.look()
+    assert not life.sent_off
+    assert host.roster.lives() == []
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        GuestInfo(GuestId("qemu:1"), ports=(GuestPort("lo", ifindex=4711),)),
+        GuestInfo(GuestId("qemu:1"), ports=(GuestPort("lo", netns="/proc/0/ns/net", ifindex=1),)),
+        GuestInfo(GuestId("qemu:1", instance="1-4711"), 1, hypervisor="qemu"),
+    ],
+    ids=["another port", "another namespace", "another process"],
+)
+def test_what_took_a_guests_place_while_it_was_opened_is_not_taken_for_it(info):
+    with pytest.raises(HostError, match=r"another one by now|has ended"):
+        _check_same(info)
+
+
+def test_a_guest_is_what_it_was_while_it_was_opened():
+    _check_same(GuestInfo(GuestId("qemu:1"), ports=(GuestPort("lo", ifindex=socket.if_nametoindex("lo")),)))

@@ -1,5 +1,6 @@
 """The loop of one guest: what the guest or we ourselves do wrong is told, and never looks like a quiet guest."""
 
+import threading
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 
 from appliance.engine import Engine
 from appliance.errors import GuestGone, HostError, Implausible
+from appliance.lately import Lately
 from appliance.model import (
     Act,
     Change,
@@ -27,6 +29,7 @@ from appliance.model import (
 )
 from appliance.sight import STILL_NS
 from appliance.watch import AGAIN_NS, CHECK_NS, MAX_PUT_OFF, GuestWatch
+from tests.respond.desks import eventually
 from tests.worlds.nouns import VM, NoNames, Verbatim, flow, owner
 
 LIVE = GuestInfo(VM, 4242, ports=(GuestPort("tap1"),))
@@ -466,8 +469,52 @@ def test_where_a_network_shall_fail_closed_an_error_of_ours_leaves_the_tap_on_th
         raise error
 
     tap = Tap()
-    summary, _, said = watch(tap, Eye(), runs=runs, hand=Hand(), abandon=lambda: abandoned.append(1))
+    more = {"hand": Hand(), "hold": HoldPolicy(), "abandon": lambda: abandoned.append(1)}
+    summary, _, said = watch(tap, Eye(), runs=runs, **more)
     assert (tap.closed, abandoned) == (closed, [] if closed else [1])
     assert any("stop --clean" in line for line in said) is not closed
     assert str(error) in summary.ended
     assert summary.tap.packets == 1
+
+
+def test_an_error_of_ours_shuts_no_network_in_which_nothing_waits_for_us():
+    def runs():
+        raise KeyError("x")
+
+    abandoned, tap = [], Tap()
+    watch(tap, Eye(), runs=runs, hand=Hand(), abandon=lambda: abandoned.append(1))
+    assert (tap.closed, abandoned) == (True, [])
+
+
+def test_tags_that_come_later_are_enforced_and_shut_the_network_when_we_fail():
+    abandoned, tap, hold = [], Tap(), HoldPolicy()
+
+    def policy(os, tags):
+        return hold if "web" in tags else None
+
+    one = GuestWatch(
+        LIVE, tap, Eye(), Engine(Verbatim(), NoNames()), print, Clock(), hand=Hand(), policy=policy,
+        runs=lambda: [1][one.enforces], abandon=lambda: abandoned.append(1),
+    )  # fmt: skip
+    assert not one.enforces
+    one.renew(replace(LIVE, tags=("web",)))
+    one.run(lambda: False)
+    assert abandoned == [1]
+
+
+def test_a_last_port_that_goes_ends_the_watch_with_a_word_although_that_was_told_before():
+    tap, said = Tap(lasts=3), []
+    one = GuestWatch(LIVE, tap, Eye(), Engine(Verbatim(), NoNames()), print, Clock(), tell=said.append)
+    one.renew(replace(LIVE, ports=()))
+    one.run(lambda: False)
+    assert one.summary.ended == "its ports are gone"
+
+
+def test_a_question_that_takes_long_keeps_nobody_waiting_and_its_answer_is_told_later():
+    answers, go_on = [], threading.Event()
+    runs = Lately(lambda: go_on.wait(60) and False, first=True)
+    for _ in range(3):
+        answers.append(runs())
+    assert answers == [True, True, True]
+    go_on.set()
+    eventually(lambda: not runs())
