@@ -35,6 +35,7 @@ FULL_COST: Final = 10  # so many times what that took; else only what shows at a
 BUSY: Final = 0.05  # share of one CPU that a paused machine does not use
 IDLE_S: Final = 0.02  # CPU time in which no kernel can have started
 MAX_AT_ONCE: Final = 4  # tries under way in one process: each holds some ten MiB
+HANGS_S: Final = 60.0  # one that takes longer (a read can hang in the kernel) keeps no other from beginning
 
 _UPSET: Final = {
     Change.REBOOTED: "it reboots",
@@ -44,7 +45,37 @@ _MOVES: Final = {Change.RESUMED, Change.MIGRATED, Change.STARTED}
 
 Attach = Callable[[], GuestEye | None]
 Aside = Callable[[Attach], "Future[GuestEye | None]"]
-_slots: Final = threading.BoundedSemaphore(MAX_AT_ONCE)
+
+
+class Slots:
+    """Lets so many in at once; who stays for longer than ``seconds`` does not count any more."""
+
+    def __init__(self, count: int = MAX_AT_ONCE, seconds: float = HANGS_S) -> None:
+        self._count, self._seconds = count, seconds
+        self._changed = threading.Condition()
+        self._since_s: dict[object, float] = {}
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Wait for a place, and hold it."""
+        mark = object()
+        with self._changed:
+            while self._is_full():
+                self._changed.wait(min(1.0, self._seconds))
+            self._since_s[mark] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._since_s[mark]
+                self._changed.notify()
+
+    def _is_full(self) -> bool:
+        now_s = time.monotonic()
+        return sum(now_s - since_s < self._seconds for since_s in self._since_s.values()) >= self._count
+
+
+_slots: Final = Slots()
 
 
 def at_once(job: Attach) -> Future[GuestEye | None]:
@@ -59,7 +90,7 @@ def in_a_thread(job: Attach) -> Future[GuestEye | None]:
     future: Future[GuestEye | None] = Future()
 
     def run() -> None:
-        with _slots:
+        with _slots.take():
             _fulfil(future, job)
 
     threading.Thread(target=run, name="attach", daemon=True).start()
@@ -87,6 +118,7 @@ class Sight:
         errors: Counter[str],
         aside: Aside = at_once,
         work_s: Callable[[], float] | None = None,
+        state: GuestState = GuestState.RUNNING,
         young: bool = False,
         silent: bool = True,
         glance: Attach | None = None,
@@ -94,15 +126,17 @@ class Sight:
     ) -> None:
         """``errors`` counts what the guest does to us. ``work_s`` tells the CPU seconds that its machine has used.
 
-        ``young``: its kernel may not run yet. ``silent``: that no kernel can be read was said already. ``glance`` is a
-        cheaper ``attach`` which does not find everything. ``without``: what is done while nothing can be read.
+        ``state``: what the guest does now. ``young``: its kernel may not run yet. ``silent``: that no kernel can be
+        read was said already. ``glance`` is a cheaper ``attach`` which does not find everything. ``without``: what is
+        done while nothing can be read.
         """
         self.eye, self._vm, self._attach, self._tell, self._errors = eye, vm, attach, tell, errors
         self._glance, self._without = glance, without
         self._next_full_ns = now_ns + FULL_NS if young else 0
         self._aside, self._work_s, self._silent = aside, work_s, silent
-        self.state = GuestState.RUNNING
+        self.state = state
         self._trying: Future[GuestEye | None] | None = None
+        self._useless: Future[GuestEye | None] | None = None  # a try that was given up and is not over
         self._took_ns = self._cost_ns = 0
         self._was_full = False
         self._young_until_ns = now_ns + YOUNG_NS if young else 0
@@ -122,7 +156,7 @@ class Sight:
     @property
     def opening(self) -> bool:
         """No kernel is seen, and perhaps one is in a moment."""
-        return self.eye is None and self._trying is not None
+        return self.eye is None and (self._trying is not None or self._is_held_up())
 
     def heard(self, at_ns: int) -> None:
         """The guest has sent something: it is not paused."""
@@ -146,6 +180,9 @@ class Sight:
         self._rest(now_ns)
         if state is GuestState.RUNNING:
             self._hurry(now_ns)
+        elif state is GuestState.INCOMING:  # who reads a page that is still on its way waits for it in the kernel
+            self._forget_try()
+            self.drop()
         elif state is GuestState.CRASHED:
             self._say("its kernel has crashed, as the hypervisor says")
 
@@ -177,7 +214,7 @@ class Sight:
         self._mind_clock(now_ns)
         if self.state is GuestState.INCOMING:
             return False
-        if self._trying is None:
+        if self._trying is None and not self._is_held_up():
             if self.eye is None:
                 if now_ns >= self._next_try_ns and not self._idle():
                     self._try(now_ns)
@@ -345,10 +382,13 @@ class Sight:
         self.drop()
 
     def _forget_try(self) -> None:
-        """What is under way is of no use any more."""
+        """What is under way is of no use any more. No other is begun before it is over."""
         if self._trying is not None:
-            self._trying.add_done_callback(_close_found)
-            self._trying = None
+            self._useless, self._trying = self._trying, None
+            self._useless.add_done_callback(_close_found)
+
+    def _is_held_up(self) -> bool:
+        return self._useless is not None and not self._useless.done()
 
     def _say(self, line: str) -> None:
         self._tell(f"{self._vm}: {line}")

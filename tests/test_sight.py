@@ -1,5 +1,6 @@
 """The memory eye through a guest's life: when its kernel is looked for, and that no dead kernel is believed."""
 
+import threading
 from collections import Counter
 from concurrent.futures import Future
 
@@ -7,7 +8,7 @@ import pytest
 
 from appliance.errors import GuestGone, PermissionRefused, UnsupportedGuest
 from appliance.model import Change, GuestState
-from appliance.sight import BRISK_STILL_NS, CHECK_NS, FULL_NS, MAX_RETRY_NS, STILL_NS, YOUNG_NS, Sight
+from appliance.sight import BRISK_STILL_NS, CHECK_NS, FULL_NS, MAX_RETRY_NS, STILL_NS, YOUNG_NS, Sight, Slots
 from tests.test_watch import Eye
 
 SECOND = CHECK_NS
@@ -134,6 +135,31 @@ def test_a_guest_that_comes_in_is_not_attached_to_before_it_is_all_here():
     assert one.tries == []
     one.sight.learn_state(GuestState.RUNNING, one.now_ns)
     assert one.live(0.2) == 1
+    eye = one.sight.eye
+    one.sight.learn_state(GuestState.INCOMING, one.now_ns)
+    assert eye.closed
+    assert World(young=True, state=GuestState.INCOMING, silent=False).live(10) == 0
+
+
+def test_attaching_that_hangs_keeps_no_other_guest_waiting_for_ever():
+    slots, hanging, done = Slots(count=2, seconds=0.2), threading.Event(), []
+
+    def hang():
+        with slots.take():
+            hanging.wait(60)
+
+    def go():
+        with slots.take():
+            done.append(1)
+
+    threads = [threading.Thread(target=work) for work in (hang, hang, go)]
+    for thread in threads:
+        thread.start()
+    threads[2].join(60)
+    assert done == [1]
+    hanging.set()
+    for thread in threads:
+        thread.join(60)
 
 
 @pytest.mark.parametrize("change", [Change.RESUMED, Change.MIGRATED])
@@ -228,11 +254,15 @@ def test_what_a_try_found_that_began_before_the_revert_is_thrown_away():
     one = World(None, aside=aside, silent=False)
     one.live(0.2)
     assert one.sight.opening
-    one.sight.hint(Change.REVERTED, one.now_ns)
+    for _ in range(50):
+        one.sight.hint(Change.REVERTED, one.now_ns)
+        one.live(0.2)
+    assert len(pending) == 1  # a guest that resets all the time has no more than one try
+    assert one.sight.opening
     before, after = ticking(), ticking()
+    pending[0][1].set_result(before)
     one.live(0.2)
-    for (_, future), found in zip(pending, (before, after), strict=True):
-        future.set_result(found)
+    pending[1][1].set_result(after)
     assert one.live(0.2) == 1
     assert before.closed
     assert one.sight.eye is after
