@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import errno
 import struct
+import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from appliance.errors import GuestGone, HostError, UnreadableMemory, UnsupportedGuest, UsageError
-from appliance.memory.foreign import MAX_FRAMES, ForeignMemory
+from appliance.memory.foreign import ForeignMemory
 from appliance.memory.frames import NOT_READY, DomainFrames, explain_errno
-from appliance.memory.xenmap import PAGE, find_regions, sample
+from appliance.memory.xenmap import PAGE, find_populated, find_regions, sample
 from appliance.model import Availability, Gap, Region, VcpuState
 from appliance.xenctl import Control, explain, is_control_domain
 
 MAX_VCPUS: Final = 128
+POPULATED_S: Final = 2.0  # for where there is anything at all; the guest decides how long it would take
 # In struct hvm_hw_cpu: rip 640; cr0 656; cr3 672, cr4; fs_base 832, gs; idtr_base 872; shadow_gs 944; lstar 960.
 _CPU: Final = struct.Struct("<640xQ8xQ8xQQ144xQQ24xQ64xQ8xQ64x")
 
@@ -91,9 +92,12 @@ class XenMemory:
         return [next(pieces) if fits else other for fits, other in zip(good, nothing, strict=True)]
 
     def data_regions(self) -> tuple[Region, ...]:
-        """The parts that are populated; every frame is asked for where some are not."""
+        """The parts worth scanning: without large holes; that takes `POPULATED_S` at most. Raises GuestGone."""
         self._check_open()
-        return tuple(self._find_populated()) if self.gaps else self._regions
+        if not self.gaps:
+            return self._regions
+        end_s = time.monotonic() + POPULATED_S
+        return find_populated(self._frames.probe, self._regions, lambda: time.monotonic() >= end_s)
 
     def vcpus(self) -> tuple[VcpuState, ...]:
         """Registers of the virtual CPUs that were started. Xen holds each one still for the copy, some microseconds."""
@@ -126,21 +130,6 @@ class XenMemory:
     def _is_ram(self, gpa: int, size: int) -> bool:
         index = bisect_right(self._starts, gpa) - 1
         return index >= 0 <= size and gpa + size <= self._regions[index].gpa + self._regions[index].size
-
-    def _find_populated(self) -> Iterator[Region]:
-        for region in self._regions:
-            runs: list[list[int]] = []  # first frame, one behind the last
-            stop = (region.gpa + region.size) // PAGE
-            for start in range(region.gpa // PAGE, stop, MAX_FRAMES):
-                frames = range(start, min(start + MAX_FRAMES, stop))
-                asked = zip(frames, self._frames.probe(frames), strict=True)
-                for there, run in groupby(asked, key=lambda each: each[1]):
-                    numbers = [frame for frame, _ in run]
-                    if there and runs and runs[-1][1] == numbers[0]:
-                        runs[-1][1] = numbers[-1] + 1
-                    elif there:
-                        runs.append([numbers[0], numbers[-1] + 1])
-            yield from (Region(first * PAGE, (end - first) * PAGE) for first, end in runs)
 
 
 def open_xen(

@@ -21,6 +21,9 @@ LOW_LIMIT: Final = 0xFEE00  # LAPIC_BASE_ADDRESS: RAM of a PVH guest ends there
 VIDEO: Final = 0xF0000  # HVM_BELOW_4G_MMIO_START: RAM of an HVM guest ends there, video memory may follow
 HIGH: Final = 0x100000  # 4 GiB
 VGA_HOLE: Final = range(0xA0, 0xC0)  # LIBXL_VGA_HOLE_SIZE
+BLOCK: Final = 1024  # frames that are populated, or are not, as far as a scan is concerned
+STEP: Final = 16  # of this many frames of such a block, one is asked for at first
+MAX_RUNS: Final = 4096
 
 Probe = Callable[[Sequence[int]], Sequence[bool]]  # which of these frames can be mapped; at most SAMPLES
 
@@ -45,6 +48,34 @@ def sample(regions: Sequence[Region]) -> list[int]:
         found += range(first + skip, first + count, step)
         skip = (skip - count) % step
     return found
+
+
+def find_populated(probe: Probe, regions: Sequence[Region], expired: Callable[[], bool]) -> tuple[Region, ...]:
+    """The blocks of `BLOCK` frames in which any is there.
+
+    Which ones the guest chooses, by its balloon: so what was not asked for before ``expired``, or lies behind
+    `MAX_RUNS` runs, counts as populated.
+    """
+    runs: list[tuple[int, int]] = []  # first frame, one behind the last
+
+    def add(first: int, end: int) -> None:
+        if runs and runs[-1][1] == first:
+            first = runs.pop()[0]
+        runs.append((first, end))
+
+    for region in regions:
+        stop = (region.gpa + region.size) // PAGE
+        for start in range(region.gpa // PAGE, stop, BLOCK * STEP):
+            if expired() or len(runs) >= MAX_RUNS:
+                add(start, stop)
+                break
+            frames = range(start, min(start + BLOCK * STEP, stop), STEP)
+            there = {(frame - start) // BLOCK for frame, mapped in zip(frames, probe(frames), strict=True) if mapped}
+            for number, first in enumerate(range(start, frames.stop, BLOCK)):
+                end = min(first + BLOCK, frames.stop)
+                if number in there or any(probe(range(first, end))):
+                    add(first, end)
+    return tuple(Region(first * PAGE, (end - first) * PAGE) for first, end in runs)
 
 
 def _sized(probe: Probe, total: int) -> tuple[int, int]:

@@ -90,18 +90,30 @@ def test_frames_that_went_away_are_told_and_the_others_are_there(memory, host, c
 
 def test_a_balloon_is_named_with_its_size_and_its_holes_are_left_out_of_scans(memory, host):
     assert memory.gaps == ()
-    host.lose(range(1000, 1512))
-    host.lose(range(2000, 2002))
-    host.state.pages -= 514
+    host.lose(range(1000, 2048))
+    host.lose(range(2500, 2502))
+    host.state.pages -= 1050
     (gap,) = memory.gaps
-    assert gap.address // PAGE in range(1000, 1512)
-    assert "about 5" in gap.why and "of 3000 frames" in gap.why and "ballooned out" in gap.why
-    runs = [(0, 1000), (1512, 2000), (2002, LOW)]
-    assert memory.data_regions() == tuple(Region(first * PAGE, (end - first) * PAGE) for first, end in runs)
+    assert gap.address // PAGE in range(1000, 2048)
+    assert "about 10" in gap.why and "of 3000 frames" in gap.why and "ballooned out" in gap.why
+    assert memory.data_regions() == (Region(0, 1024 * PAGE), Region(2048 * PAGE, (LOW - 2048) * PAGE))
     assert memory.regions == (Region(0, LOW * PAGE),)
     host.lose(range(LOW), 0)
-    host.state.pages += 514
+    host.state.pages += 1050
     assert memory.gaps == ()
+
+
+def test_a_guest_does_not_decide_how_long_its_holes_are_looked_for(memory, host, monkeypatch):
+    host.lose(range(0, LOW, 2))
+    host.state.pages -= LOW // 2
+    maps = host.state.maps
+    assert memory.data_regions() == memory.regions
+    assert host.state.maps - maps < 10
+    host.lose(range(LOW))
+    host.state.pages = 8
+    assert memory.data_regions() == ()
+    monkeypatch.setattr("appliance.memory.xen.POPULATED_S", 0.0)
+    assert memory.data_regions() == memory.regions
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOENT])

@@ -5,7 +5,17 @@ from itertools import pairwise
 
 import pytest
 
-from appliance.memory.xenmap import HIGH, PAGE, SAMPLES, VGA_HOLE, find_regions, sample
+from appliance.memory.xenmap import (
+    BLOCK,
+    HIGH,
+    MAX_RUNS,
+    PAGE,
+    SAMPLES,
+    VGA_HOLE,
+    find_populated,
+    find_regions,
+    sample,
+)
 from appliance.model import Region
 
 GIB = 1 << 18  # frames
@@ -98,3 +108,33 @@ def test_samples_are_spread_over_all_ram():
     assert all(any(r.gpa <= frame * PAGE < r.gpa + r.size for r in regions) for frame in found)
     assert max(after - before for before, after in pairwise(found) if after < HIGH) < 2048
     assert sample((Region(0, 10 * PAGE),)) == list(range(10))
+
+
+def areas(*runs):
+    return [Region(first * PAGE, (end - first) * PAGE) for first, end in runs]
+
+
+def test_a_block_with_one_frame_is_populated_and_one_without_any_is_not():
+    frames = Frames(range(BLOCK), range(3 * BLOCK + 5, 3 * BLOCK + 6), range(HIGH, HIGH + 40 * BLOCK))
+    found = find_populated(frames, areas((0, 4 * BLOCK + 7), (HIGH, HIGH + 41 * BLOCK)), lambda: False)
+    assert shape(found) == [(0, BLOCK), (3 * BLOCK, 4 * BLOCK), (HIGH, HIGH + 40 * BLOCK)]
+    assert frames.asked < 2 + 4 + 3 + 1
+
+
+def test_neither_the_regions_nor_the_questions_are_as_many_as_a_guest_likes():
+    end = 2 * 3 * MAX_RUNS * BLOCK  # 96 GiB
+
+    def probe(frames):
+        asked.append(len(frames))
+        return [frame // BLOCK % 2 == 0 for frame in frames]
+
+    asked = []
+    found = find_populated(probe, areas((0, end)), lambda: False)
+    assert len(found) <= MAX_RUNS + 16
+    assert sum(region.size for region in found) >= end // 2 * PAGE
+    assert shape(found)[-1][1] == end
+    steps = len(asked)
+    asked.clear()
+    found = find_populated(probe, areas((0, end), (end + 1, end + 2)), lambda: len(asked) > steps // 2)
+    assert shape(found)[-2:] == [(shape(found)[-2][0], end), (end + 1, end + 2)]
+    assert len(asked) < steps // 2 + 20

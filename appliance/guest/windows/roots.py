@@ -208,7 +208,10 @@ def find_by_tables(
 
 
 def _chunks(memory: GuestMemory, end: int | None) -> Iterator[tuple[int, bytes]]:
-    """RAM without its holes, whole pages in large pieces; empty where all of one is zero."""
+    """RAM without its holes, whole pages in large pieces; empty where all of one is zero.
+
+    Where some pages of a piece cannot be read, zeros stand for them.
+    """
     data_regions = getattr(memory, "data_regions", None)
     regions: Iterable[Region] = data_regions() if data_regions else memory.regions
     for region in regions:
@@ -216,7 +219,10 @@ def _chunks(memory: GuestMemory, end: int | None) -> Iterator[tuple[int, bytes]]
         for gpa in range(start, min(stop, end or stop), CHUNK):
             size = min(CHUNK, min(stop, end or stop) - gpa)
             data = memory.readv([(gpa, size)])[0]
-            if data is not None and len(data) == size:
+            if data is None:
+                pages = memory.readv([(at, PAGE) for at in range(gpa, gpa + size, PAGE)])
+                data = b"".join([page or _ZEROS[:PAGE] for page in pages])
+            if len(data) == size:
                 yield gpa, b"" if data == (_ZEROS if size == CHUNK else _ZEROS[:size]) else data
 
 

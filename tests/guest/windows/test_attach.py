@@ -9,6 +9,7 @@ import pytest
 
 from appliance.errors import GuestError, Implausible, OutOfTime, UnsupportedGuest
 from appliance.guest.windows.attach import attach, looks_like_windows
+from appliance.guest.windows.roots import CHUNK, find_by_tables
 from appliance.guest.windows.space import Mode
 from appliance.guest.windows.symbols import SymbolStore
 from appliance.memory.file import open_file
@@ -358,6 +359,21 @@ def test_holes_of_the_ram_are_not_searched(machine, tables):
 
     machine.kernel.ram.write(0x1000, bytes(PAGE))
     assert attach(Sparse(machine.memory()), symbols=tables).build == 20348
+
+
+def test_a_page_that_cannot_be_read_does_not_hide_its_neighbours_from_a_search(machine):
+    class Holey(With):
+        data_regions = None
+
+        def readv(self, spans):
+            found = self.memory.readv(spans)
+            return [None if gpa <= hole < gpa + size else data for (gpa, size), data in zip(spans, found, strict=True)]
+
+    memory, hole = machine.memory(), ROOT_GPA & -CHUNK
+    assert memory.read(hole, PAGE) == bytes(PAGE)
+    roots = [root.space.root for root in find_by_tables(memory)]
+    assert ROOT_GPA in roots
+    assert [root.space.root for root in find_by_tables(Holey(memory))] == roots
 
 
 def test_a_module_that_is_unlinked_half_way_is_a_named_gap(machine, tables):
