@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
-from appliance.errors import GuestError, GuestGone, HostError
+from appliance.errors import GuestError, HostError
 from appliance.model import FlowEnd, FlowEvent, GuestId, TapStats
 from appliance.ports import GuestEye
 from appliance.tap.connections import MAX_FLOWS, Connections
@@ -105,11 +105,9 @@ class LookTap:
         began_s = time.monotonic()
         try:
             snapshot = eye.read_snapshot()
-        except (GuestError, HostError) as error:
+        except (GuestError, HostError) as error:  # also one that is gone: whose eye it is will know
             self._looks[f"looks: {type(error).__name__}"] += 1
             self._connections.miss_look()
-            if isinstance(error, GuestGone):
-                self._eye = None
         else:
             self._waiting += self._connections.compare(snapshot, self._clock())
             if self._connections.partial:

@@ -224,10 +224,15 @@ def test_errors_of_the_guest_are_counted_and_end_nothing() -> None:
     assert tap.stats().ignored == (("looks: Implausible", 2),)
 
 
-def test_a_guest_that_is_gone_is_not_looked_at_until_there_is_another_eye() -> None:
-    tap = tap_of([tcp()], GuestGone("it ended"), [tcp()])
-    assert [len(tap.poll(0.01)) for _ in range(5)] == [1, 0, 0, 0, 0]
+def test_a_guest_that_was_gone_for_a_moment_is_looked_at_again() -> None:
+    tap = tap_of([tcp()], GuestGone("it ended"), [tcp(), tcp(40002)])
+    assert [len(events) for events in told(tap, 3)] == [1, 0, 1]
     assert not tap.exhausted
+
+
+def test_the_flows_of_another_kernel_are_others() -> None:
+    tap = tap_of([tcp()], GuestGone("it ended"))
+    assert [len(events) for events in told(tap, 2)] == [1, 0]
     tap.use(Eye([tcp(40001)]))
     events = tap.poll(5.0)
     assert ends(events) == [(1, FlowEnd.GUEST_GONE)]
