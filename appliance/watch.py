@@ -148,6 +148,7 @@ class GuestWatch:
             silent=silent,
             glance=glance,
             without="watching its packets only" if info.ports else "nothing of it is seen",
+            state=info.state,
         )
         self._used = eye
 
