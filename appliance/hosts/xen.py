@@ -111,8 +111,12 @@ class XenSource:
         self._watched = set()
         # What guests can change is not watched: one that toggles its cards would keep us awake. Where another toolstack
         # than libxl plugs cards, they are found when the domains are listed again.
-        for path, word in (("@introduceDomain", "come"), ("@releaseDomain", "gone"), ("/libxl", "cards")):
-            told.watch(path, word)
+        try:
+            for path, word in (("@introduceDomain", "come"), ("@releaseDomain", "gone"), ("/libxl", "cards")):
+                told.watch(path, word)
+        except HostError:
+            told.close()
+            raise
         return told
 
     def _watch_names(self, domids: set[int]) -> None:
@@ -168,7 +172,7 @@ class XenSource:
         notes += explain_cards(store, domid)
         incoming = name is not None and name.endswith(_INCOMING)
         return GuestInfo(
-            GuestId(f"xen:{domid}", fixed.uuid, name, f"xen-{fixed.uuid}-{domid}"),
+            GuestId(f"xen:{domid}", fixed.uuid, name and name.removesuffix(_INCOMING), f"xen-{fixed.uuid}-{domid}"),
             memory_bytes=fixed.memory_bytes,
             ports=ports,
             routes=() if fixed.kind == "pv" else _routes(),

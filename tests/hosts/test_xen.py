@@ -4,6 +4,7 @@ import os
 import select
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,17 @@ def test_the_hypervisor_says_what_a_domain_does(source, host, flags, state):
 def test_a_domain_that_is_being_migrated_to_here_is_incoming(daemon, source, host):
     host.state.flags = 1 << 3
     daemon.write("/local/domain/7/name", "web-01--incoming")
-    assert one(source).state is GuestState.INCOMING
+    found = one(source)
+    assert (found.state, found.id.name) == (GuestState.INCOMING, "web-01")  # it will be called so in a moment
+
+
+def test_where_watches_are_refused_no_descriptor_is_left_each_time(daemon, source):
+    daemon.refused["/libxl"] = daemon.refused["@releaseDomain"] = "EACCES"
+    source.find_guests()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        assert source.fileno() == -1
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
 def test_a_zombie_and_what_xenstore_has_left_of_a_domain_are_no_guests(source, host):
