@@ -75,7 +75,7 @@ class Life:
         self.shape = Shape.of(info)
         self._stopping, self._tell, self._named = stopping, tell, named
         self.watched: Watched | None = None
-        self.summary = Summary(info.id.target)
+        self.summary = Summary(info.id.target, uuid=info.id.uuid, name=info.id.name)
         self.offered = 0  # verdicts that wait to be shown, or were; counted by its own thread
         self.shown = 0  # of these; counted by whoever shows them
         self.dropped = 0  # verdicts for which there was no room; counted by its own thread

@@ -36,6 +36,8 @@ class Summary:
     ended: str = ""  # why the watch of this guest ended early; "" when it did not
     awaited: bool = False  # when the guest comes back it is watched again
     lives: int = 1  # how many watches this is the sum of
+    uuid: str | None = None
+    name: str | None = None
 
     def count(self, verdict: Verdict) -> None:
         """Count one judged flow by how it was bound and what was decided."""

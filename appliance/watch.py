@@ -134,7 +134,7 @@ class GuestWatch:
         self._news: GuestInfo | None = None
         self._over, self._plugged = "", False
         self._again: deque[int] = deque()  # when a kernel that has just begun is looked at once more
-        self.summary = Summary(info.id.target)
+        self.summary = Summary(info.id.target, uuid=info.id.uuid, name=info.id.name)
         self._sight = Sight(
             info.id.target,
             eye,

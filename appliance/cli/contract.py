@@ -136,6 +136,8 @@ def verdict(one: Verdict) -> Json:
         "id": verdict_id(one),
         "time": iso(one.at_ns),
         "vm": one.flow.id.vm.target,
+        "vm_uuid": one.flow.id.vm.uuid,
+        "vm_name": one.flow.id.vm.name,
         "flow": flow(one.flow) | {"names": list(one.names)},
         "binding": binding(one.binding),
         "process": process(one.binding.process),
@@ -185,6 +187,8 @@ def _guest_summary(one: Summary) -> Json:
     tap = one.tap
     return {
         "vm": one.vm,
+        "vm_uuid": one.uuid,
+        "vm_name": one.name,
         "packets": tap.packets,
         "bytes": tap.bytes,
         "flows": tap.flows,

@@ -83,7 +83,8 @@ def print_story(body: Json) -> None:
         "verdict",
         f"{body['id']} at {body['time']}, severity {body['severity']}, {', '.join(body['tags']) or 'no tags'}",
     )
-    _line("guest", safe(body["vm"]))
+    named = [safe(text) for key in ("vm_name", "vm_uuid") if (text := body.get(key)) not in {None, "", body["vm"]}]
+    _line("guest", ", ".join((safe(body["vm"]), *named)))
     _line("connection", f"{connection_text(flow)}, begun {flow['started']}, {safe(flow['community_id'])}")
     _line("names", safe(", ".join(flow["names"]) or "none seen in DNS"))
     _line("binding", f"{_match(body['binding'])} after the first packet")

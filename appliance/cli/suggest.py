@@ -21,6 +21,7 @@ from appliance.rules.learn import Learnt, Limits, learn
 from appliance.store.book import Book, default_path
 
 MAX_LINE = 1 << 20
+_NAMES = ("vm", "vm_uuid", "vm_name")  # of a guest
 
 
 def suggest(
@@ -29,7 +30,9 @@ def suggest(
         typer.Option("--from", metavar="FILE", help="Verdicts as watch -o jsonl prints them; the book if left out."),
     ] = None,
     since: Annotated[str, typer.Option(metavar="7d", help="How far back to look.")] = "30d",
-    guest: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="Only these guests.")] = None,
+    guest: Annotated[
+        list[str] | None, typer.Option(metavar="TARGET", help="Only these guests; also by name or UUID.")
+    ] = None,
     program: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only programs with such a path.")] = None,
     connections: Annotated[int, typer.Option(min=1, help="How many connections a program must have made.")] = 20,
     kinds: Annotated[int, typer.Option(min=1, max=64, help="How many kinds of access are still a single purpose.")] = 4,
@@ -43,7 +46,7 @@ def suggest(
     bodies = (
         body
         for body in (_read_file(history, after_ns) if history else _read_book(after_ns))
-        if (not guest or body.get("vm") in guest) and (not program or _is_asked(body, program))
+        if (not guest or any(body.get(key) in guest for key in _NAMES)) and (not program or _is_asked(body, program))
     )
     learnt = learn(bodies, Limits(connections, kinds))
     draft = write_draft(learnt)

@@ -164,8 +164,9 @@ def _take(body: Mapping[str, Any], found: dict[Program, Behaviour]) -> str | Non
     if flow["midstream"]:
         return "beginning not seen"
     behaviour.connections += 1
-    behaviour.guests.add(body["vm"])
-    behaviour.processes.add((body["vm"], int(process["pid"]), process["started"]))
+    guest = body.get("vm_uuid") or body["vm"]  # a pid or a domain's number will be another guest's some day
+    behaviour.guests.add(guest)
+    behaviour.processes.add((guest, int(process["pid"]), process["started"]))
     behaviour.first, behaviour.last = behaviour.first or flow["started"], flow["started"]
     kind = _kind_of(flow)
     if kind not in behaviour.kinds and len(behaviour.kinds) >= MAX_KINDS_KEPT:
@@ -173,7 +174,7 @@ def _take(body: Mapping[str, Any], found: dict[Program, Behaviour]) -> str | Non
         return None
     seen = behaviour.kinds.setdefault(kind, Seen(first=behaviour.connections))
     seen.connections += 1
-    seen.guests.add(body["vm"])
+    seen.guests.add(guest)
     peer = ip_address(flow["remote"]["ip"])
     if peer in seen.peers or len(seen.peers) < MAX_PEERS:
         seen.peers[peer] += 1

@@ -19,6 +19,7 @@ from appliance.model import (
     Decision,
     Endpoint,
     Evidence,
+    GuestId,
     GuestInfo,
     GuestPort,
     GuestSocket,
@@ -169,3 +170,12 @@ def test_a_verdict_that_an_older_version_wrote_down_can_still_be_told():
     for key in ("act", "act_done", "held_us"):
         del body[key]
     assert "DENY" in told(body)
+
+
+def test_a_verdict_and_a_summary_tell_which_guest_it_is_also_when_its_process_id_is_another_guests():
+    vm = GuestId("qemu:4711", "11111111-2222-3333-4444-555555555555", "web-01", "4711-1")
+    one = a_verdict()
+    body = contract.verdict(replace(one, flow=replace(one.flow, id=replace(one.flow.id, vm=vm))))
+    assert (body["vm"], body["vm_uuid"], body["vm_name"]) == ("qemu:4711", vm.uuid, "web-01")
+    (told,) = contract.summary([Summary("qemu:4711", uuid=vm.uuid, name=vm.name)], 0.5)["guests"]
+    assert (told["vm"], told["vm_uuid"], told["vm_name"]) == ("qemu:4711", vm.uuid, "web-01")

@@ -160,3 +160,12 @@ def test_the_command_writes_a_draft_once_and_watch_refuses_it(tmp_path):
     assert (again.code, "replaces nothing" in again.err) == (2, True)
     refused = parasight("watch", "port:lo", "--rules", draft, "--for", "1s", home=tmp_path)
     assert (refused.code, "is a draft" in refused.err) == (ConfigError.exit_code, True)
+
+
+def test_a_guest_is_its_uuid_whatever_process_it_ran_in():
+    one = [body(number, vm=f"qemu:{number}", vm_uuid="u") for number in range(60)]
+    two = [body(100 + number, vm="qemu:1", vm_uuid=f"u-{number % 2}") for number in range(60)]
+    (alone,) = learnt_of(one).suggested
+    assert len(alone.guests) == 1
+    (both,) = learnt_of(two).suggested
+    assert len(both.guests) == 2
