@@ -391,7 +391,7 @@ class Sight:
         return self._useless is not None and not self._useless.done()
 
     def _say(self, line: str) -> None:
-        self._tell(f"{self._vm}: {line}")
+        self._tell(line if line.startswith(self._vm) else f"{self._vm}: {line}")  # some errors name it themselves
 
 
 def _close_found(future: Future[GuestEye | None]) -> None:
