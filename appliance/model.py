@@ -15,6 +15,7 @@ from typing import TypeVar, dataclass_transform
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
 _Noun = TypeVar("_Noun")
+MAX_NAME = 255  # characters of a guest's name
 
 
 @dataclass_transform(frozen_default=True)
@@ -50,6 +51,12 @@ class GuestId:
     uuid: str | None = None
     name: str | None = None
     instance: str = ""
+
+    def __post_init__(self) -> None:
+        """Whoever may start a guest calls it what they like: keep what has room in one line."""
+        if self.name is not None and (len(self.name) > MAX_NAME or not self.name.isprintable()):
+            clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.name[:MAX_NAME])
+            object.__setattr__(self, "name", clean[:MAX_NAME])
 
     def __str__(self) -> str:
         return self.target

@@ -71,7 +71,7 @@ def print_guests(output: Output, bodies: Sequence[dict[str, Any]]) -> None:
             "\n".join(safe(text) for text in (body["name"], body["uuid"]) if text not in {None, "", body["vm"]}) or "-",
             body["state"],
             f"{body['memory_bytes'] >> 20} MiB" if body["memory_bytes"] else "?",
-            ", ".join(port["ifname"] for port in body["ports"]) or "none",
+            ", ".join(safe(port["ifname"]) for port in body["ports"]) or "none",
             ", ".join(body["routes"]) or "none",
         )
         for body in bodies

@@ -30,9 +30,7 @@ def suggest(
         typer.Option("--from", metavar="FILE", help="Verdicts as watch -o jsonl prints them; the book if left out."),
     ] = None,
     since: Annotated[str, typer.Option(metavar="7d", help="How far back to look.")] = "30d",
-    guest: Annotated[
-        list[str] | None, typer.Option(metavar="TARGET", help="Only these guests; also by name or UUID.")
-    ] = None,
+    guest: Annotated[list[str] | None, typer.Option(metavar="TARGET", help="Only these; also a name or UUID.")] = None,
     program: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only programs with such a path.")] = None,
     connections: Annotated[int, typer.Option(min=1, help="How many connections a program must have made.")] = 20,
     kinds: Annotated[int, typer.Option(min=1, max=64, help="How many kinds of access are still a single purpose.")] = 4,

@@ -66,6 +66,14 @@ def test_guests_fits_a_terminal_of_100_columns_and_breaks_no_uuid(tmp_path):
     assert max(map(len, lines)) <= 100
 
 
+def test_a_name_forges_no_line_and_a_port_steers_no_terminal(tmp_path):
+    named = GuestId("qemu:1", name="web\nqemu:2: the watch has ended\n" + "x" * 9999)
+    assert len(named.name.splitlines()) == 1
+    assert len(named.name) <= 255
+    lines = at_a_terminal(tmp_path, [GuestInfo(GuestId("qemu:1"), 1, ports=(GuestPort("tap\x1b[2J"),))], 100)
+    assert "tap\\x1b[2J" in lines[1]
+
+
 def test_a_route_is_refused_with_those_there_are(tmp_path):
     image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
