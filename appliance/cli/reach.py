@@ -80,8 +80,8 @@ def _probe_guest(info: GuestInfo, seconds: float) -> Iterator[Availability]:
             continue
         try:
             reason = _tell_rate(info, route, _measure(info, route, seconds))
-        except (GuestError, HostError, UsageError, TimeoutError) as error:
-            if isinstance(error, GuestGone | UsageError) and not is_running(info):
+        except (GuestError, HostError, UsageError, OSError) as error:
+            if isinstance(error, GuestGone | UsageError) and _has_ended(info):
                 return
             refused = refused or isinstance(error, PermissionRefused)
             found.append(_tell_failure(info, route, error, seconds))
@@ -89,6 +89,13 @@ def _probe_guest(info: GuestInfo, seconds: float) -> Iterator[Availability]:
             found.append(Availability(_name(info, route), True, reason, required=False))
     lost = refused and not any(one.ok for one in found)  # the host keeps us from all that could be seen
     yield from (replace(one, required=lost and not one.ok) for one in found)
+
+
+def _has_ended(info: GuestInfo) -> bool:
+    try:
+        return not is_running(info)
+    except HostError:
+        return False
 
 
 def _measure(info: GuestInfo, route: str, seconds: float) -> Rate:

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
-from appliance.errors import ConfigError, HostError, UsageError
+from appliance.errors import ConfigError, HostError, PermissionRefused, UsageError
 from appliance.hosts.inventory import Inventory
 from appliance.hosts.netns import OURS, call_in, find_index, read_inode
 from appliance.hosts.qemu import find_guest, is_libvirts
@@ -44,7 +44,12 @@ def _find_port(text: str) -> GuestInfo:
         raise UsageError(f"port:{text}: there is no network namespace {netns}")
     index = find_index(netns, ifname)
     if index is None:
-        names = call_in(netns, _interface_names)
+        try:
+            names = call_in(netns, _interface_names)
+        except PermissionError as error:
+            raise PermissionRefused(f"port:{text}: {netns} may not be entered; run as root") from error
+        except OSError as error:
+            raise HostError(f"port:{text}: {netns} cannot be entered: {error.strerror}") from error
         raise UsageError(f"port:{text}: there is no interface {ifname!r}" + _near(ifname, names))
     instance = f"{read_inode(netns or OURS)}-{index}"
     return GuestInfo(

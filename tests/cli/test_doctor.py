@@ -120,6 +120,12 @@ def test_a_guest_that_has_ended_is_not_told() -> None:
     assert list(probe_routes([gone])) == []
 
 
+def test_a_guest_of_which_its_hypervisor_does_not_say_whether_it_runs_is_told_with_the_reason() -> None:
+    """No Xen is here to be asked."""
+    (line,) = probe_routes([GuestInfo(GuestId("xen:7", "u"), domid=7, hypervisor="xen", routes=("qemu",))])
+    assert (line.name, line.ok) == ("route xen:7 qemu", False)
+
+
 def test_a_guest_without_a_route_is_left_to_its_notes() -> None:
     assert list(probe_routes([GuestInfo(GuestId("qemu:1"), 1, hypervisor="qemu")])) == []
 

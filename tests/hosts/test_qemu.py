@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.errors import ConfigError, UsageError
+from appliance.errors import ConfigError, HostError, UsageError
 from appliance.hosts.netns import call_in
 from appliance.hosts.qemu import find_guest, find_guests
 from appliance.hosts.targets import resolve
@@ -167,3 +167,9 @@ def test_ports_and_files_are_resolved_or_refused_by_name(spaces, tmp_path) -> No
 def test_an_unknown_name_says_what_can_be_named() -> None:
     with pytest.raises(UsageError, match="qemu:PID"):
         resolve("zzz-nobody-zzz")
+
+
+def test_what_is_no_network_namespace_is_an_error_with_its_path(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HostError, match="file"):
+        resolve(f"port:tap0@{tmp_path}/file")
