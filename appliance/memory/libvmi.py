@@ -1,12 +1,14 @@
 """Guest RAM through LibVMI: one more way, never taken unless it is named. The only file that knows its binding.
 
 What we use of it is physical reads (``partial=True``): translation and all that follows is ours. Its page cache is
-emptied before each call, since it keeps the pages of a file for ever, of a live guest's RAM file too; only whole pages
-that are known to be RAM are asked for, and it is opened for what was found before: it crashes on a missing file.
+emptied before each call, since it keeps the pages of a file for ever, of a live guest's RAM file too, and behind it,
+since it keeps those of a domain mapped; only whole pages that are known to be RAM are asked for, and it is opened for
+what was found before: it crashes on a missing file.
 
 On Xen it is not passive: attaching lifts the domain's memory limit, detaching leaves a wrong one, and a failed attach
-sets dom0's to nothing. So it needs ``change_domain``, the domain is looked up first, and the limits of both are put
-back behind each of these steps, and when this process ends. On KVM it needs a patched kernel or a patched QEMU.
+sets dom0's to nothing. So it needs ``change_domain``, the domain is looked up first, and the limits of both are kept
+around each of these steps, also where this process ends meanwhile. A handle that is open at the end of the process is
+not detached: the limits are right, and somebody may be reading by it. On KVM it needs a patched kernel or QEMU.
 Sources: LibVMI 0.14 libvmi/driver/xen/xen.c (xen_init_vmi, xen_destroy: xc_domain_setmaxmem),
 driver/memory_cache.c (memory_cache_set, memory_cache_flush), driver/file/file.c; its Python binding's libvmi.py.
 """
@@ -21,7 +23,7 @@ import importlib.util
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,8 @@ _CHANGES: Final = (
     "LibVMI changes a domain's memory limit when it attaches on Xen; say --libvmi-allow-domain-changes "
     "(the limits are put back), or use the route 'xen'"
 )
+TURN_S = 5.0  # for how long a call of LibVMI that does not come back is waited for by others
+EXIT_S = 2.0  # and by the end of this process
 _limits_lock = threading.Lock()  # whoever keeps the limits must not see what another handle is just about to put back
 
 
@@ -74,9 +78,7 @@ class LibvmiMemory:
     def read(self, gpa: int, size: int) -> bytes:
         """Return exactly ``size`` bytes. Raises UnreadableMemory, GuestGone."""
         self._ram.check(gpa, size)
-        handle = self._opened()
-        with self._quietly():
-            handle.pagecache_flush()
+        with self._fresh() as handle:
             data = self._read(handle, gpa, size)
         if data is None:
             self._check()
@@ -85,12 +87,11 @@ class LibvmiMemory:
 
     def readv(self, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
         """Read many ``(gpa, size)`` spans, one by one; None where one is unreadable."""
-        handle = self._opened()
-        with self._quietly():
-            handle.pagecache_flush()
+        with self._fresh() as handle:
             found = [self._read(handle, gpa, size) if self._ram.holds(gpa, size) else None for gpa, size in spans]
         if None in found:
-            self._check()
+            with contextlib.suppress(UnreadableMemory):  # whether the guest is there cannot be told
+                self._check()
         return found
 
     def vcpus(self) -> tuple[VcpuState, ...]:
@@ -109,7 +110,7 @@ class LibvmiMemory:
         return tuple(states)
 
     def check_alive(self) -> None:
-        """Raise GuestGone unless what was opened is still there."""
+        """Raise GuestGone unless what was opened is still there, UnreadableMemory where that cannot be told."""
         self._opened()
         self._check()
 
@@ -123,6 +124,17 @@ class LibvmiMemory:
         if self._handle is None:
             raise GuestGone("LibVMI was closed")
         return self._handle
+
+    @contextlib.contextmanager
+    def _fresh(self) -> Iterator[Any]:
+        """The handle, with nothing cached, and nothing left mapped behind it."""
+        handle = self._opened()
+        with self._quietly():
+            handle.pagecache_flush()
+            try:
+                yield handle
+            finally:
+                handle.pagecache_flush()
 
     def _quietly(self) -> AbstractContextManager[object]:
         """Frames of a running domain may be missing, of which it prints; those of a file are there."""
@@ -169,22 +181,15 @@ def open_libvmi_xen(
         raise HostError(f"LibVMI needs libxenstore.so by its unversioned name: {_XENSTORE}")
     with contextlib.closing(open_xen(domid, uuid, memory_bytes, folder=folder)) as own:
         regions = own.regions  # of LibVMI's own figures, one is the highest frame of all, and the other no map
-    with _limits_lock:
+    if not _limits_lock.acquire(timeout=TURN_S):
+        raise HostError("LibVMI does not come back from another domain: is xenstored stuck?")
+    try:
         limits = MemoryLimits(domid, uuid, folder)
-        try:
+        with _kept(limits):
             handle = _construct(_Domid(str(domid)), "INIT_DOMAINID", "XEN")
-        finally:
-            limits.restore()
-
-    def end() -> None:
-        atexit.unregister(end)
-        with _limits_lock:
-            try:
-                _destroy(handle)
-            finally:
-                limits.restore()
-
-    atexit.register(end)
+    finally:
+        _limits_lock.release()
+    end = partial(_let_go, handle, domid, limits.domain.uuid, folder)
     return LibvmiMemory(handle, regions, live=True, check=limits.check_alive, end=end)
 
 
@@ -229,6 +234,45 @@ def _construct(domain: str, flag: str, mode: str) -> Any:  # noqa: ANN401  the b
 def _destroy(handle: Any) -> None:  # noqa: ANN401
     with caught(), contextlib.suppress(_load().LibvmiError):  # the domain may have ended before
         handle.destroy()
+
+
+def _let_go(handle: Any, domid: int, uuid: str, folder: Path | None) -> None:  # noqa: ANN401
+    """Detach, with the limits as they are now. Where they cannot be kept, nothing is done: none is changed then."""
+    if not _limits_lock.acquire(timeout=TURN_S):
+        return
+    try:
+        try:
+            limits = MemoryLimits(domid, uuid, folder)
+        except GuestGone:
+            _destroy(handle)  # there is nothing left to keep
+        except HostError:
+            return
+        else:
+            with _kept(limits):
+                _destroy(handle)
+    finally:
+        _limits_lock.release()
+
+
+@contextlib.contextmanager
+def _kept(limits: MemoryLimits) -> Iterator[None]:
+    """Put the limits back behind what happens here, also where the process ends first: it does not wait for threads."""
+    last = partial(_restore_at_exit, limits)
+    atexit.register(last)
+    try:
+        yield
+    finally:
+        limits.restore()
+        atexit.unregister(last)  # not where that failed: then it is tried once more
+
+
+def _restore_at_exit(limits: MemoryLimits) -> None:
+    mine = _limits_lock.acquire(timeout=EXIT_S)  # whoever changes them now is waited for, but not for ever
+    try:
+        limits.restore()
+    finally:
+        if mine:
+            _limits_lock.release()
 
 
 def _stays() -> None:

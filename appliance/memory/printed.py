@@ -13,18 +13,37 @@ import os
 import threading
 from collections.abc import Iterator
 
+from appliance.errors import HostError
+
 MAX_PRINTED = 1 << 16  # bytes
+TURN_S = 5.0  # that a call is waited for
 _UNBUFFERED = 2  # _IONBF of stdio.h
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def caught() -> Iterator[list[str]]:
-    """Lines that C code of this process prints meanwhile; they are there at the end."""
-    with _lock:
-        _sinks[:] = _sinks or [_Sink()]
+    """Lines that C code of this process prints meanwhile; they are there at the end. Raises HostError.
+
+    None where another call has not come back for long: what this one prints goes where that one's does.
+    """
+    if not _lock.acquire(timeout=TURN_S):
+        yield []
+        return
+    try:
+        if not _sinks:
+            _sinks.append(_make_sink())
         with _sinks[0].catch() as lines:
             yield lines
+    finally:
+        _lock.release()
+
+
+def _make_sink() -> _Sink:
+    try:
+        return _Sink()
+    except OSError as error:
+        raise HostError(f"what a library prints cannot be caught: {error.strerror}") from None
 
 
 class _Sink:

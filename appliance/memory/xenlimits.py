@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from appliance.errors import GuestGone
+from appliance.errors import GuestGone, HostError, UnreadableMemory
 from appliance.xenctl import Control, Domain
 
 DOM0 = 0
@@ -25,19 +25,27 @@ class MemoryLimits:
         self._found = [one for one in found if one is not None]
 
     def restore(self) -> tuple[Domain, ...]:
-        """Put back what is no longer as it was; the domains for which that was needed. Raises HostError."""
-        mended = []
+        """Put back what is no longer as it was, dom0 first; the domains for which that was needed. Raises HostError."""
+        mended, trouble = [], None
         with Control(self._folder) as control:
-            for before in self._found:
-                now = control.read_domain(before.domid)
-                if now is not None and now.uuid == before.uuid and now.max_pages != before.max_pages:
-                    control.write_max_pages(before.domid, before.max_pages)
-                    mended.append(now)
+            for before in reversed(self._found):
+                try:
+                    now = control.read_domain(before.domid)
+                    if now is not None and now.uuid == before.uuid and now.max_pages != before.max_pages:
+                        control.write_max_pages(before.domid, before.max_pages)
+                        mended.append(now)
+                except HostError as error:
+                    trouble = trouble or error
+        if trouble is not None:
+            raise trouble
         return tuple(mended)
 
     def check_alive(self) -> None:
-        """Raise GuestGone unless the same domain is there. Raises HostError."""
-        with Control(self._folder) as control:
-            now = control.read_domain(self.domain.domid)
+        """Raise GuestGone unless the same domain is there, UnreadableMemory where Xen does not tell."""
+        try:
+            with Control(self._folder) as control:
+                now = control.read_domain(self.domain.domid)
+        except HostError as error:
+            raise UnreadableMemory(0, 0, str(error)) from None
         if now is None or now.dying or now.uuid != self.domain.uuid:
             raise GuestGone(f"Xen domain {self.domain.domid} has ended")

@@ -2,14 +2,19 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import random
 import struct
+import subprocess
+import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from appliance.errors import ConfigError, GuestGone, HostError, UnreadableMemory, UsageError
+from appliance.memory import libvmi
 from appliance.memory.libvmi import _construct, open_libvmi_file, open_libvmi_xen, probe
 from appliance.memory.xenlimits import MemoryLimits
 from appliance.model import Region
@@ -81,6 +86,16 @@ def test_what_is_no_raw_image_is_refused_before_libvmi_sees_it(tmp_path):
             open_libvmi_file(tmp_path / name)
 
 
+def test_no_page_is_kept_behind_a_read(image):
+    """LibVMI keeps a domain's pages mapped, too, which holds what the guest has given back."""
+    with contextlib.closing(open_libvmi_file(image)) as memory, image.open("r+b", buffering=0) as file:
+        for read in (lambda: memory.read(MIB, 8), lambda: memory.readv([(MIB, 8)])[0]):
+            before = read()
+            file.seek(MIB)
+            file.write(bytes(each ^ 0xFF for each in before))
+            assert memory._handle.read_pa(MIB, 8)[0] != before
+
+
 def test_each_thread_reads_by_a_handle_of_its_own(image):
     def read(seed):
         places = random.Random(seed)
@@ -137,6 +152,71 @@ def test_what_libvmi_prints_becomes_the_reason_and_does_not_stand_among_our_answ
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.fixture
+def lifting(xen, monkeypatch):
+    """A binding that does to limits what the real one does on Xen; ``destroyed``: its handles."""
+    (xen.folder / "libxenstore.so").symlink_to(xen.folder / "libxenctrl.so.4.17")
+
+    class Libvmi:
+        def __init__(self, *_, **__):
+            xen.state.max_pages = 0xFFFFFFFF
+
+        def destroy(self):
+            xen.state.max_pages = 0x3FBFFC00
+            binding.destroyed.append(self)
+
+    binding = types.ModuleType("libvmi")
+    binding.Libvmi, binding.LibvmiError, binding.destroyed = Libvmi, OSError, []
+    binding.INIT_DOMAINID, binding.VMIMode = 1, {"XEN": 1}
+    monkeypatch.setitem(sys.modules, "libvmi", binding)
+    return binding
+
+
+def test_what_the_operator_sets_while_it_is_open_stays_as_it_is(xen, lifting):
+    memory = open_libvmi_xen(7, UUID_TEXT, change_domain=True, folder=xen.folder)
+    assert xen.state.max_pages == 72
+    xen.state.max_pages, xen.state.dom0_max_pages = 100, 0x10000
+    memory.close()
+    assert len(lifting.destroyed) == 1
+    assert (xen.state.max_pages, xen.state.dom0_max_pages) == (100, 0x10000)
+
+
+def test_a_handle_is_not_detached_where_the_limits_cannot_be_kept(xen, lifting, monkeypatch):
+    monkeypatch.setattr(libvmi, "TURN_S", 0.05)
+    memory, other = (open_libvmi_xen(7, UUID_TEXT, change_domain=True, folder=xen.folder) for _ in range(2))
+    with libvmi._limits_lock:  # another handle hangs
+        memory.close()
+        with pytest.raises(HostError, match="is xenstored stuck"):
+            open_libvmi_xen(7, UUID_TEXT, change_domain=True, folder=xen.folder)
+    xen.state.refuse_errno = errno.EMFILE
+    other.close()
+    assert (lifting.destroyed, xen.state.max_pages) == ([], 72)
+
+
+def test_limits_are_put_back_where_the_process_ends_while_a_thread_attaches(xen):
+    (xen.folder / "libxenstore.so").symlink_to(xen.folder / "libxenctrl.so.4.17")
+    code = """if True:
+        import pathlib, sys, threading, time, types
+        from appliance.memory.libvmi import open_libvmi_xen
+        from appliance.xenctl import write_max_pages
+
+        class Libvmi:
+            def __init__(self, *_, **__):
+                write_max_pages(7, 0xFFFFFFFF, folder)
+                lifted.set()
+                time.sleep(1e6)
+
+        binding, lifted, folder = types.ModuleType("libvmi"), threading.Event(), pathlib.Path(sys.argv[1])
+        binding.Libvmi, binding.LibvmiError, binding.INIT_DOMAINID, binding.VMIMode = Libvmi, OSError, 1, {"XEN": 1}
+        sys.modules["libvmi"] = binding
+        attach = lambda: open_libvmi_xen(7, change_domain=True, folder=folder)
+        threading.Thread(target=attach, daemon=True).start()
+        sys.exit(not lifted.wait(60))
+        """
+    subprocess.run([sys.executable, "-c", code, xen.folder], check=True)
+    assert xen.state.max_pages == 72
+
+
 def test_what_others_print_while_libvmi_is_opened_is_not_lost(image, capfd):
     def print_lines():
         for number in range(2000):
@@ -155,8 +235,23 @@ def test_limits_are_put_back_where_they_were_changed(xen):
     assert limits.restore() == ()
     write_max_pages(7, 0xFFFFFFFF, xen.folder)
     write_max_pages(0, 0, xen.folder)
-    assert [domain.domid for domain in limits.restore()] == [7, 0]
+    assert [domain.domid for domain in limits.restore()] == [0, 7]
     assert (xen.state.max_pages, xen.state.dom0_max_pages) == (72, 0x20000)
+
+
+def test_the_limit_of_dom0_is_put_back_although_that_of_a_dying_domain_cannot_be(xen):
+    limits = MemoryLimits(7, UUID_TEXT, xen.folder)
+    xen.state.max_pages, xen.state.dom0_max_pages, xen.state.dying = 5, 0, 1
+    with pytest.raises(HostError, match="domain 7 cannot be set"):
+        limits.restore()
+    assert xen.state.dom0_max_pages == 0x20000
+
+
+def test_where_xen_cannot_be_asked_a_domain_is_neither_gone_nor_readable(xen):
+    limits = MemoryLimits(7, UUID_TEXT, xen.folder)
+    xen.state.refuse_errno = errno.EMFILE
+    with pytest.raises(UnreadableMemory, match="cannot be asked"):
+        limits.check_alive()
 
 
 def test_limits_of_a_domain_that_is_another_one_by_now_are_left_alone(xen):

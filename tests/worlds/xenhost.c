@@ -186,7 +186,7 @@ int xc_domain_get_pod_target(void *handle, uint32_t domid, uint64_t *total, uint
 
 int xc_domain_setmaxmem(void *handle, uint32_t domid, uint64_t kib)
 {
-    if (domid && domid != state->domid) {
+    if (domid && (domid != state->domid || state->dying)) {
         errno = ESRCH;
         return -1;
     }
