@@ -40,6 +40,7 @@ _DYING, _HVM, _SHUTDOWN, _PAUSED, _REASON_AT = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1
 CPU_CONTEXT: Final = 2  # HVM_SAVE_CODE(CPU), xen/include/public/arch-x86/hvm/save.h
 CPU_CONTEXT_SIZE: Final = 1032  # struct hvm_hw_cpu
 PAGE_KIB: Final = 4
+_NONE_ON_DEMAND: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ESRCH})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,14 @@ class Control:
     def read_on_demand(self, domid: int) -> tuple[int, int]:
         """Frames that are populated only when touched, and how many pages lie ready for them.
 
-        More of the first than of the second: touching frames, from outside too, may make Xen crash the domain. Raises
-        PermissionRefused.
+        More of the first than of the second: touching frames, from outside too, may make Xen crash the domain. Where
+        Xen knows of no such thing, or of no such domain, there are none. Raises HostError: it is not told.
         """
         total, ready, frames = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64()
         failed = self._library.xc_domain_get_pod_target(
             self._handle, domid, ctypes.byref(total), ctypes.byref(ready), ctypes.byref(frames)
         )
-        if failed and (code := ctypes.get_errno()) in {errno.EPERM, errno.EACCES}:
+        if failed and (code := ctypes.get_errno()) not in _NONE_ON_DEMAND:
             raise explain(code, f"whether memory of domain {domid} is populated on demand may not be asked")
         return (0, 0) if failed else (frames.value, ready.value)
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from appliance.errors import HostError
 from appliance.xenctl import explain, load_library, quiet_logger
 
 MAX_FRAMES: Final = 1024  # by one mapping
@@ -42,7 +41,7 @@ class ForeignMemory:
     def look(self, domid: int, frames: Sequence[int], take: Take[Answer]) -> Answer:
         """Map the frames, call ``take`` with the address and an errno for each (0: it is there), unmap them.
 
-        ``take`` must copy what it wants. Raises OSError when the mapping as a whole is refused.
+        ``take`` must copy what it wants. Raises OSError when the mapping as a whole is refused, or cannot be undone.
         """
         count = len(frames)
         if not 0 < count <= MAX_FRAMES:
@@ -59,7 +58,7 @@ class ForeignMemory:
             return take(address, errors)
         finally:
             if self._library.xenforeignmemory_unmap(self._handle, address, count):
-                raise HostError("frames of another domain could not be unmapped")
+                raise OSError(ctypes.get_errno(), "xenforeignmemory_unmap")
 
     def close(self) -> None:
         """Give the handle back; may be called twice."""

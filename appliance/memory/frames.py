@@ -13,9 +13,10 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
-from appliance.errors import GuestGone
+from appliance.errors import GuestGone, HostError, UnreadableMemory
 from appliance.memory.foreign import MAX_FRAMES, ForeignMemory
 from appliance.memory.xenmap import PAGE
 from appliance.xenctl import Control, Domain
@@ -49,11 +50,21 @@ class DomainFrames:
         self._on_demand = control.read_on_demand(domid)[0] > 0
 
     def describe(self) -> Domain:
-        """What Xen says of it. Raises GuestGone: it is not there any more, it is dying, or it is another one."""
+        """What Xen says of it.
+
+        Raises GuestGone: it is not there any more, it is dying, or it is another one; HostError: Xen cannot be asked.
+        """
         domain = self._control.read_domain(self.domid)
         if domain is None or domain.dying or (self.uuid is not None and domain.uuid != self.uuid):
             raise GuestGone(f"Xen domain {self.domid} has ended")
         return domain
+
+    def check(self) -> Domain:
+        """`describe` while the domain is read. Raises GuestGone, UnreadableMemory: Xen cannot be asked."""
+        try:
+            return self.describe()
+        except HostError as error:
+            raise UnreadableMemory(0, 0, str(error)) from None
 
     def probe(self, frames: Sequence[int]) -> list[bool]:
         """Which of at most `MAX_FRAMES` frames can be mapped; none is touched."""
@@ -110,14 +121,18 @@ class DomainFrames:
                 break
             time.sleep(wait_s)
         if failed and (len(failed) == len(frames) or errno.ESRCH in failed.values()):
-            self.describe()
+            with suppress(HostError):
+                self.describe()
         return failed
 
     def is_ready(self) -> bool:
         """Whether frames may be touched: none are populated on demand, or a page lies ready for each of them."""
         if not self._on_demand:
             return True
-        frames, ready = self._control.read_on_demand(self.domid)
+        try:
+            frames, ready = self._control.read_on_demand(self.domid)
+        except HostError:
+            return False
         self._on_demand = frames > 0  # none can become so later
         return frames <= ready
 

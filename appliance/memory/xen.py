@@ -59,7 +59,7 @@ class XenMemory:
         frames = sum(region.size for region in self._regions) // PAGE
         asked = sample(self._regions)
         there = self._frames.probe(asked)
-        missing = max(frames - self._frames.describe().pages, there.count(False) * frames // len(asked))
+        missing = max(frames - self._frames.check().pages, there.count(False) * frames // len(asked))
         if missing <= 0:
             return ()
         first = next((frame for frame, mapped in zip(asked, there, strict=True) if not mapped), asked[0])
@@ -102,8 +102,12 @@ class XenMemory:
     def vcpus(self) -> tuple[VcpuState, ...]:
         """Registers of the virtual CPUs that were started. Xen holds each one still for the copy, some microseconds."""
         self._check_open()
-        states = []
-        for number in range(min(self._frames.describe().vcpus, MAX_VCPUS)):
+        states: list[VcpuState] = []
+        try:
+            count = self._frames.describe().vcpus
+        except HostError:
+            return ()
+        for number in range(min(count, MAX_VCPUS)):
             raw = self._control.read_cpu(self.domid, number)
             if isinstance(raw, bytes):
                 rip, cr0, cr3, cr4, fs, gs, idt, kernel_gs, lstar = _CPU.unpack(raw)
@@ -113,9 +117,9 @@ class XenMemory:
         return tuple(states)
 
     def check_alive(self) -> None:
-        """Raise GuestGone unless the same domain is still there, and not dying."""
+        """Raise GuestGone unless the same domain is there and not dying, UnreadableMemory where Xen does not tell."""
         self._check_open()
-        self._frames.describe()
+        self._frames.check()
 
     def close(self) -> None:
         """Give the handles back; may be called twice."""

@@ -1,5 +1,6 @@
 """RAM of Xen domains, through libraries that behave as Xen's do and count what is asked of them."""
 
+import contextlib
 import errno
 import random
 import struct
@@ -258,11 +259,39 @@ def test_memory_that_is_populated_on_demand_is_left_alone_while_too_few_pages_li
     memory.close()
 
 
-def test_a_policy_that_hides_whether_reading_is_harmless_keeps_us_from_reading(host):
-    host.state.on_demand = (1 << 64) - 1
-    with pytest.raises(PermissionRefused, match=r"populated on demand.*xl dmesg"):
+@pytest.mark.parametrize(("code", "error"), [(errno.EACCES, PermissionRefused), (errno.ENOMEM, HostError)])
+def test_where_it_is_not_told_whether_reading_is_harmless_nothing_is_read(host, content, code, error):
+    host.state.on_demand = (1 << 64) - 1 - code
+    with pytest.raises(error, match=r"populated on demand.*xl dmesg"):
         open_xen(7, UUID_TEXT, LOW * PAGE, folder=host.folder)
     assert host.state.maps == 0 and host.state.opened == host.state.closed
+    host.state.on_demand, host.state.ready = 1, 1
+    with contextlib.closing(open_xen(7, UUID_TEXT, LOW * PAGE, folder=host.folder)) as memory:
+        assert memory.read(0, 8) == content[:8]
+        host.state.on_demand, maps = (1 << 64) - 1 - code, host.state.maps
+        assert memory.readv([(0, 8)]) == [None]
+        assert host.state.maps == maps
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_xen_that_knows_no_memory_on_demand_has_none(host, content, code):
+    host.state.on_demand = (1 << 64) - 1 - code
+    with contextlib.closing(open_xen(7, UUID_TEXT, LOW * PAGE, folder=host.folder)) as memory:
+        assert memory.read(0, 8) == content[:8]
+
+
+def test_a_xen_that_cannot_be_asked_for_a_moment_costs_what_is_read_then_and_nothing_else(memory, host, content):
+    host.lose(range(LOW), errno.EPERM)
+    host.state.silent = errno.ENOMEM
+    assert memory.readv([(0, 8)]) == [None]
+    assert memory.vcpus() == ()
+    for use in (lambda: memory.read(0, 8), memory.check_alive, lambda: memory.gaps):
+        with pytest.raises(UnreadableMemory):
+            use()
+    host.lose(range(LOW), 0)
+    host.state.silent = 0
+    assert memory.read(0, 8) == content[:8]
+    memory.check_alive()
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES])

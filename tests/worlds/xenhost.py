@@ -17,7 +17,7 @@ FRAMES, PAGE, HIGH = 65536, 4096, 0x100000
 UUID_TEXT = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
 SOURCE = Path(__file__).with_suffix(".c")
 LIBRARIES = ("libxenforeignmemory.so.1", "libxenctrl.so.4.17")
-_WORDS = "domid present dying hvm flags vcpus refuse_errno refuse_times busy_times protections opened closed"
+_WORDS = "domid present dying hvm flags vcpus refuse_errno refuse_times busy_times protections opened closed silent"
 _LONGS = "low high extra pages max_pages dom0_max_pages last_frame on_demand ready maps unmaps mapped largest asked"
 
 
