@@ -12,7 +12,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Final, TypeVar
@@ -22,6 +22,7 @@ from appliance.hosts.proc import PROC, iter_pids
 CLONE_NEWNET: Final = 0x40000000
 SYS_PIDFD_GETFD: Final = 438  # the same number on every architecture
 TUNGETDEVNETNS: Final = 0x54E3  # include/uapi/linux/if_tun.h: _IO('T', 227)
+TUNGETIFF: Final = 0x800454D2  # include/uapi/linux/if_tun.h: _IOR('T', 210, unsigned int); a struct ifreq is written
 MAX_PROCESSES: Final = 8192
 OURS: Final = "/proc/self/ns/net"
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 def find_port(pid: int, ifname: str, descriptor: int | None) -> tuple[str | None, int] | None:
     """Find the interface of QEMU ``pid``: ``(path of its namespace or None for ours, ifindex)``, None when nowhere."""
-    exact = _device_netns(pid, descriptor) if descriptor is not None else None
+    exact = find_netns(pid, descriptor) if descriptor is not None else None
     for path in iter_namespaces(pid):
         if exact is not None and read_inode(path) != exact:
             continue
@@ -104,23 +105,35 @@ def _entries(place: str) -> list[Path]:
     return []
 
 
-def _device_netns(pid: int, descriptor: int) -> int | None:
-    """Inode of the namespace that the device of a tap descriptor is in now."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with suppress(OSError):
-        process = os.pidfd_open(pid)
-        try:
-            copy = libc.syscall(SYS_PIDFD_GETFD, process, descriptor, 0)
-        finally:
-            os.close(process)
-        if copy < 0:
-            return None
-        try:
-            namespace = fcntl.ioctl(copy, TUNGETDEVNETNS)
-        finally:
-            os.close(copy)
+def find_netns(pid: int, descriptor: int) -> int | None:
+    """Inode of the namespace that the device of a tap descriptor is in now, None where that is not told."""
+    with suppress(OSError), _copied(pid, descriptor) as copy:
+        namespace = fcntl.ioctl(copy, TUNGETDEVNETNS)
         try:
             return os.fstat(namespace).st_ino
         finally:
             os.close(namespace)
     return None
+
+
+def find_name(pid: int, descriptor: int) -> str | None:
+    """The name of the device of a tap or macvtap descriptor, None where that is not told."""
+    with suppress(OSError), _copied(pid, descriptor) as copy:
+        return fcntl.ioctl(copy, TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode("ascii", "replace")
+    return None
+
+
+@contextmanager
+def _copied(pid: int, descriptor: int) -> Iterator[int]:
+    """A duplicate of another process' descriptor. Raises OSError."""
+    process = os.pidfd_open(pid)
+    try:
+        copy = ctypes.CDLL(None, use_errno=True).syscall(SYS_PIDFD_GETFD, process, descriptor, 0)
+    finally:
+        os.close(process)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    try:
+        yield copy
+    finally:
+        os.close(copy)

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from appliance.hosts import proc
 from appliance.hosts.arguments import NetDevice
-from appliance.hosts.netns import find_interface, find_port, iter_namespaces
+from appliance.hosts.netns import call_in, find_interface, find_name, find_netns, find_port, iter_namespaces
 from appliance.hosts.untappable import HANDED
 from appliance.model import GuestPort
+from appliance.rtnetlink import IFLA_INFO_KIND, parse_info, read_link
 
+_KINDS: Final = {"macvtap", "ipvtap"}
 _MACVTAP: Final = re.compile(r"/dev/tap(\d+)$")  # the number is the interface's index (drivers/net/macvtap.c)
 
 
@@ -52,18 +55,18 @@ def read_held(pid: int) -> tuple[Held, ...]:
 
 def find_taps(pid: int, held: Iterable[Held], notes: list[str]) -> list[Tap]:
     """Where the interfaces behind the descriptors are now; into ``notes`` goes what is nowhere to be seen."""
-    queues: dict[str, list[int]] = {}
+    queues: dict[tuple[str, int | None], list[int]] = {}  # two namespaces may have the same name
     found: list[Tap] = []
     for one in held:
         if one.ifname is not None:
-            queues.setdefault(one.ifname, []).append(one.descriptor)
+            queues.setdefault((one.ifname, find_netns(pid, one.descriptor)), []).append(one.descriptor)
         elif match := _MACVTAP.search(one.device or ""):
             tap = _find_macvtap(pid, int(match[1]), one.descriptor)
             if tap is None:
                 notes.append(f"macvtap {one.device}: its interface is in no network namespace that can be seen")
-            elif tap.ifname not in {other.ifname for other in found}:
+            elif (tap.netns, tap.ifname) not in {(other.netns, other.ifname) for other in found}:
                 found.append(tap)
-    for ifname, fds in queues.items():
+    for (ifname, _), fds in queues.items():
         place = find_port(pid, ifname, fds[0])
         if place is None:
             notes.append(f"port {ifname} is in no network namespace that can be seen: it cannot be tapped")
@@ -75,22 +78,31 @@ def find_taps(pid: int, held: Iterable[Held], notes: list[str]) -> list[Tap]:
 def match_cards(taps: list[Tap], devices: tuple[NetDevice, ...]) -> Iterator[GuestPort]:
     """Give each tap the MAC of its card: by interface name, by descriptor, or because only one is left."""
     rest = [device for device in devices if device.kind in {"tap", "bridge"}]
-    macs: dict[str, str | None] = {}
+    macs: dict[tuple[int, ...], str | None] = {}  # by descriptors
     for tap in taps:
         for device in rest:
             if device.ifname == tap.ifname or set(device.fds) & set(tap.fds):
-                macs[tap.ifname] = device.mac
+                macs[tap.fds] = device.mac
                 rest.remove(device)
                 break
-    unknown = [tap.ifname for tap in taps if tap.ifname not in macs]
+    unknown = [tap.fds for tap in taps if tap.fds not in macs]
     if len(unknown) == len(rest):  # QEMU opens them in the order of its command line
-        macs |= {ifname: device.mac for ifname, device in zip(unknown, rest, strict=True)}
+        macs |= {fds: device.mac for fds, device in zip(unknown, rest, strict=True)}
     for tap in taps:
-        yield GuestPort(tap.ifname, macs.get(tap.ifname), tap.netns, tap.ifindex)
+        yield GuestPort(tap.ifname, macs.get(tap.fds), tap.netns, tap.ifindex)
 
 
 def _find_macvtap(pid: int, index: int, descriptor: int) -> Tap | None:
+    """An index is of one namespace: another may have any interface with it."""
+    name = find_name(pid, descriptor)
     for path in iter_namespaces(pid):
-        if (ifname := find_interface(path, index)) is not None:
+        ifname = find_interface(path, index)
+        if ifname is not None and name in {ifname, None} and _read_kind(path, index) in _KINDS:
             return Tap(ifname, path, index, (descriptor,))
+    return None
+
+
+def _read_kind(netns: str | None, index: int) -> str | None:
+    with suppress(OSError):
+        return call_in(netns, lambda: parse_info(read_link(index), IFLA_INFO_KIND))
     return None

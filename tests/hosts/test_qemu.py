@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import ConfigError, HostError, UsageError
-from appliance.hosts.netns import call_in
+from appliance.hosts.netns import call_in, read_inode
 from appliance.hosts.qemu import find_guest, find_guests
+from appliance.hosts.taps import Held, find_taps
 from appliance.hosts.targets import resolve
+from tests.respond.desks import eventually
 
 pytestmark = pytest.mark.root("network namespaces and taps")
 MAC = "52:54:00:77:01:02"
@@ -173,3 +175,28 @@ def test_what_is_no_network_namespace_is_an_error_with_its_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(HostError, match="file"):
         resolve(f"port:tap0@{tmp_path}/file")
+
+
+def test_a_macvtap_that_was_handed_in_is_not_any_interface_with_its_number(spaces, tmp_path):
+    here, there = spaces
+    ip("-n", here, "link", "add", "psqother", "index", "4711", "type", "veth", "peer", "name", "psqpeer")
+    ip("-n", there, "link", "add", "psqlower", "type", "veth", "peer", "name", "psqpeer")
+    ip("-n", there, "link", "add", "link", "psqlower", "name", "psqmv", "index", "4711", "type", "macvtap")
+    show = ["ip", "netns", "exec", there, "sh", "-c", "cat /sys/class/net/psqmv/macvtap/*/dev"]
+    numbers = subprocess.run(show, check=True, capture_output=True, text=True, timeout=10).stdout
+    node = tmp_path / "tap4711"
+    os.mknod(node, 0o600 | 0o020000, os.makedev(*map(int, numbers.split(":"))))
+    descriptor = call_in(f"/run/netns/{there}", lambda: os.open(node, os.O_RDWR))
+    holder = subprocess.Popen(["ip", "netns", "exec", here, "sleep", "60"], pass_fds=(descriptor,))
+    try:
+        eventually(lambda: read_inode(f"/proc/{holder.pid}/ns/net") == read_inode(f"/run/netns/{here}"))
+        notes = []
+        (tap,) = find_taps(holder.pid, [Held(descriptor, device="/dev/tap4711")], notes)
+        assert (tap.ifname, tap.netns, notes) == ("psqmv", f"/run/netns/{there}", [])
+        ip("-n", there, "link", "del", "psqmv")
+        assert find_taps(holder.pid, [Held(descriptor, device="/dev/tap4711")], notes) == []
+        assert "is in no network namespace that can be seen" in notes[0]
+    finally:
+        os.close(descriptor)
+        holder.kill()
+        holder.wait()
