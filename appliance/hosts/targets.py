@@ -84,11 +84,14 @@ def _find_process(text: str) -> GuestInfo:
 
 
 def _find_named(word: str, inventory: Inventory) -> GuestInfo:
-    """A guest that is here by its target, name or UUID; ``xen:`` before them leaves only Xen's."""
+    """A guest that is here by its target, name or UUID; behind ``xen:`` one of Xen's, and digits are a domid."""
     only_xen = word.startswith("xen:")
     bare = word.removeprefix("xen:")
     guests = [guest for guest in inventory.find_guests() if not only_xen or guest.hypervisor == "xen"]
-    found = [one for one in guests if word == one.id.target or bare in _names(one) or bare.lower() == one.id.uuid]
+    if only_xen and bare.isdecimal():  # a target that was noted must never mean another guest of that name
+        found = [one for one in guests if one.id.target == word]
+    else:
+        found = [one for one in guests if word == one.id.target or bare in _names(one) or bare.lower() == one.id.uuid]
     if len(found) == 1:
         return found[0]
     if found:
