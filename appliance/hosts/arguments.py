@@ -45,6 +45,7 @@ class Arguments:
     incoming: bool = False  # it was started to take over another one's state: whether that has arrived is not said
     monitors: tuple[str, ...] = ()  # paths of QMP sockets that no manager owns
     libvirt_id: int | None = None  # the number that libvirt gave to this life of its domain
+    libvirt_key: str | None = None  # path of the file that tells so, which belongs to whom libvirt runs it as
     xen_domid: int | None = None  # it is no machine of its own: it emulates devices for this Xen domain
 
 
@@ -53,6 +54,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     options = list(iter_options(argv))
     keys = {key for key, _ in options}
     machine = merge_options(options, ("machine", "M"), "type")
+    libvirt_id, libvirt_key = _libvirt_id(options)
     return Arguments(
         name=as_text(merge_options(options, ("name",), "guest").get("guest")),
         uuid=next((value.lower() for key, value in options if key == "uuid"), None),
@@ -64,7 +66,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         encryption=_encryption(machine, options),
         incoming="incoming" in keys,
         monitors=tuple(_monitors(options)),
-        libvirt_id=_libvirt_id(options),
+        libvirt_id=libvirt_id,
+        libvirt_key=libvirt_key,
         xen_domid=next((int(value) for key, value in options if key == "xen-domid" and value.isdecimal()), None),
     )
 
@@ -168,13 +171,14 @@ def _listening(socket: dict[str, Any]) -> Iterator[str]:
         yield path
 
 
-def _libvirt_id(options: list[tuple[str, str]]) -> int | None:
+def _libvirt_id(options: list[tuple[str, str]]) -> tuple[int | None, str | None]:
     """From the folder of the key that libvirt hands to each QEMU it starts (``qemuDomainMasterKeyCreate``)."""
     for key, text in options:
         found = parse_properties(text, "qom-type") if key == "object" else {}
-        if found.get("id") == "masterKey0" and (match := _DOMAIN.search(as_text(found.get("file")) or "")):
-            return int(match[1])
-    return None
+        path = as_text(found.get("file")) or ""
+        if found.get("id") == "masterKey0" and (match := _DOMAIN.search(path)):
+            return int(match[1]), path
+    return None, None
 
 
 def _descriptors(found: dict[str, Any]) -> tuple[int, ...]:

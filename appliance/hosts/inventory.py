@@ -20,7 +20,7 @@ from appliance.hosts.arguments import Arguments
 from appliance.hosts.domains import PATIENCE_S, LibvirtSource
 from appliance.hosts.libvirt import INSTALL, SOCKETS, is_installed
 from appliance.hosts.merge import join, note_twins
-from appliance.hosts.qemu import QemuSource
+from appliance.hosts.qemu import QemuSource, is_managed
 from appliance.hosts.qemu import is_running as is_qemu_running
 from appliance.hosts.xen import XenSource
 from appliance.hosts.xen import is_running as is_xen_running
@@ -74,7 +74,7 @@ class Inventory:
                 case _:
                     others += told
         self.troubles = tuple(dict.fromkeys(troubles))
-        guests, joined, alone = join(processes, domains)
+        guests, joined, alone = join(processes, domains, is_managed)
         return note_twins([*guests, *self._settled(joined, alone), *others])
 
     def find_off(self) -> list[str]:

@@ -8,7 +8,7 @@ domain's only where the UUID and that number agree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from appliance.hosts.arguments import Arguments
@@ -17,10 +17,13 @@ from appliance.model import GuestInfo, GuestState
 
 
 def join(
-    processes: Sequence[tuple[GuestInfo, Arguments]], domains: Iterable[tuple[GuestInfo, Mapping[str, str]]]
+    processes: Sequence[tuple[GuestInfo, Arguments]],
+    domains: Iterable[tuple[GuestInfo, Mapping[str, str]]],
+    is_managed: Callable[[GuestInfo, Arguments], bool] = lambda info, arguments: True,
 ) -> tuple[list[GuestInfo], list[GuestInfo], list[GuestInfo]]:
     """Join domains, each with the MAC addresses behind its interfaces, to their processes.
 
+    Of several processes that say so of themselves, the one is a domain's of which ``is_managed`` says so too.
     Returns the guests that have a process, with what libvirt knows of them; the domains that were joined; the domains
     whose process cannot be seen.
     """
@@ -28,6 +31,8 @@ def join(
     joined, alone = [], []
     for domain, macs in domains:
         same = [one for one in processes if _is_domains(*one, domain)]
+        if len(same) > 1:
+            same = [one for one in same if is_managed(*one)]
         if len(same) == 1:
             info, arguments = same[0]
             guests[info.id.instance] = _join(info, arguments, domain, macs)

@@ -81,6 +81,14 @@ def read_cpu_s(pid: int) -> float:
     return 0.0
 
 
+def read_user(pid: int) -> int | None:
+    """The user id as which a process runs (the effective one), None when it is gone."""
+    with suppress(OSError):
+        found = re.search(r"^Uid:\s*\d+\s+(\d+)", _read(pid, "status"), re.MULTILINE)
+        return int(found[1]) if found else None
+    return None
+
+
 def read_thread_group(pid: int) -> int | None:
     """The process that a thread id belongs to, None when there is no such thread."""
     with suppress(OSError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from appliance.errors import HostError, PermissionRefused, UsageError
@@ -94,6 +95,15 @@ def is_running(guest: GuestInfo) -> bool:
 def is_libvirts(guest: GuestInfo) -> bool:
     """Whether libvirt has started its process, and so can tell more of it."""
     return guest.pid is not None and parse_arguments(proc.read_argv(guest.pid)).libvirt_id is not None
+
+
+def is_managed(guest: GuestInfo, arguments: Arguments) -> bool:
+    """Whether a process that names a key of libvirt's runs as the user to whom libvirt gave that key."""
+    try:
+        owner = Path(arguments.libvirt_key or "").stat().st_uid
+    except OSError:
+        return False
+    return owner == proc.read_user(guest.pid or 0)
 
 
 def check_permission(guest: GuestInfo) -> None:

@@ -1,10 +1,15 @@
 """When a process and a domain are one guest."""
 
+import os
+import subprocess
 from dataclasses import replace
+
+import pytest
 
 from appliance.hosts.arguments import parse_arguments
 from appliance.hosts.domains import name_life
 from appliance.hosts.merge import join, note_twins
+from appliance.hosts.qemu import is_managed
 from appliance.model import GuestId, GuestInfo, GuestPort, GuestState
 
 UUID = "3d1f3c6a-5b5e-4c7a-9d53-0f3a5b6c7d8e"
@@ -74,3 +79,20 @@ def test_only_a_process_that_takes_over_a_state_is_incoming() -> None:
 def test_machines_without_a_uuid_are_nobodys_twins() -> None:
     guests, _, _ = join([process(9, "-m 64", None), process(10, "-m 64", None)], [])
     assert [guest.notes for guest in note_twins(guests)] == [(), ()]
+
+
+@pytest.mark.root("a process of another user")
+def test_of_two_that_say_they_are_a_domains_the_one_is_that_runs_as_libvirt_runs_it(tmp_path) -> None:
+    folder = tmp_path / "domain-4-web"
+    folder.mkdir()
+    (folder / "master-key.aes").touch()
+    words = f"-object secret,id=masterKey0,file={folder}/master-key.aes"
+    other = subprocess.Popen(["sleep", "60"], user=65534)
+    try:
+        both = [process(os.getpid(), words), process(other.pid, words)]
+        guests, joined, alone = join(both, [(domain(), {})], is_managed)
+        assert {guest.pid: guest.tags for guest in guests} == {os.getpid(): ("web",), other.pid: ()}
+        assert (len(joined), alone) == (1, [])
+    finally:
+        other.kill()
+        other.wait()
