@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from appliance.ports import GuestMemory
 
 SCHEME = "parasight"
+PAGE = 4096
+STEP = 4 << 20  # bytes of RAM whose pages are asked for at once
 MAX_BANNER = 1024
 _OPENED: dict[str, GuestMemory] = {}
 
@@ -104,12 +106,8 @@ class GuestLayer(interfaces.layers.DataLayerInterface):
         from appliance.errors import GuestError, UnreadableMemory  # noqa: PLC0415  see open_memory
 
         try:
-            if not pad or self.is_valid(offset, length):
-                return self._memory.read(offset, length)
-            return self._read_padded(offset, length)
+            return self._read_padded(offset, length) if pad else self._memory.read(offset, length)
         except UnreadableMemory as error:
-            if pad:
-                return bytes(length)
             raise exceptions.InvalidAddressException(self.name, offset, str(error)) from None
         except GuestError as error:
             raise exceptions.LayerException(self.name, str(error)) from error
@@ -119,7 +117,7 @@ class GuestLayer(interfaces.layers.DataLayerInterface):
         for start, size in self._regions:
             first, last = max(start, offset), min(start + size, offset + length)
             if first < last:
-                data[first - offset : last - offset] = self._memory.read(first, last - first)
+                data[first - offset : last - offset] = _read_there(self._memory, first, last)
         return bytes(data)
 
     def scan(
@@ -129,8 +127,26 @@ class GuestLayer(interfaces.layers.DataLayerInterface):
         progress_callback: constants.ProgressCallback = None,
         sections: Iterable[tuple[int, int]] | None = None,
     ) -> Iterable[Any]:
-        """Scan RAM only: a scan of the framework skips each chunk that has a hole."""
-        return super().scan(context, scanner, progress_callback, self._regions if sections is None else sections)
+        """Scan RAM only, and what of it is there: a scan of the framework skips each chunk that has a hole."""
+        found = self._find_sections() if sections is None else sections
+        return super().scan(context, scanner, progress_callback, found)
+
+    def _find_sections(self) -> list[tuple[int, int]]:
+        memory = self._memory
+        if not getattr(memory, "gaps", ()):
+            return self._regions
+        found: list[tuple[int, int]] = []
+        for region in getattr(memory, "data_regions", lambda: memory.regions)():
+            end = region.gpa + region.size
+            for start in range(region.gpa, end, STEP):
+                spans = [(at, min(PAGE, end - at)) for at in range(start, min(start + STEP, end), PAGE)]
+                heads = memory.readv([(at, 1) for at, _ in spans])
+                for (at, size), head in zip(spans, heads, strict=True):
+                    if head is not None and found and sum(found[-1]) == at:
+                        found[-1] = (found[-1][0], found[-1][1] + size)
+                    elif head is not None:
+                        found.append((at, size))
+        return found
 
     def write(self, offset: int, data: bytes) -> None:
         """Abstract in the framework, so every layer must have it; ours has nothing to do there."""
@@ -141,6 +157,19 @@ class GuestLayer(interfaces.layers.DataLayerInterface):
         """``location``: what `open_memory` opens."""
         what = "qemu:PID, xen:DOMID or file:PATH"
         return [requirements.StringRequirement(name="location", description=what, optional=False)]
+
+
+def _read_there(memory: GuestMemory, first: int, last: int) -> bytes:
+    """A run of RAM; zeros stand for pages that cannot be read."""
+    from appliance.errors import UnreadableMemory  # noqa: PLC0415  see open_memory
+
+    try:
+        return memory.read(first, last - first)
+    except UnreadableMemory:
+        starts = [first, *range((first // PAGE + 1) * PAGE, last, PAGE)]
+        spans = [(at, min(last, (at // PAGE + 1) * PAGE) - at) for at in starts]
+        pieces = zip(spans, memory.readv(spans), strict=True)
+        return b"".join([bytes(size) if data is None else data for (_, size), data in pieces])
 
 
 class GuestStacker(interfaces.automagic.StackerLayerInterface):
@@ -229,7 +258,7 @@ class GuestHandler(resources.VolatilityHandler):
 
 
 class _GuestFile(io.RawIOBase):
-    """Guest-physical memory as a file; what is not RAM reads as zeros."""
+    """Guest-physical memory as a file; what is not RAM, or cannot be read, is zeros."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory, self._at = memory, 0
@@ -255,8 +284,8 @@ class _GuestFile(io.RawIOBase):
         for region in self._memory.regions:
             first, last = max(region.gpa, self._at), min(region.gpa + region.size, self._at + size)
             if first < last:
-                with contextlib.suppress(Exception):  # a page that cannot be read is a hole like others
-                    data[first - self._at : last - self._at] = self._memory.read(first, last - first)
+                with contextlib.suppress(Exception):  # it is gone: a hole like others
+                    data[first - self._at : last - self._at] = _read_there(self._memory, first, last)
         self._at += size
         return bytes(data)
 
