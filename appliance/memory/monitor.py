@@ -49,6 +49,8 @@ class QmpMemory:
         self.instance = f"{pid}.{started}"
         self._turns, self._socket, self._ram = _Turns(socket, pid), socket, Ram(regions)
         self._pidfd = open_life(pid, started)
+        self._poll = select.poll()  # select(2) knows no descriptor above 1023
+        self._poll.register(self._pidfd, select.POLLIN)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -90,7 +92,7 @@ class QmpMemory:
 
     def check_alive(self) -> None:
         """Raise GuestGone unless the same QEMU process is still there."""
-        if self._pidfd < 0 or select.select([self._pidfd], (), (), 0)[0]:
+        if self._pidfd < 0 or self._poll.poll(0):
             raise GuestGone(f"process {self.pid} has ended")
 
     def close(self) -> None:
