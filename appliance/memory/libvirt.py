@@ -27,7 +27,6 @@ from appliance.errors import GuestGone, HostError, ParasightError, PermissionRef
 from appliance.memory.batches import Ram, gather
 from appliance.memory.commandline import CommandLine
 from appliance.memory.domainxml import parse_domain, refuse_memory_devices
-from appliance.memory.hostmap import is_amd
 from appliance.memory.layout import above_start, extents
 from appliance.memory.qemu import read_command_line
 from appliance.model import Availability, Region, VcpuState
@@ -118,7 +117,12 @@ def open_libvirt(uuid: str, *, pid: int | None = None, uri: str | None = None) -
         text = domain.describe()
         refuse_memory_devices(text)  # of those that are plugged in while it runs no command line tells
         line = _command_line(pid, uuid) or parse_domain(text)
-        regions = [Region(one.gpa, one.size) for one in extents(line, above_start(line, is_amd()))]
+        if above_start(line, amd=True) != above_start(line, amd=False):
+            raise HostError(
+                f"where a guest with {line.ram_size >> 30} GiB has its RAM depends on its host's processor and its "
+                "machine type: read it through its QEMU process (--route qemu), on the host where that runs"
+            )
+        regions = [Region(one.gpa, one.size) for one in extents(line)]
         domain.peek(regions[0].gpa, 1)  # what is not permitted is said now
         domain.answer_s = ANSWER_S
         return LibvirtMemory(domain, regions)

@@ -82,6 +82,18 @@ def test_memory_that_was_plugged_in_is_not_left_out_in_silence_where_the_process
         process.kill()
 
 
+@pytest.mark.parametrize(("gib", "known"), [(1000, True), (1020, False)])
+def test_a_map_that_depends_on_the_processor_is_refused(tmp_path, gib, known):
+    path = tmp_path / "node.xml"
+    path.write_text(f"<node>{XML.format(more='').replace('MiB', 'GiB').replace('>64<', f'>{gib}<')}</node>")
+    if known:
+        with contextlib.closing(open_libvirt(UUID, uri=f"test://{path}")) as memory:
+            assert memory.regions[-1] == Region(1 << 32, (gib - 2) << 30)
+    else:
+        with pytest.raises(HostError, match="machine type"):
+            open_libvirt(UUID, uri=f"test://{path}")
+
+
 def test_zeros_are_never_asked_for_where_there_is_no_ram(node):
     with contextlib.closing(open_libvirt(UUID, uri=node)) as memory:  # the driver answers for any address
         spans = [(64 * MIB - 4, 4), (64 * MIB - 4, 8), (0xB8000, 4), (1 << 40, 8), (-8, 8), (0x2000, -1)]
