@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from appliance.errors import ConfigError, GuestGone, HostError, UnreadableMemory, UsageError
-from appliance.memory import libvmi
+from appliance.memory import libvmi, printed
 from appliance.memory.libvmi import _construct, open_libvmi_file, open_libvmi_xen, probe
 from appliance.memory.xenlimits import MemoryLimits
 from appliance.model import Region
@@ -215,6 +215,20 @@ def test_limits_are_put_back_where_the_process_ends_while_a_thread_attaches(xen)
         """
     subprocess.run([sys.executable, "-c", code, xen.folder], check=True)
     assert xen.state.max_pages == 72
+
+
+def test_a_host_without_descriptors_is_no_defect_and_a_call_that_hangs_holds_up_no_other(image, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as host:
+        host.setattr(printed, "_sinks", [])
+        host.setattr(os, "memfd_create", refuse)
+        with pytest.raises(HostError, match="Too many open files"):
+            open_libvmi_file(image)
+    monkeypatch.setattr(printed, "TURN_S", 0.05)
+    with printed._lock:
+        open_libvmi_file(image).close()
 
 
 def test_what_others_print_while_libvmi_is_opened_is_not_lost(image, capfd):
