@@ -1,7 +1,8 @@
 """The command `parasight doctor`, and how it asks and measures: real QEMU processes, stopped before they begin."""
 
+import contextlib
 import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,12 @@ WITHOUT_PTRACE = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sy
 @pytest.fixture(scope="module")
 def qemu(tmp_path_factory):
     """A QEMU with a monitor of its own that nobody uses."""
-    monitor = tmp_path_factory.mktemp("qemu") / "qmp.sock"
+    with _started(tmp_path_factory.mktemp("qemu") / "qmp.sock") as pid:
+        yield pid
+
+
+@contextlib.contextmanager
+def _started(monitor):
     command = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none"]
     command += ["-name", "doctored", "-qmp", f"unix:{monitor},server=on,wait=off"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
@@ -40,17 +46,11 @@ def _listens(path) -> bool:
 
 
 @pytest.fixture
-def impostor(tmp_path):
-    """A shell that looks like a QEMU whose monitor takes calls and never says a word."""
-    program, monitor = tmp_path / "qemu-system-x86_64", tmp_path / "qmp.sock"
-    shutil.copy("/bin/sh", program)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(monitor))
-        server.listen()
-        words = ["-c", "read line", "-qmp", f"unix:{monitor},server=on", "-nodefaults"]
-        with subprocess.Popen([program, *words], stdin=subprocess.PIPE) as process:
-            yield process.pid
-            process.kill()
+def stuck(tmp_path):
+    """A QEMU whose monitor takes calls and never says a word: it is stopped."""
+    with _started(tmp_path / "qmp.sock") as pid:
+        os.kill(pid, signal.SIGSTOP)
+        yield pid
 
 
 def by_name(lines):
@@ -105,10 +105,10 @@ def parasight_on_a_terminal(command, home):
     return [line.rstrip() for line in done.stdout.splitlines()]
 
 
-def test_a_route_that_never_answers_is_given_up(impostor) -> None:
-    info = GuestInfo(GuestId(f"qemu:{impostor}", instance=find_guest(impostor).id.instance), impostor, routes=("qmp",))
+def test_a_route_that_never_answers_is_given_up(stuck) -> None:
+    info = GuestInfo(GuestId(f"qemu:{stuck}", instance=find_guest(stuck).id.instance), stuck, routes=("qmp",))
     (line,) = probe_routes([info], seconds=0.2)
-    assert (line.name, line.ok, line.required) == (f"route qemu:{impostor} qmp", False, False)
+    assert (line.name, line.ok, line.required) == (f"route qemu:{stuck} qmp", False, False)
     assert line.reason == "no answer within 0.2 s"
     assert line.remedy
 
@@ -140,8 +140,8 @@ def test_libvmi_is_never_opened_on_xen_and_said_to_be_the_only_way_where_it_is()
     assert "--route libvmi --libvmi-allow-domain-changes" in libvmi.remedy
 
 
-def test_a_host_with_many_guests_is_asked_of_the_first_ones(impostor) -> None:
-    one = GuestInfo(GuestId(f"qemu:{impostor}"), impostor, routes=("nonsense",))
+def test_a_host_with_many_guests_is_asked_of_the_first_ones(stuck) -> None:
+    one = GuestInfo(GuestId(f"qemu:{stuck}"), stuck, routes=("nonsense",))
     *measured, last = probe_routes([one] * (MAX_GUESTS + 5))
     assert len(measured) <= MAX_GUESTS
     assert (last.name, last.reason) == ("routes", "5 more guests were not measured")
