@@ -23,6 +23,17 @@ GUESTS = [
 ]
 WORKLOAD = "exec python3 -S -E /opt/workloads/sockets.py --count 1000 --server 10.77.0.1 --server6 fd77::1"
 
+# Like setproctitle: writes over its arguments and on into its environment.
+TITLED = """
+fields = open("/proc/self/stat").read().rpartition(")")[2].split()
+start, end = int(fields[45]), int(fields[46])
+with open("/proc/self/mem", "r+b", 0) as memory:
+    memory.seek(start)
+    memory.write(b"a title ".ljust(end - start + 16, b".") + bytes(1))
+print("READY", flush=True)
+__import__("time").sleep(1000)
+"""
+
 
 @pytest.fixture(scope="module", params=GUESTS, ids=lambda guest: "-".join(str(part) for part in guest))
 def crowded(request, network):
@@ -52,6 +63,8 @@ def test_the_walk_equals_ss(crowded):
 
 def test_processes_equal_proc(crowded):
     guest, eye = crowded
+    titled = guest.spawn(["/usr/bin/env", "ROOM=" + 64 * "x", "/usr/bin/python3", "-S", "-E", "-c", TITLED])
+    titled.wait_for("READY", 60)
     truth = guest.truth()
     seen = {process.pid: process for process in eye.read_snapshot().processes}
     compared = 0
@@ -71,6 +84,8 @@ def test_processes_equal_proc(crowded):
         assert process.key.started_ns // (10**9 // truth.clock_ticks) == real.starttime_ticks
         assert process.started_wall_ns is not None
     assert compared > 50
+    assert seen[titled.pid].command.startswith("a title ....")
+    assert len(seen[titled.pid].command) > len(TITLED) + 16
     assert {"root", "www-data"} <= {process.user for process in seen.values()}
     assert "0123456789abcdef" * 4 in {process.container for process in seen.values()}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from appliance.errors import UnreadableMemory
@@ -20,6 +21,7 @@ from appliance.guest.linux.passwd import Passwd
 from appliance.guest.linux.paths import Path, Paths, text_of
 from appliance.guest.linux.record import is_object
 from appliance.guest.linux.tasks import Task
+from appliance.guest.paging import PAGE
 from appliance.model import GuestProcess, Missing, ProcessKey
 
 MAX_COMMAND = 4096  # bytes of argv that we keep
@@ -187,7 +189,18 @@ class Processes:
             raw = self._kernel.read_user(vitals.pgd, vitals.arg_start, min(size, MAX_COMMAND))
         except UnreadableMemory:
             return Missing.UNREADABLE
+        if size <= MAX_COMMAND and raw[-1]:
+            return text_of(self._title(vitals))
         return text_of(raw.rstrip(b"\0").replace(b"\0", b" "))
+
+    def _title(self, vitals: Vitals) -> bytes:
+        """What a process has written over its arguments, perhaps beyond their end (get_mm_proctitle)."""
+        title = b""
+        with suppress(UnreadableMemory):
+            while len(title) < MAX_COMMAND and b"\0" not in title:
+                at = vitals.arg_start + len(title)
+                title += self._kernel.read_user(vitals.pgd, at, PAGE - at % PAGE)
+        return title[:MAX_COMMAND].partition(b"\0")[0]
 
     def _cgroup(self, task: Task, vitals: Vitals) -> str | Missing:
         return self._group_path(vitals.cgroup) if is_object(vitals.cgroup) else Missing.UNKNOWN
