@@ -14,8 +14,8 @@ from lab.packages import LabError
 from tests.bench.lab import Lab, Sizes, say
 from tests.bench.report import Line, print_table
 
-NAMES = ("rules", "flow", "tap", "eye", "hand", "windows", "memory", "attach", "lookup", "walk", "impact", "backends")
-WITHOUT_GUEST = {"rules", "flow", "tap", "eye", "hand", "windows"}
+ALONE = ("rules", "flow", "tap", "eye", "hand", "windows")
+NAMES = (*ALONE, "memory", "attach", "lookup", "walk", "impact", "backends", "xen")
 
 
 def main() -> int:
@@ -73,7 +73,7 @@ def document(names: list[str], lines: list[Line], seconds: float) -> dict:
 
 def machine(names: list[str]) -> str:
     """Where it was measured, as far as it matters to the figures."""
-    guest = "" if set(names) <= WITHOUT_GUEST else f", guest under {accelerator().upper()}"
+    guest = "" if set(names) <= set(ALONE) else f", guest under {accelerator().upper()}"
     load = os.getloadavg()[0]
     return f"{os.cpu_count()} CPUs, load {load:.1f}, Python {platform.python_version()}{guest}"
 

@@ -1,7 +1,7 @@
 """Every route to one guest's memory side by side, against LibVMI's own binding on a dump of it, where that is fastest.
 
 LibVMI has no way to a KVM guest on a stock host. Its figures here are without what makes it safe: no page cache
-emptied, no region checked; the lines ``libvmi`` are the route as we offer it. Xen's and LibVMI's on Xen: the Xen lab.
+emptied, no region checked; the lines ``libvmi`` are the route as we offer it. Xen's routes are measured by `xen`.
 """
 
 import contextlib
