@@ -70,6 +70,7 @@ class Roster:
     ) -> None:
         """``begin`` makes the life of a guest, which is young or not, and starts it."""
         self._inventory, self._choice, self._begin, self._tell, self._clock_s = inventory, choice, begin, tell, clock_s
+        self._stopping: Stopping = lambda: False
         self._lives: dict[str, Life] = {}
         self._portless_s: dict[str, float] = {}  # since when
         self._beside: list[Life] = []
@@ -106,6 +107,7 @@ class Roster:
 
     def run(self, stopping: Stopping) -> None:
         """Look until told to stop, and then wait for the guests' threads."""
+        self._stopping = stopping
         try:
             while not stopping():
                 began_s = time.monotonic()
@@ -145,6 +147,9 @@ class Roster:
         for trouble in before:
             if trouble not in self._troubles:
                 self._tell(f"no longer so: {trouble}")
+        if self.looks == 0 and self._choice.uuids is None and any(one.startswith("libvirt") for one in self._troubles):
+            done = "not watched" if self._choice.opt_in else "watched, whatever their metadata says"
+            self._tell(f"until libvirt can be asked, its guests are {done}")
 
     def _reconcile(self, here: dict[str, GuestInfo]) -> None:
         self._bury(here)
@@ -165,6 +170,8 @@ class Roster:
                 continue
             if not info.ports and self.looks > 0 and now_s - self._portless_s[key] < SETTLE_S:
                 continue
+            if self._stopping():  # the ends of the lives that are over now ask for no others
+                return
             try:
                 life = self._begin(info, self._is_new(info))
             except Exception:  # a defect of ours, or no thread to be had: the others shall be watched all the same

@@ -47,7 +47,7 @@ class Source:
 
     def find_guests(self):
         if self.silent:
-            raise HostError("the hypervisor does not answer")
+            raise HostError("libvirt cannot be asked: it does not answer")
         return list(self.guests)
 
     def fileno(self):
@@ -257,7 +257,7 @@ def test_a_hypervisor_that_does_not_answer_ends_no_watch_and_is_told_once(host):
     assert host.names() == ["a"]
     host.source.silent = False
     host.look(guest("a"))
-    trouble = "the hypervisor does not answer"
+    trouble = "libvirt cannot be asked: it does not answer"
     assert [line for line in host.said if trouble in line] == [trouble, f"no longer so: {trouble}"]
 
 
@@ -471,3 +471,25 @@ def test_what_took_a_guests_place_while_it_was_opened_is_not_taken_for_it(info):
 
 def test_a_guest_is_what_it_was_while_it_was_opened():
     _check_same(GuestInfo(GuestId("qemu:1"), ports=(GuestPort("lo", ifindex=socket.if_nametoindex("lo")),)))
+
+
+def test_nothing_is_begun_again_once_the_end_was_told(host):
+    host.look(guest("a"))
+
+    def ending():
+        host.stopping.set()
+        for life in host.roster.lives():
+            life.join()
+        return [guest("a")]
+
+    host.source.find_guests = ending
+    host.roster.run(host.stopping.is_set)
+    assert host.opened == [guest("a").id.instance]
+
+
+@pytest.mark.parametrize(("choice", "words"), [(Choice(), "are watched"), (Choice(opt_in=True), "are not watched")])
+def test_what_an_unknown_metadata_leads_to_is_said(choice, words):
+    host = Host(choice)
+    host.source.silent = True
+    host.look()
+    assert [line for line in host.said if words in line]

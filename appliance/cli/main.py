@@ -6,6 +6,7 @@ supported, 70 a defect of ours, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -17,9 +18,10 @@ import typer
 
 from appliance import __version__
 from appliance.cli import check, conformance, hand, look, stop, suggest, watching
-from appliance.errors import ParasightError, RuleError, UsageError
+from appliance.errors import ConfigError, ParasightError, RuleError, UsageError
 
 INTERRUPTED = 130
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -91,6 +93,8 @@ app.add_typer(check.rules, name="rules")
 
 def run() -> None:
     """Run one command; every expected failure is one message and its exit code, never a traceback."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  as long as we run
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a guest's text that the terminal has no letters for
     try:
@@ -104,9 +108,20 @@ def run() -> None:
         cast("typer.BadParameter", error).show()
         code = UsageError.exit_code
     except (_ReaderLeft, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         code = 0
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        _mute()
+        print(f"parasight: the output cannot be written: {error.strerror}", file=sys.stderr)
+        code = ConfigError.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _mute() -> None:
+    """What Python still wants to write when it ends goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: ParasightError) -> None:

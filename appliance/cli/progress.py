@@ -16,8 +16,9 @@ def tell(line: str) -> None:
     A guest's text may be in it: what would steer a terminal is escaped.
     """
     clean = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in line)
-    with contextlib.suppress(OSError):
-        print(clean, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: started without a stderr
+        sys.stderr.write(f"{clean}\n")  # at once: guests' threads say things, too
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager

@@ -31,10 +31,17 @@ def safe(text: object, limit: int = MAX_CELL) -> str:
     return escape(clean if len(clean) <= limit else clean[: limit - 1] + "…")
 
 
+class _Console(Console):
+    """Rich would end the program with 1, our word for "flagged", when the reader of our output has left."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(stream: TextIO | None = None) -> Console:
     """A console that never wraps a row apart when its output is read by a program."""
     out = stream or sys.stdout
-    return Console(
+    return _Console(
         file=out, highlight=False, emoji=False, soft_wrap=not out.isatty(), width=None if out.isatty() else 240
     )
 

@@ -102,10 +102,11 @@ def _wishes(metadata: ElementTree.Element | None, troubles: list[str]) -> tuple[
     for unknown in sorted(set(guest.keys()) - {"watch", "tags"}):
         troubles.append(f"metadata of {NAMESPACE}: there is no attribute {unknown!r}, only watch and tags")
     watch = guest.get("watch")
-    if watch is not None and watch not in _WATCH:
-        troubles.append(f"metadata of {NAMESPACE}: watch={watch!r} is neither 'yes' nor 'no'")
+    wanted = _WATCH.get((watch or "").strip().lower())
+    if watch is not None and wanted is None:
+        troubles.append(f"metadata of {NAMESPACE}: watch={watch!r} is neither 'yes' nor 'no' and counts as neither")
     tags = (tag.strip() for tag in guest.get("tags", "").split(","))
-    return _WATCH.get(watch or ""), tuple(dict.fromkeys(tag for tag in tags if tag))
+    return wanted, tuple(dict.fromkeys(tag for tag in tags if tag))
 
 
 def _memory(element: ElementTree.Element | None) -> int:

@@ -11,6 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 _NO_VALUE: Final = frozenset({"S", "nodefaults", "no-user-config", "snapshot", "daemonize", "enable-kvm", "nographic"})
+# Their value may look like anything, a name like an option: QEMU takes the next word.
+_VALUE: Final = frozenset(
+    {"name", "uuid", "m", "machine", "M", "netdev", "nic", "net", "device", "object", "qmp", "chardev"}
+)
 _UNITS: Final = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 _DEFAULT_MEMORY: Final = 128 << 20  # hw/core/machine.c
 
@@ -21,13 +25,17 @@ def iter_options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     while at < len(argv):
         word = argv[at]
         at += 1
-        if not word.startswith("-") or word == "-":
+        if not _is_option(word):
             continue
         key, value = word.lstrip("-"), ""
-        if key not in _NO_VALUE and at < len(argv) and (not argv[at].startswith("-") or argv[at] == "-"):
+        if at < len(argv) and (key in _VALUE or (key not in _NO_VALUE and not _is_option(argv[at]))):
             value = argv[at]
             at += 1
         yield key, value
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-"
 
 
 def parse_properties(text: str, implied: str) -> dict[str, Any]:

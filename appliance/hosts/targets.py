@@ -95,7 +95,7 @@ def _find_named(word: str, inventory: Inventory) -> GuestInfo:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UsageError(f"several guests are called {word!r}: " + ", ".join(guest.id.target for guest in found))
+        raise UsageError(f"several guests are called {word!r}; say " + " or ".join(guest.id.target for guest in found))
     troubles = list(inventory.troubles)
     off: list[str] = []
     try:

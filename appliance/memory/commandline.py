@@ -20,6 +20,7 @@ DEFAULT_RAM = 128 * MIB  # hw/core/machine.c: default_ram_size
 _SUFFIX = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _X86 = re.compile(r"(qemu-system-(x86_64|i386)(-[\w.]+)?|qemu-kvm|kvm|qemu)$")
 _OTHER = re.compile(r"qemu-system-(\w+)")
+_FREE_TEXT = {"name", "uuid"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +81,19 @@ def qemu_target(argv0: str, exe: str) -> str | None:
 
 
 def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Options with their values; an option's own value never starts with a dash that would make it an option."""
+    """Options with their values. Of an option whose value may look like anything, the next word always is it."""
     position = 1
     while position < len(argv):
         word = argv[position]
         following = argv[position + 1] if position + 1 < len(argv) else ""
         position += 1
         if word.startswith("-") and len(word) > 1:
-            if following.startswith("-") and following != "-":
+            key = word.lstrip("-")
+            if key in _FREE_TEXT:
+                position += 1
+            elif following.startswith("-") and following != "-":
                 following = ""
-            yield word.lstrip("-"), following
+            yield key, following
 
 
 def _options(text: str, implied: str) -> dict[str, str]:

@@ -111,3 +111,9 @@ options = st.sampled_from(["-netdev", "-device", "-nic", "-net", "-name", "-m", 
 def test_any_words_are_read_without_an_exception(argv: list[str]) -> None:
     parse_arguments(["qemu", *argv])
     parse_arguments(argv)
+
+
+def test_a_name_that_looks_like_an_option_is_a_name() -> None:
+    uuid = "99999999-2222-3333-4444-555555555555"
+    found = parse_arguments(["qemu-system-x86_64", "-S", "-name", "-uuid", "-uuid", uuid, "-m", "64"])
+    assert (found.name, found.uuid, found.memory_bytes) == ("-uuid", uuid, 64 << 20)

@@ -68,6 +68,7 @@ def test_a_domain_says_whether_it_is_to_be_watched_and_what_it_is() -> None:
     found = parse_domain(domain(metadata=marked("watch='yes' tags='web, prod,,web'")))
     assert (found.wanted, found.tags, found.troubles) == (True, ("web", "prod"), ())
     assert parse_domain(domain(metadata=marked("watch='no'"))).wanted is False
+    assert parse_domain(domain(metadata=marked("watch=' No'"))).wanted is False
     assert parse_domain(domain(metadata=marked("tags='web'"))).wanted is None
     other = "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'/>"
     assert parse_domain(domain(metadata=other)).troubles == ()

@@ -142,3 +142,8 @@ def test_ram_that_would_reach_the_hypertransport_hole_moves_up_on_amd():
     line = parse("-m", "1100G", "-M", "q35")
     assert (above_start(line, amd=False), above_start(line, amd=True)) == (1 << 32, 1 << 40)
     assert above_start(parse("-m", "64G"), amd=True) == 1 << 32
+
+
+def test_a_name_that_looks_like_an_option_changes_nothing() -> None:
+    found = parse_command_line(["qemu-system-x86_64", "-m", "64", "-name", "-m", "-uuid", "-x"])
+    assert (found.name, found.uuid, found.ram_size) == ("-m", "-x", 64 << 20)
