@@ -80,8 +80,9 @@ def test_a_running_guest_that_cannot_be_read_is_listed_without_a_route(tmp_path,
     """A shell by the name of a QEMU: this host's own could not run such a guest."""
     shutil.copy("/bin/sh", tmp_path / name)
     with subprocess.Popen(
-        [tmp_path / name, "-c", "read line", *words, "-nodefaults"], stdin=subprocess.PIPE
+        [tmp_path / name, "-c", "echo; read line", *words, "-nodefaults"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
+        process.stdout.readline()  # in the middle of its exec it has no command line
         guest = find_guest(process.pid)
         process.stdin.close()
     assert guest.routes == ()
