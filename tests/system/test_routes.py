@@ -74,7 +74,7 @@ def test_while_it_runs_libvirt_and_the_monitor_tell_what_the_process_tells_and_l
             assert first & last <= told <= first | last
         assert (domain.XMLDesc(0), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), domain.messages(0)) == before
         assert domain.info()[0] == libvirt.VIR_DOMAIN_RUNNING
-    cache = Path(f"/proc/{side.libvirtd.pid}/root/var/cache/libvirt/qemu")
+    cache = Path("/proc", str(side.libvirtd.pid), "root", "var/cache/libvirt/qemu")
     assert not [path for path in cache.iterdir() if path.is_file()]  # where memoryPeek keeps what it hands over
 
 

@@ -161,7 +161,7 @@ class Libvirtd:
     def qemu_pid(self, name: str) -> int:
         """The process of a domain that is here, from libvirt's own file."""
         assert self._keeper is not None
-        return int(Path(f"/proc/{self._keeper.pid}/root/run/libvirt/qemu/{name}.pid").read_text())
+        return int(Path("/proc", str(self._keeper.pid), "root", "run/libvirt/qemu", f"{name}.pid").read_text())
 
     def log(self) -> str:
         """What the daemon complained about."""
