@@ -26,6 +26,7 @@ def symbol_folder(family: str) -> Path:
     for folder in filter(None, os.environ.get("PARASIGHT_SYMBOLS", "").split(os.pathsep)):
         if (Path(folder) / "windows" / NT / f"{REAL[family][0]}-1.json.xz").exists():
             return Path(folder)
+    # Microsoft's symbols are not ours to carry: compared where a folder of them lies beside the checkout.
     pytest.skip(f"PARASIGHT_SYMBOLS names no folder with the symbols of build {family}")
 
 

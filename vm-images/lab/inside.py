@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from lab.agent import Agent, CompletedRun, Job
@@ -10,12 +11,13 @@ from lab.packages import LabError
 from lab.truth import Truth
 
 
-class Inside:
+class Inside(ABC):
     """A guest with an agent. Whoever inherits this says how the agent is reached."""
 
     @property
+    @abstractmethod
     def agent(self) -> Agent:
-        raise NotImplementedError
+        """Its line to the host."""
 
     def run(self, command: Sequence[str] | str, timeout_s: float = 60.0) -> CompletedRun:
         """Run a command in the guest to its end; a string goes to the guest's shell. TimeoutError kills it."""

@@ -18,5 +18,6 @@ needs_real = pytest.mark.skipif(
 def real_symbols() -> Path:
     """The folder with the tables; without it the test is skipped."""
     if not (REAL / "windows").is_dir():
+        # Microsoft's symbols are not ours to carry: used where a folder of them lies beside the checkout.
         pytest.skip("no symbol tables of real Windows builds: PARASIGHT_SYMBOLS names none")
     return REAL
